@@ -1,0 +1,110 @@
+# Two commands work on a fresh machine with python3, a C compiler and make:
+#
+#   make demo     builds tstpool, then runs a server and clients of several kinds for a few seconds
+#   make test     builds tstpool, then runs its tests
+#
+# PYTHON chooses the interpreter: `make test PYTHON=python3.13`. Each has a virtual environment of its own.
+# ARGS is passed on: `make test ARGS="-k echo -x"`.
+#
+# How it is laid out, and why:
+# - The environment holds an *editable* install: the extension is built in place, beside its sources, under a name that
+#   holds the interpreter's ABI (_core.cpython-313t-x86_64-linux-gnu.so). So several interpreters share one tree, and
+#   `import tstpool` finds the same package from any directory and from the root, where Python would otherwise
+#   prefer an unbuilt source folder to an installed package. What a wheel holds is tests/test_packaging.py's business.
+# - Other flavours of the build (debug, asan, tsan, cov, ...) would have that same file name. Each is made in a
+#   copy of the tree, build/tree-FLAVOUR-VERSION, and tested there: see .ci/flavour.
+
+PYTHON ?= python3
+TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d%s" % (*sys.version_info[:2], sys.abiflags))' 2>/dev/null)
+ifeq ($(origin PYTHON),file)
+VENV ?= .venv
+else
+VENV ?= .venv-$(TAG)
+endif
+
+BIN := $(VENV)/bin
+BUILT := $(VENV)/.built
+SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/whitebox/*.pyx tests/whitebox/*.pxd)
+
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Installs lists of requirements from pyproject.toml, where they are written once: $(call install_lists,requires|test).
+# --prefer-binary: where a free-threaded Python has no wheel yet, an older release rather than a build from source.
+install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
+    | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
+    | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
+
+.PHONY: help build demo test test-slow debug asan tsan werror cov lint format bench wheel clean distclean
+
+help:
+	@echo "make demo       run a server and clients of several kinds, check every byte"
+	@echo "make test       build and run the tests (ARGS=... goes to pytest)"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make build      build only"
+	@echo "make debug      the tests with the engine's invariants checked"
+	@echo "make asan       the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make tsan       the tests under ThreadSanitizer"
+	@echo "make werror     a build in which every compiler warning is an error"
+	@echo "make cov        the tests with coverage of the .py, .pyx and .pxd files (use a Python 3.11)"
+	@echo "make lint       ruff, cython-lint, mypy"
+	@echo "make format     ruff's formatter over all Python files"
+	@echo "make bench      the benchmarks (ARGS=--quick for a short run)"
+	@echo "make wheel      source distribution and wheel in dist/"
+	@echo "make clean      remove what was built; make distclean: the virtual environments too"
+	@echo "PYTHON=...      the interpreter to use (now: $(PYTHON), $(or $(TAG),which does not run))"
+
+build: $(BUILT)
+
+# pip builds without its usual throw-away environment (Cython goes into ours instead), so that a rebuild after a small
+# change does not install Cython anew. It is quiet unless something fails: then it prints everything.
+$(BUILT): $(SOURCES)
+	@sh .ci/prepare "$(PYTHON)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "building tstpool for Python $(TAG) in $(VENV)"
+	@$(call install_lists,requires|test|cli)
+	@TSTPOOL_WHITEBOX=1 $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: $(BUILT)
+	$(BIN)/python -m tstpool demo $(ARGS)
+
+test: $(BUILT)
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(BUILT)
+	$(BIN)/pytest -m slow -o faulthandler_timeout=900 $(ARGS)
+
+debug asan tsan werror: $(BUILT)
+	bash .ci/flavour $@ $(VENV) $(ARGS)
+
+cov: $(VENV)/.extra-cov
+	bash .ci/flavour $@ $(VENV) $(ARGS)
+
+lint: $(VENV)/.extra-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint tstpool tests
+	$(BIN)/mypy
+
+format: $(VENV)/.extra-lint
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.extra-bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: $(BUILT)
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -c "import setuptools.build_meta as b; b.build_sdist('dist')"
+
+# Tools that only some targets need: one extra of pyproject.toml each.
+$(VENV)/.extra-%: $(BUILT)
+	@$(call install_lists,$*)
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info tstpool/*.so tests/whitebox/*.so htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -f .venv*/.built
+
+distclean: clean
+	rm -rf .venv .venv-*

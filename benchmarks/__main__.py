@@ -1,0 +1,154 @@
+"""``python -m benchmarks``: measures tstpool beside what people would take instead, and reports. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError:
+    sys.exit(
+        "The benchmarks need rich, matplotlib and uvloop: pip install 'tstpool[bench]' (or: pip install -e '.[bench]')"
+    )
+
+from . import peers, report, results, workloads
+from .build import BUILD, program
+from .machine import QUIET, describe, wait_until_quiet
+from .measure import Failure, choose_cores, measure
+from .peers import Peer
+from .workloads import Workload
+
+HERE = Path(__file__).parent
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition(" See")[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="set", action="store_const", const="quick", help="the headline only: a minute")
+    size.add_argument("--full", dest="set", action="store_const", const="full", help="every workload")
+    parser.set_defaults(set="default")
+    known = f"peers: {', '.join(peers.BY_NAME)}; workloads: {', '.join(workloads.BY_NAME)}"
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help=f"these peers, these workloads ({known})")
+    parser.add_argument("--rounds", type=int, help="default 5 (--quick: 3)")
+    parser.add_argument("--seconds", type=float, help="per measurement, default 1 (--full: 3)")
+    parser.add_argument("--warm-up", type=float, default=0.3, metavar="SECONDS", help="not counted, default 0.3")
+    parser.add_argument(
+        "--cores", choices=("split", "shared"), default="split", help="split: one for the server, one for the generator"
+    )
+    parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
+    parser.add_argument(
+        "--write-results", action="store_true", help="also write benchmarks/RESULTS.md, results.json and results.png"
+    )
+    parser.add_argument("--output", type=Path, default=BUILD, metavar="DIRECTORY", help="default benchmarks/build")
+    options = parser.parse_args()
+    if options.write_results:
+        options.output = HERE
+    options.rounds = options.rounds or (3 if options.set == "quick" else 5)
+    options.seconds = options.seconds or (3.0 if options.set == "full" else 1.0)
+    for name in options.only:
+        if name not in peers.BY_NAME and name not in workloads.BY_NAME:
+            parser.error(f"no peer or workload is called {name!r} ({known})")
+    if options.rounds < 1 or not 0 < options.seconds <= 600 or not 0 <= options.warm_up <= 60:
+        parser.error("--rounds must be 1 or more, --seconds above 0 and at most 600, --warm-up from 0 to 60")
+    return options
+
+
+def selection(options: argparse.Namespace) -> tuple[list[Peer], list[Workload]]:
+    """What to measure. Names select; the reference is always there."""
+    chosen_peers = [p for p in peers.PEERS if p.name in options.only] or list(peers.PEERS)
+    if peers.BY_NAME[peers.REFERENCE] not in chosen_peers:
+        chosen_peers.insert(0, peers.BY_NAME[peers.REFERENCE])
+    named = [w for w in workloads.WORKLOADS if w.name in options.only]
+    return chosen_peers, named or [w for w in workloads.WORKLOADS if options.set in w.sets]
+
+
+def schedule(chosen: list[Peer], work: list[Workload], rounds: int) -> Iterator[tuple[Workload, int, Peer]]:
+    """Peers take turns, and each round begins with another one: nobody always follows the same neighbour's heat."""
+    for workload in work:
+        able = [peer for peer in chosen if workload.framing in peer.framings]
+        for number in range(rounds):
+            first = number % len(able)
+            for peer in able[first:] + able[:first]:
+                yield workload, number, peer
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    chosen, work = selection(options)
+    skipped = {peer.name: why for peer in chosen if (why := peer.missing())}
+    for name, why in skipped.items():
+        console.print(f"! {peers.BY_NAME[name].title} is left out: {why}", style="yellow")
+    program("loadgen")  # compiled before the clock runs
+    plan = list(schedule([peer for peer in chosen if peer.name not in skipped], work, options.rounds))
+    each = options.seconds + options.warm_up + 0.5
+    console.print(f"{len(plan)} measurements, about {len(plan) * each / 60:.1f} minutes.")
+    if (busy := wait_until_quiet(10.0)) > QUIET:
+        console.print(
+            f"! {busy:.0%} of the machine is busy with something else: do not believe these figures", style="yellow"
+        )
+    server, generator = choose_cores(options.cores)
+    if options.cores == "split" and server == generator:
+        console.print("! there is only one core: server and generator share it", style="yellow")
+    samples = list(take(plan, options, console))
+    settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")}
+    return {
+        "machine": describe(),
+        "settings": settings,
+        "skipped": skipped,
+        "summary": results.summarise(samples),
+        "samples": samples,
+    }
+
+
+def take(
+    plan: list[tuple[Workload, int, Peer]], options: argparse.Namespace, console: Console
+) -> Iterator[dict[str, Any]]:
+    """The samples, with progress shown. A server that fails is a sample with an error, and the others go on."""
+    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    # One refresh a second: the runner shares a core with the generator.
+    with Progress(*columns, console=console, refresh_per_second=1, transient=True) as progress:
+        task = progress.add_task("", total=len(plan))
+        for workload, number, peer in plan:
+            progress.update(task, description=f"{workload.title}: {peer.title}")
+            sample: dict[str, Any] = {"workload": workload.name, "peer": peer.name, "round": number}
+            try:
+                sample |= measure(peer, workload, options.seconds, options.warm_up, options.cores)
+            except Failure as failure:
+                sample["error"] = str(failure)
+                console.print(
+                    f"! {workload.title}, {peer.title}, round {number + 1}: {failure}", style="red", markup=False
+                )
+            yield sample
+            progress.advance(task)
+
+
+def main() -> int:
+    options = arguments()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    document = results.load(options.report) if options.report else run(options, console)
+    written = [options.output / "results.json"]
+    results.save(written[0], document)  # first of all: whatever goes wrong below, the figures are kept
+    report.show(document, console)
+    chart = options.output / "results.png"
+    if report.draw(document, chart):
+        written.append(chart)
+    else:
+        console.print("! no chart: matplotlib is not installed", style="yellow")
+    if options.write_results:
+        written.append(options.output / "RESULTS.md")
+        report.write_markdown(document, written[-1], chart if chart in written else None)
+    console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
+    return 1 if any("error" in sample for sample in document["samples"]) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,60 @@
+"""The servers that are compared. A new one is a module here (or C source in ../c) and a line in PEERS.
+
+Each is a small program, written as its own users would write it, that listens on 127.0.0.1, prints its port as the
+first line, and serves until it is killed. ``python -m benchmarks.peers.uvloop_protocol`` starts one by hand.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..build import program
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _c(*arguments: str) -> Callable[[], list[str]]:
+    return lambda: [str(program("epoll_echo")), *arguments]
+
+
+def _python(module: str) -> Callable[[], list[str]]:
+    return lambda: [sys.executable, "-m", f"benchmarks.peers.{module}"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str  # stands in results.json and is what --only selects
+    title: str
+    command: Callable[[], list[str]]  # builds it if need be
+    needs: str = ""  # the import without which it cannot run
+    framings: tuple[str, ...] = ("none",)  # the workloads it serves honestly
+
+    def missing(self) -> str:
+        """Why it cannot run here; empty if it can."""
+        if not self.needs:
+            return ""
+        # In a process of its own: what a peer imports shall not be in the runner.
+        check = [sys.executable, "-c", self.needs]
+        done = subprocess.run(check, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+        return "" if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
+
+
+REFERENCE = "c-level"  # what ratios are taken to
+
+PEERS = (
+    # An echo of bytes is right for every framing; it is then a bound that parses nothing.
+    Peer("c-level", "C epoll, level-triggered", _c(), framings=("none", "length4")),
+    Peer("c-oneshot", "C epoll, oneshot", _c("--oneshot"), framings=("none", "length4")),
+    Peer("tstpool", "tstpool, handler object", _python("tstpool_handler"), needs="from tstpool import TstPool"),
+    Peer(
+        "tstpool-function", "tstpool, plain function", _python("tstpool_function"), needs="from tstpool import TstPool"
+    ),
+    Peer("uvloop", "uvloop Protocol", _python("uvloop_protocol"), needs="import uvloop"),
+    Peer("asyncio", "asyncio Protocol", _python("asyncio_protocol")),
+    Peer("socketserver", "ThreadingTCPServer", _python("socketserver_threads")),
+)
+BY_NAME = {peer.name: peer for peer in PEERS}

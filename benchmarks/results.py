@@ -1,0 +1,92 @@
+"""From samples to figures. results.json holds both, so that a report can be made again, or made better, later.
+
+A ratio is taken within one round: the peer's figure over the reference's, a few seconds apart, so a machine that was
+slower in one round than in the next cancels out. The figure is the median of the rounds' ratios; the spread is the
+lowest and the highest of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .machine import QUIET
+from .peers import REFERENCE
+
+Sample = dict[str, Any]  # what the generator printed, and: workload, peer, round, others, steal; or: error
+Figures = dict[str, Any]
+
+
+def _select(samples: Iterable[Sample], workload: str, peer: str) -> dict[int, Sample]:
+    """The good samples of one peer, by round."""
+    return {s["round"]: s for s in samples if (s["workload"], s["peer"]) == (workload, peer) and "error" not in s}
+
+
+def _ratio(mine: dict[int, Sample], reference: dict[int, Sample], key: str, sub: str = "") -> list[float] | None:
+    """[median, lowest, highest] of the rounds that both have."""
+
+    def value(sample: Sample) -> float:
+        return float(sample[key][sub] if sub else sample[key])
+
+    rounds = [value(mine[r]) / value(reference[r]) for r in mine if r in reference]
+    return [round(x, 4) for x in (median(rounds), min(rounds), max(rounds))] if rounds else None
+
+
+def _user_us(samples: Iterable[Sample]) -> float | None:
+    """User-mode CPU per message. Over all rounds together: the kernel's user/system split is too coarse for one."""
+    samples = list(samples)
+    user = sum(s["server"]["user_ticks"] for s in samples)
+    ticks = user + sum(s["server"]["system_ticks"] for s in samples)
+    cpu = sum(s["server"]["cpu_s"] for s in samples)
+    return round(cpu * 1e6 * user / ticks / sum(s["messages"] for s in samples), 4) if ticks else None
+
+
+def _figures(samples: list[Sample], workload: str, peer: str) -> Figures:
+    mine, reference = _select(samples, workload, peer), _select(samples, workload, REFERENCE)
+    errors = [s["error"] for s in samples if (s["workload"], s["peer"]) == (workload, peer) and "error" in s]
+    if not mine:
+        return {"rounds": 0, "errors": errors}
+    good = list(mine.values())
+    return {
+        "rounds": len(good),
+        "errors": errors,
+        "messages_per_s": round(median(s["messages_per_s"] for s in good)),
+        "rate_ratio": _ratio(mine, reference, "messages_per_s"),
+        "latency_us": {key: round(median(s["latency_us"][key] for s in good), 1) for key in good[0]["latency_us"]},
+        "p99_ratio": _ratio(mine, reference, "latency_us", "p99"),
+        "cpu_us_per_message": round(median(s["server"]["cpu_us_per_message"] for s in good), 4),
+        "user_us_per_message": _user_us(good),
+        "cpu_ratio": _ratio(mine, reference, "server", "cpu_us_per_message"),
+        "server_busy": round(median(s["server"]["busy"] for s in good), 3),
+        "generator_busy": round(median(s["generator"]["busy"] for s in good), 3),
+        "disturbed": sum(s["others"] > QUIET for s in good),
+    }
+
+
+def summarise(samples: list[Sample]) -> dict[str, dict[str, Figures]]:
+    """workload -> peer -> figures, in the order of the first round."""
+    names = dict.fromkeys((s["workload"], s["peer"]) for s in samples)
+    summary: dict[str, dict[str, Figures]] = {}
+    for workload, peer in names:
+        summary.setdefault(workload, {})[peer] = _figures(samples, workload, peer)
+    return summary
+
+
+def disturbed(samples: list[Sample]) -> int:
+    """How many samples were taken while others used the machine."""
+    return sum(s.get("others", 0) > QUIET for s in samples)
+
+
+def save(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(document | {"samples": "@"}, indent=1)
+    samples = ",\n  ".join(json.dumps(sample) for sample in document["samples"])  # a line each: diffs can be read
+    path.write_text(text.replace('"@"', f"[\n  {samples}\n ]") + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document

@@ -1,0 +1,95 @@
+"""Fixtures for every test: a leak check around each, pools and clients that are always ended."""
+
+import gc
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, RunningPool, connect, native_threads, open_fds, patient
+
+# A leak is only a leak when it does not go away: a closing socket or an ending thread gets this long.
+LEAK_DEADLINE = 3.0
+
+test_failed = pytest.StashKey[bool]()
+
+
+def pytest_report_header(config):
+    import tstpool._core
+
+    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return f"tstpool {tstpool.__version__} from {tstpool._core.__file__}, GIL {'on' if gil else 'off'}"
+
+
+def pytest_configure(config):
+    """Refuse to test another copy of the package than the one that these tests belong to."""
+    import tstpool
+
+    found = Path(tstpool.__file__).resolve().parent
+    if (ROOT / "tstpool").is_dir() and found != ROOT / "tstpool":
+        pytest.exit(f"these tests are for {ROOT / 'tstpool'}, but {found} was imported", returncode=3)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        item.stash[test_failed] = True
+    return report
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request):
+    """Each test gives back every descriptor and every thread that it took.
+
+    Threads are counted twice: Python's own list names them, /proc/self/task shows also those that Python cannot see.
+    A test that has already failed is not checked: its traceback keeps sockets and pools alive.
+    """
+    gc.collect()
+    fds, threads, tasks = open_fds(), set(threading.enumerate()), native_threads()
+    yield
+    if test_failed in request.node.stash:
+        return
+    deadline = time.monotonic() + patient(LEAK_DEADLINE)
+    while True:
+        new_fds = {fd: target for fd, target in open_fds().items() if fds.get(fd) != target}
+        new_threads = set(threading.enumerate()) - threads
+        new_tasks = native_threads() - tasks
+        if not (new_fds or new_threads or new_tasks):
+            return
+        if time.monotonic() > deadline:
+            names = sorted(thread.name for thread in new_threads)
+            pytest.fail(f"leaked: descriptors {new_fds}, Python threads {names}, kernel threads {sorted(new_tasks)}")
+        gc.collect()  # cycles that hold sockets are the engine's business only while they can be reached
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def make_pool():
+    """make_pool(handler, workers=2, ...) -> a running TstPool; arguments as RunningPool's. All stop at the end."""
+    started = []
+
+    def make(handler=None, **options):
+        running = RunningPool(handler, **options)
+        started.append(running)
+        return running.pool
+
+    yield make
+    for running in reversed(started):
+        running.stop()
+
+
+@pytest.fixture
+def make_client():
+    """make_client(pool or address, timeout=10) -> a connected socket, closed at the end."""
+    clients = []
+
+    def make(addr, timeout=10):
+        sock = connect(addr, timeout)
+        clients.append(sock)
+        return sock
+
+    yield make
+    for sock in clients:
+        sock.close()

@@ -1,0 +1,125 @@
+"""B45, bad input: a pool used after fork. Each case forks in a fresh interpreter."""
+
+import pytest
+from helpers import run_python
+
+SCRIPT = """
+import os, socket, sys, threading, warnings
+warnings.simplefilter("ignore")  # 3.12 and later warn about fork with threads
+import tstpool
+
+class Echo(tstpool.TstHandler):
+    def on_message(self, sock, data):
+        sock.send(data)
+
+pool = tstpool.TstPool(Echo(), workers=2, trigger="%(trigger)s")
+address = pool.listen("127.0.0.1", 0)
+pool.start()
+
+def round_trip(client):
+    client.sendall(b"hello")
+    assert client.recv(5) == b"hello"
+
+client = socket.create_connection(address, 10)
+round_trip(client)
+(sock,) = pool.sockets()
+ready, go = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    status = 1
+    try:
+        %(child)s
+        status = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    os.write(ready[1], b"x")
+    os.close(go[1])
+    os.read(go[0], 1)  # lives until the parent lets it go
+    %(end)s
+assert os.read(ready[0], 1) == b"x"
+os.close(go[0])
+%(parent)s
+os.close(go[1])
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child failed"
+round_trip(socket.create_connection(address, 10))
+assert pool.stop() is True
+print("done")
+"""
+
+EVERY_METHOD = """
+        own = tstpool.TstPool(Echo())
+        calls = {
+            "listen": lambda: pool.listen("127.0.0.1", 0),
+            "start": lambda: pool.start(),
+            "stop": lambda: pool.stop(),
+            "destroy": lambda: pool.destroy(),
+            "serve_forever": lambda: pool.serve_forever(),
+            "create": lambda: pool.create(1, "127.0.0.1", 0, print),
+            "connect": lambda: pool.connect(*address),
+            "addsocket": lambda: pool.addsocket(socket.socketpair()[0]),
+            "broadcast": lambda: pool.broadcast(b"x"),
+            "need_send": lambda: pool.need_send(sock),
+            "closesocket": lambda: pool.closesocket(sock),
+            "sockets": lambda: pool.sockets(),
+            "stats": lambda: pool.stats(),
+            "enter": lambda: pool.__enter__(),
+            "send": lambda: sock.send(b"from the child"),
+            "close": lambda: sock.close(),
+        }
+        for name, call in calls.items():
+            try:
+                call()
+            except tstpool.TstError as exc:
+                assert name in ("send", "close") or "fork" in str(exc), f"{name}: {exc}"
+            else:
+                raise AssertionError(f"{name} works in the child")
+"""
+
+NOTHING = "pass"
+OWN_POOL = """
+        with tstpool.TstPool(Echo(), workers=2) as own:
+            own.listen("127.0.0.1", 0)
+            round_trip(socket.create_connection(own.addresses[0], 10))
+"""
+DROP_IT = """
+        import gc
+        del pool, sock
+        gc.collect()
+"""
+
+GO_ON = "round_trip(client)\nround_trip(socket.create_connection(address, 10))"
+CLOSE_IT = "assert pool.closesocket(sock) is True\nassert client.recv(1) == b''"
+PEER_LEAVES = """
+client.close()
+import time
+deadline = time.monotonic() + 10
+while len(pool):
+    assert time.monotonic() < deadline, "the parent never saw its client leave"
+    time.sleep(0.001)
+"""
+
+
+@pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
+@pytest.mark.parametrize(
+    ("child", "parent"),
+    [
+        (EVERY_METHOD, GO_ON),
+        (NOTHING, CLOSE_IT),
+        (NOTHING, PEER_LEAVES),
+        (OWN_POOL, GO_ON),
+        (DROP_IT, GO_ON),
+    ],
+    ids=["every method is refused", "FIN although the child lives", "peer leaves", "own pool", "dropped"],
+)
+def test_while_the_child_lives(trigger, child, parent):
+    """B45: the parent serves on, with the child's copies of its descriptors open."""
+    code = SCRIPT % {"trigger": trigger, "child": child, "parent": parent, "end": "os._exit(status)"}
+    assert run_python("-c", code, timeout=30).stdout == "done\n"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(status)", "raise SystemExit(status)"])
+def test_a_child_that_ends_the_ordinary_way(end):
+    """B45, B46: with exit handlers; it neither hangs on threads that it has not, nor disturbs the parent."""
+    code = SCRIPT % {"trigger": "level", "child": NOTHING, "parent": GO_ON, "end": end}
+    assert run_python("-c", code, timeout=30).stdout == "done\n"

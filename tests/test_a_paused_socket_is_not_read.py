@@ -1,0 +1,155 @@
+"""DESIGN 4: sock.pause() and sock.resume(): the kernel holds what arrives, and the peer is slowed down by it."""
+
+import socket
+import threading
+
+import pytest
+from contract_helpers import echo, every_style, every_trigger, handler, ignore, round_trip, serve
+from helpers import patient, process_cpu_seconds, recv_exact, wait_until
+
+
+def talk_to(client, rounds=20):
+    """The only worker has been round its loop as many times when this returns."""
+    for _ in range(rounds):
+        assert round_trip(client, b"tick") == b"tick"
+
+
+def collector(got):
+    def collect(sock, data):
+        if sock.user_data == "paused":
+            got.append(data)
+        else:
+            sock.send(data)
+
+    return collect
+
+
+@every_style
+@every_trigger
+def test_nothing_is_delivered_until_it_is_resumed(make_pool, make_client, style, trigger):
+    """One worker serves another connection meanwhile, so it would have noticed."""
+    got = []
+    pool = serve(make_pool, style, collector(got), trigger=trigger, workers=1)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    sock.user_data = "paused"
+    other = make_client(pool)
+    for i in range(5):
+        sock.pause()
+        client.sendall(b"%d" % i)
+        talk_to(other)
+        assert len(got) == i
+        sock.resume()
+        wait_until(lambda i=i: len(got) == i + 1)
+    assert b"".join(got) == b"01234"
+
+
+@every_trigger
+@pytest.mark.parametrize("hook", ["on_connect", "on_message"])
+def test_a_handler_pauses_its_own_socket(make_pool, make_client, trigger, hook):
+    """Data that comes afterwards waits; another thread resumes."""
+    got, guests = [], []
+
+    def pause(sock):
+        sock.pause()
+        sock.user_data = "paused"
+
+    def on_connect(sock):
+        guests.append(sock)
+        if len(guests) == 1:
+            pause(sock)
+
+    def on_message(sock, data):
+        if data == b"pause":
+            pause(sock)
+        else:
+            collector(got)(sock, data)
+
+    hooks = {"on_connect": on_connect} if hook == "on_connect" else {}
+    pool = make_pool(handler(on_message=on_message, **hooks), trigger=trigger, workers=1)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    if hook == "on_message":
+        client.sendall(b"pause")
+    wait_until(lambda: sock.user_data == "paused")
+    client.sendall(b"later")
+    talk_to(make_client(pool))
+    assert got == []
+    sock.resume()
+    wait_until(lambda: got)
+    assert got == [b"later"]
+
+
+@every_trigger
+def test_a_paused_socket_still_sends(make_pool, make_client, trigger):
+    """Only reading stops; need_send and send work, also four megabytes."""
+    fired = threading.Event()
+    pool = make_pool(handler(on_message=ignore, on_writable=lambda sock: fired.set()), trigger=trigger)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    sock.pause()
+    client.sendall(b"unread")
+    sock.send(b"z" * (4 << 20))
+    assert recv_exact(client, 4 << 20) == b"z" * (4 << 20)
+    pool.need_send(sock)
+    assert fired.wait(10)
+
+
+@every_trigger
+def test_the_peer_is_slowed_down_and_the_pool_is_quiet(make_pool, make_client, trigger):
+    """The kernel's buffers fill up, the sender gets EAGAIN, no CPU is used; everything arrives afterwards."""
+    total = [0]
+
+    def count(sock, data):
+        total[0] += len(data)
+
+    pool = make_pool(handler(on_message=count), trigger=trigger, workers=2)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    sock.pause()
+    client.settimeout(0.2)
+    sent = 0
+    with pytest.raises(TimeoutError):
+        while True:
+            sent += client.send(b"x" * 65536)
+    cpu = process_cpu_seconds()
+    with pytest.raises(TimeoutError):
+        client.send(b"x" * 65536)
+    assert process_cpu_seconds() - cpu < 0.15
+    assert total[0] == 0
+    client.settimeout(patient(10))
+    sock.resume()
+    client.sendall(b"the rest")
+    wait_until(lambda: total[0] == sent + 8)
+
+
+@every_trigger
+def test_data_and_fin_wait_for_resume(make_pool, make_client, trigger):
+    """S26, B17: nothing is lost when the peer leaves meanwhile."""
+    got, reasons = [], []
+    pool = make_pool(
+        handler(on_message=lambda sock, data: got.append(data), on_disconnect=lambda s, reason: reasons.append(reason)),
+        trigger=trigger,
+        workers=1,
+    )
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    sock.pause()
+    client.sendall(b"last words")
+    client.shutdown(socket.SHUT_WR)
+    sock.resume()
+    wait_until(lambda: reasons)
+    assert (b"".join(got), reasons) == (b"last words", [None])
+
+
+def test_pause_and_resume_any_number_of_times(make_pool, make_client):
+    """They don't count: one resume ends any number of pauses, and resuming twice is harmless."""
+    pool = make_pool(handler(on_message=echo), workers=1)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    for _ in range(3):
+        sock.pause()
+    sock.resume()
+    assert round_trip(client, b"hello") == b"hello"
+    sock.resume()
+    assert round_trip(client, b"hello") == b"hello"

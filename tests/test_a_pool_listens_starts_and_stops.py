@@ -1,0 +1,356 @@
+"""S2, S4, S34, B42, B43: the second entry style, TstPool(handler) with listen, start, stop."""
+
+import os
+import threading
+import time
+
+import pytest
+from contract_helpers import Gate, as_function, echo, free_port, handler, in_threads, round_trip, serve
+from helpers import connect, native_threads, open_fds, scaled, wait_until
+
+import tstpool
+from tstpool import TstError, TstPool
+
+
+def test_listen_returns_the_real_address_and_start_serves(make_pool, make_client):
+    """S2: port 0 asks the kernel for a port, and listen says which."""
+    pool = make_pool(handler(on_message=echo), listen=None, start=False)
+    host, port = pool.listen("127.0.0.1", 0)
+    assert host == "127.0.0.1"
+    assert port > 0
+    assert pool.addresses == [(host, port)]
+    assert not pool.running
+    pool.start()
+    assert pool.running
+    assert round_trip(make_client((host, port)), b"hello") == b"hello"
+
+
+def test_a_client_that_connects_before_start_is_served_after_it(make_pool, make_client):
+    """S2: listen makes the backlog, start serves it."""
+    pool = make_pool(handler(on_message=echo), start=False)
+    client = make_client(pool)
+    client.sendall(b"early")
+    pool.start()
+    assert client.recv(5) == b"early"
+
+
+def test_a_plain_callable_is_a_handler_too(make_pool, make_client):
+    """DESIGN 4: TstPool(function)."""
+    pool = make_pool(as_function(echo))
+    assert round_trip(make_client(pool), b"hello") == b"hello"
+
+
+def test_several_listeners_before_and_after_start(make_pool, make_client):
+    """S19: all of them are served, also one that is added while the pool runs."""
+    pool = make_pool(handler(on_message=echo))
+    pool.listen("127.0.0.1", 0)
+    assert len(pool.addresses) == 2
+    for address in pool.addresses:
+        assert round_trip(make_client(address), b"hello") == b"hello"
+    assert pool.stats().listeners == 2
+
+
+def test_the_context_manager_starts_and_stops(make_client):
+    """Issue 2: `with pool:`; a pool that runs already may be entered too."""
+    pool = TstPool(handler(on_message=echo), workers=2)
+    pool.listen("127.0.0.1", 0)
+    with pool as entered:
+        assert entered is pool
+        assert round_trip(make_client(pool), b"hello") == b"hello"
+    assert not pool.running
+    pool.listen("127.0.0.1", 0)
+    pool.start()
+    with pool:
+        assert round_trip(make_client(pool), b"hello") == b"hello"
+    assert not pool.running
+
+
+def test_the_context_manager_stops_when_the_body_raises():
+    """Issue 2: and lets the exception through."""
+    pool = TstPool(handler(on_message=echo))
+    with pytest.raises(ZeroDivisionError), pool:
+        raise ZeroDivisionError
+    assert not pool.running
+
+
+def test_start_twice_is_an_error_and_the_pool_goes_on(make_pool, make_client):
+    """Bad input: start twice."""
+    pool = make_pool(handler(on_message=echo), workers=2)
+    before = native_threads()
+    with pytest.raises(TstError):
+        pool.start()
+    assert native_threads() == before
+    assert round_trip(make_client(pool), b"hello") == b"hello"
+
+
+def test_start_without_a_handler_is_an_error():
+    """Bad input: nobody to call."""
+    pool = TstPool()
+    with pytest.raises(TstError):
+        pool.start()
+    assert not pool.running
+
+
+def test_stop_before_start_closes_the_listeners():
+    """B42."""
+    pool = TstPool(handler(on_message=echo))
+    address = pool.listen("127.0.0.1", 0)
+    assert pool.stop() is True
+    assert pool.addresses == []
+    with pytest.raises(ConnectionRefusedError):
+        connect(address)
+
+
+def test_stop_twice_is_harmless(make_pool):
+    """B42."""
+    pool = make_pool(handler(on_message=echo))
+    assert pool.stop() is True
+    assert pool.stop() is True
+    assert not pool.running
+
+
+def test_a_stopped_pool_may_start_again(make_pool, make_client):
+    """SPEC: after stop, listen and start once more."""
+    pool = make_pool(handler(on_message=echo))
+    pool.stop()
+    pool.listen("127.0.0.1", 0)
+    pool.start()
+    assert round_trip(make_client(pool), b"again") == b"again"
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_start_and_stop_on_the_same_port_many_times(make_client, rounds):
+    """B43: no EADDRINUSE, no descriptor and no thread more than before."""
+    port = free_port()
+    fds, threads = len(open_fds()), len(native_threads())
+    pool = TstPool(handler(on_message=echo), workers=4)
+    for _ in range(scaled(rounds)):
+        pool.listen("127.0.0.1", port)
+        pool.start()
+        with connect(("127.0.0.1", port)) as client:
+            assert round_trip(client, b"hello") == b"hello"
+        assert pool.stop() is True
+    wait_until(lambda: (len(open_fds()), len(native_threads())) == (fds, threads))
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_create_and_destroy_on_the_same_port_many_times(rounds):
+    """B43, in the original's style."""
+    port = free_port()
+    fds, threads = len(open_fds()), len(native_threads())
+    pool = TstPool()
+    for _ in range(scaled(rounds)):
+        pool.create(4, "127.0.0.1", port, as_function(echo))
+        with connect(("127.0.0.1", port)) as client:
+            assert round_trip(client, b"hello") == b"hello"
+        assert pool.destroy() is True
+    wait_until(lambda: (len(open_fds()), len(native_threads())) == (fds, threads))
+
+
+def test_stop_inside_a_handler_starts_the_stop_and_returns_at_once(make_pool, make_client):
+    """B42, bad input: it can't wait for itself; the pool ends soon after the handler returned."""
+    took, started = [], threading.Event()
+
+    def stop_it(sock, data):
+        begin = time.monotonic()
+        pool.stop()
+        took.append(time.monotonic() - begin)
+        started.set()
+
+    pool = make_pool(handler(on_message=stop_it), workers=2)
+    client = make_client(pool)
+    client.sendall(b"x")
+    assert started.wait(10)
+    assert took[0] < 1
+    assert client.recv(1) == b""
+    wait_until(lambda: not pool.running)
+    assert pool.stop() is True
+
+
+@pytest.mark.parametrize("method", ["stop", "destroy"])
+def test_stop_from_several_threads_at_once(make_pool, make_client, method):
+    """B42: each of them returns, none hangs, the pool is stopped after any of them."""
+    pool = make_pool(handler(on_message=echo), workers=4)
+    round_trip(make_client(pool), b"hello")
+
+    def stop():
+        getattr(pool, method)(5.0)
+        return pool.running
+
+    assert in_threads(*[stop] * 4) == [False] * 4
+
+
+@pytest.mark.parametrize("style", ["create", "handler"])
+def test_stop_waits_for_a_running_handler(make_pool, make_client, style):
+    """S34: it returns True, and only after the handler ended; its answer is sent first."""
+    finished = []
+
+    with Gate() as gate:
+
+        def slow(sock, data):
+            gate.wait()
+            sock.send(b"answer")
+            finished.append(True)
+
+        pool = serve(make_pool, style, slow, workers=2)
+        address = pool.addresses[0]
+        client = make_client(address)
+        client.sendall(b"x")
+        wait_until(lambda: gate.inside)
+        stopper = threading.Thread(target=lambda: finished.append(pool.destroy(10.0)))
+        stopper.start()
+        wait_until(lambda: refuses(address))
+        assert finished == []
+        gate.open()
+        stopper.join(10)
+    assert finished == [True, True]
+    assert client.recv(100) == b"answer"
+    assert client.recv(1) == b""
+
+
+def refuses(address):
+    try:
+        connect(address).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_stop_gives_up_waiting_after_its_time_and_kills_nobody(make_pool, make_client):
+    """S34, defect 10: False after the drain time; the blocked worker lives, and ends by itself later."""
+    after = []
+    with Gate() as gate:
+
+        def stuck(sock, data):
+            gate.wait()
+            after.append(threading.current_thread())
+
+        pool = make_pool(handler(on_message=stuck), workers=2)
+        make_client(pool).sendall(b"x")
+        wait_until(lambda: gate.inside)
+        begin = time.monotonic()
+        assert pool.stop(drain=0.1) is False
+        assert time.monotonic() - begin < 3
+        gate.open()
+        wait_until(lambda: after)
+        wait_until(lambda: not after[0].is_alive())
+    assert pool.stop() is True
+
+
+def test_destroy_while_every_worker_is_busy_then_all_return(make_pool, make_client):
+    """S34, defect 10: the original frees the mutexes of threads that still hold them."""
+    with Gate() as gate:
+        pool = serve(make_pool, "create", lambda sock, data: gate.wait(), workers=4)
+        for _ in range(4):
+            make_client(pool).sendall(b"x")
+        wait_until(lambda: gate.inside == 4)
+        assert pool.destroy(0.05) is False
+        gate.open()
+        wait_until(lambda: not gate.inside)
+    assert pool.destroy(5.0) is True
+
+
+def test_no_handler_runs_after_stop_returned_true(make_pool, make_client):
+    """B41: also under load."""
+    calls, stop = [], threading.Event()
+    pool = make_pool(handler(on_message=lambda sock, data: calls.append(1)), workers=2)
+    client = make_client(pool)
+
+    def flood():
+        try:
+            while not stop.is_set():
+                client.sendall(b"x" * 100)
+        except OSError:
+            pass
+
+    sender = threading.Thread(target=flood)
+    sender.start()
+    wait_until(lambda: len(calls) > 100)
+    assert pool.stop() is True
+    count = len(calls)
+    stop.set()
+    sender.join(10)
+    assert len(calls) == count
+
+
+def test_queued_output_is_sent_before_the_connection_ends(make_pool, make_client):
+    """S34: stop sends first what the handlers had queued, even to a slow reader."""
+    queued = threading.Event()
+
+    def reply(sock, data):
+        sock.send(b"z" * (2 << 20))
+        queued.set()
+
+    pool = make_pool(handler(on_message=reply), workers=2)
+    client = make_client(pool)
+    client.sendall(b"x")
+    assert queued.wait(10)
+    result, received = in_threads(
+        lambda: pool.stop(drain=20), lambda: sum(len(piece) for piece in iter(lambda: client.recv(1 << 14), b""))
+    )
+    assert result is True
+    assert received == 2 << 20
+
+
+def test_a_peer_that_never_reads_does_not_hold_stop_longer_than_its_time(make_pool, make_client):
+    """B41: what is left after the drain time is dropped."""
+    queued = threading.Event()
+
+    def reply(sock, data):
+        sock.send(b"z" * (32 << 20))
+        queued.set()
+
+    pool = make_pool(handler(on_message=reply), workers=2)
+    make_client(pool).sendall(b"x")
+    assert queued.wait(10)
+    begin = time.monotonic()
+    pool.stop(drain=0.2)
+    assert time.monotonic() - begin < 3
+    assert not pool.running
+
+
+def test_serve_forever_ends_when_somebody_stops_the_pool(make_client):
+    """Issue 2: serve_forever starts if needed and blocks until stop()."""
+    pool = TstPool(handler(on_message=echo), workers=2)
+    pool.listen("127.0.0.1", 0)
+    server = threading.Thread(target=pool.serve_forever)
+    server.start()
+    wait_until(lambda: pool.running)
+    assert round_trip(make_client(pool), b"hello") == b"hello"
+    assert server.is_alive()
+    pool.stop()
+    server.join(10)
+    assert not server.is_alive()
+
+
+def test_workers_are_named_non_daemon_python_threads(make_pool):
+    """Issue 2: tstpool-0 ... are what threading, debuggers and profilers show."""
+    before = set(threading.enumerate())
+    make_pool(handler(on_message=echo), workers=3)
+    started = sorted(set(threading.enumerate()) - before, key=lambda thread: thread.name)
+    assert [thread.name for thread in started] == ["tstpool-0", "tstpool-1", "tstpool-2"]
+    assert not any(thread.daemon for thread in started)
+
+
+def test_thread_no_is_the_number_in_the_thread_name(make_pool, make_client):
+    """S36: sock.thread_no tells which worker runs the handler."""
+    seen = []
+    pool = make_pool(
+        handler(on_message=lambda sock, data: seen.append((sock.thread_no, threading.current_thread().name))),
+        workers=3,
+        name="numbered",
+    )
+    make_client(pool).sendall(b"x")
+    wait_until(lambda: seen)
+    number, name = seen[0]
+    assert number in range(3)
+    assert name == f"numbered-{number}"
+
+
+def test_the_default_number_of_workers(make_pool):
+    """DESIGN 3: min(32, cores + 4); cores are those this process may use, or those of the machine."""
+    pool = TstPool(handler(on_message=echo))
+    cores = {os.cpu_count(), len(os.sched_getaffinity(0))}
+    assert pool.workers in {min(32, n + 4) for n in cores}
+    assert pool.trigger == "level"
+    assert tstpool.__version__ == "0.1.0"

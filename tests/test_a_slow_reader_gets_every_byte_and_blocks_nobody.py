@@ -1,0 +1,136 @@
+"""S1, S12, defects 5 and 8, B28: partial writes."""
+
+import random
+import socket
+import threading
+import time
+
+import pytest
+from contract_helpers import every_style, every_trigger, handler, ignore, replying, round_trip, serve
+from helpers import patient, scaled, wait_until
+
+from tstpool import ConnectionClosed, TstStat
+
+DATA = random.Random(8).randbytes(scaled(8 << 20, minimum=1 << 20))
+
+
+def slow_client(address, receive_buffer=4096):
+    """A client whose kernel takes little: SO_RCVBUF must be set before it connects."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.settimeout(patient(10))
+    client.connect(address)
+    return client
+
+
+def receive(client, size, step=1 << 14):
+    received = bytearray()
+    while len(received) < size:
+        piece = client.recv(step)
+        assert piece, f"closed after {len(received)} bytes"
+        received += piece
+    return received
+
+
+@every_style
+@every_trigger
+def test_eight_megabytes_to_a_slow_reader_arrive_exactly(make_pool, style, trigger):
+    """B28: one sock.send of 8 MiB, sent in thousands of writes."""
+    pool = serve(make_pool, style, replying(lambda data: DATA), trigger=trigger, workers=2)
+    with slow_client(pool.addresses[0]) as client:
+        client.sendall(b"go")
+        assert receive(client, len(DATA)) == DATA
+
+
+@every_style
+@every_trigger
+def test_a_send_transfer_to_a_slow_reader_arrives_exactly(make_pool, style, trigger):
+    """S12, defect 8: TstStat.SEND takes as many EPOLLOUTs as needed; EAGAIN never moves com_len; then one call."""
+    size, finished = 1 << 20, []
+
+    def start(sock, data):
+        sock.send_data.resize(size)
+        sock.send_data.s[:] = DATA[:size]
+        sock.send_data.req_len = size
+        return TstStat.SEND
+
+    def sent(sock):
+        finished.append(sock.send_data.com_len)
+
+    pool = serve(make_pool, style, start, on_writable=sent, trigger=trigger, workers=2)
+    with slow_client(pool.addresses[0]) as client:
+        client.sendall(b"go")
+        assert receive(client, size) == DATA[:size]
+        wait_until(lambda: finished)
+    assert finished == [size]
+
+
+@every_style
+@every_trigger
+def test_a_peer_that_does_not_read_does_not_park_the_only_worker(make_pool, make_client, style, trigger):
+    """Defect 5: the output of a deaf peer is queued; the one worker goes on serving others."""
+    pool = serve(
+        make_pool,
+        style,
+        replying(lambda data: DATA if data == b"flood" else data),
+        trigger=trigger,
+        workers=1,
+    )
+    deaf, other = make_client(pool), make_client(pool)
+    deaf.sendall(b"flood")
+    deaf.recv(1)
+    for i in range(50):
+        assert round_trip(other, b"%d" % i) == b"%d" % i
+
+
+def test_many_sends_from_one_thread_arrive_in_order(make_pool):
+    """DESIGN 3: sends of one thread keep their order, queued or not."""
+    pool = make_pool(handler(on_message=ignore), workers=2)
+    with slow_client(pool.addresses[0]) as client:
+        (sock,) = wait_until(pool.sockets)
+        expected = b"".join(b"%06d," % i * 50 for i in range(2000))
+        for i in range(2000):
+            sock.send(b"%06d," % i * 50)
+        assert receive(client, len(expected)) == expected
+
+
+def test_flush_returns_when_the_kernel_has_everything(make_pool):
+    """SPEC: flush blocks the calling thread until the queue is empty."""
+    pool = make_pool(handler(on_message=ignore))
+    with slow_client(pool.addresses[0]) as client:
+        (sock,) = wait_until(pool.sockets)
+        sock.flush(timeout=1)  # nothing queued: at once
+        sock.send(DATA[: 4 << 20])
+        reader = threading.Thread(target=receive, args=(client, len(DATA[: 4 << 20])))
+        reader.start()
+        sock.flush(timeout=patient(20))
+        reader.join(10)
+        assert pool.stats().bytes_out == len(DATA[: 4 << 20])
+
+
+def test_flush_gives_up_after_its_timeout(make_pool):
+    """SPEC: TimeoutError, and the connection goes on."""
+    pool = make_pool(handler(on_message=ignore))
+    with slow_client(pool.addresses[0]) as client:
+        (sock,) = wait_until(pool.sockets)
+        sock.send(DATA)
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError):
+            sock.flush(timeout=0.1)
+        assert 0.09 < time.monotonic() - begin < 3
+        assert receive(client, len(DATA)) == DATA
+
+
+def test_flush_ends_when_the_connection_does(make_pool, make_client):
+    """SPEC: ConnectionClosed, not a hang."""
+    pool = make_pool(handler(on_message=ignore))
+    client = slow_client(pool.addresses[0])
+    (sock,) = wait_until(pool.sockets)
+    sock.send(DATA)
+    closer = threading.Timer(0.05, client.close)  # unread data: a reset
+    closer.start()
+    with pytest.raises(ConnectionClosed):
+        sock.flush(timeout=10)
+    closer.join()
+    with pytest.raises(ConnectionClosed):
+        sock.flush()

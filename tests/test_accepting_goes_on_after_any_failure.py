@@ -1,0 +1,131 @@
+"""Defects 3 and 8, S1, B08, B22, B27, B31, B32: system calls that fail, in a server process of its own."""
+
+import contextlib
+import errno
+import os
+import select
+import time
+
+import pytest
+from contract_helpers import ServerProcess, exchange, faults, is_open, round_trip
+from helpers import connect, patient, recv_exact, reset, scaled, wait_until
+
+SERVER = """
+pool = TstPool(Echo(), workers=2, trigger=os.environ.get("TRIGGER", "level"))
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+if os.environ.get("NOFILE"):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(os.environ["NOFILE"]), 4096))
+print(port)
+sys.stdin.read()
+stats = pool.stats()
+print(stats.accept_errors, stats.accepted)
+pool.stop()
+"""
+
+
+@pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
+def test_after_emfile_it_accepts_again_within_a_second(trigger):
+    """Defect 3, B31: out of descriptors: existing connections go on, CPU stays quiet, then all are served."""
+    with ServerProcess(SERVER, env={"NOFILE": "40", "TRIGGER": trigger}) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server.addr)) for _ in range(60)]
+        for client in clients:
+            client.sendall(b"hello")
+        served = []
+        while ready := select.select([client for client in clients if client not in served], [], [], patient(0.3))[0]:
+            served += ready
+        assert 5 < len(served) < 40
+        assert [recv_exact(client, 5) for client in served] == [b"hello"] * len(served)
+        cpu = server.cpu_seconds()
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.5:  # starving, for half a second
+            for client in served:
+                assert round_trip(client, b"still here") == b"still here"
+            time.sleep(0.05)
+        assert server.cpu_seconds() - cpu < patient(0.3)
+        for client in served:
+            client.close()
+        begin = time.monotonic()
+        for client in [client for client in clients if client not in served][:20]:
+            assert recv_exact(client, 5) == b"hello"
+        assert time.monotonic() - begin < patient(1)
+        errors, _accepted = map(int, server.finish().split())
+        assert errors > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EPERM", "ECONNABORTED", "EPROTO", "EINTR", "ENETDOWN"]
+)
+def test_each_error_of_accept_is_survived(name):
+    """Defect 3, B32: three in a row; the waiting client is served within a second, and so is the next."""
+    env = {"FAIL_CALL": "accept4", "FAIL_ERRNO": str(getattr(errno, name)), "FAIL_COUNT": "3"}
+    with ServerProcess(SERVER, env=env, preload=faults()) as server:
+        begin = time.monotonic()
+        for _ in range(5):
+            with connect(server.addr) as client:
+                assert round_trip(client, b"hello") == b"hello"
+        assert time.monotonic() - begin < patient(1.5)
+        errors, accepted = map(int, server.finish().split())
+        assert accepted == 5
+        assert errors >= (0 if name in ("EINTR", "ECONNABORTED") else 1)
+
+
+def test_clients_that_reset_before_they_are_accepted():
+    """B22: ECONNABORTED, or a connection without a peer; the listener goes on."""
+    with ServerProcess(SERVER) as server:
+        for _ in range(scaled(200)):
+            reset(connect(server.addr))
+        with connect(server.addr) as client:
+            assert round_trip(client, b"hello") == b"hello"
+        server.finish()
+
+
+@pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
+@pytest.mark.parametrize("fault", [{"SHORT": "1"}, {"EINTR_EVERY": "3"}, {"SHORT": "1", "EINTR_EVERY": "2"}], ids=str)
+def test_short_and_interrupted_calls_change_no_byte(trigger, fault):
+    """Defect 8, B08, B27: recv and send of 1 to 3 bytes, EINTR everywhere; -1 is never added to a length."""
+    with ServerProcess(SERVER, env={**fault, "TRIGGER": trigger}, preload=faults()) as server:
+        data = os.urandom(scaled(50_000))
+        with connect(server.addr) as client:
+            assert exchange(client, data) == data
+        server.finish()
+
+
+@pytest.mark.parametrize("name", ["ECONNRESET", "ETIMEDOUT", "EHOSTUNREACH"])
+@pytest.mark.parametrize("call", ["recv", "send"])
+def test_an_error_of_a_connection_ends_only_that_one(call, name):
+    """Defect 8, B27: the peer sees the end, the next client is served."""
+    env = {"FAIL_CALL": call, "FAIL_ERRNO": str(getattr(errno, name)), "FAIL_COUNT": "1"}
+    with ServerProcess(SERVER, env=env, preload=faults()) as server:
+        with connect(server.addr) as client:
+            client.sendall(b"hello")
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(5) == b""
+        with connect(server.addr) as client:
+            assert round_trip(client, b"hello") == b"hello"
+            assert is_open(client)
+        server.finish()
+
+
+def test_a_signal_storm_loses_nothing():
+    """B08: SIGUSR1 all the time while a client talks."""
+    code = SERVER.replace("print(port)", "import signal; signal.signal(10, lambda *args: None); print(port)")
+    with ServerProcess(code) as server, connect(server.addr) as client:
+        for i in range(scaled(500)):
+            server.process.send_signal(10)
+            assert round_trip(client, b"%06d" % i) == b"%06d" % i
+        wait_until(lambda: is_open(client))
+        server.finish()
+
+
+def test_sigpipe_at_its_default_does_not_kill(make_client):
+    """B26: MSG_NOSIGNAL on every send: a peer that is gone is an error, not a death."""
+    code = SERVER.replace("print(port)", "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL); print(port)")
+    with ServerProcess(code) as server:
+        for _ in range(scaled(50)):
+            client = make_client(server.addr)
+            client.sendall(b"x" * 300_000)
+            reset(client)
+        with connect(server.addr) as client:
+            assert round_trip(client, b"hello") == b"hello"
+        server.finish()

@@ -1,0 +1,258 @@
+"""B51, B52, issue 2: on_error, one log record, that socket is disconnected, the worker lives."""
+
+import gc
+import logging
+import threading
+import weakref
+
+import pytest
+from contract_helpers import echo, every_style, handler, ignore, in_threads, round_trip, serve
+from helpers import wait_until
+
+from tstpool import TstStat
+
+
+class Odd(BaseException):
+    """Neither Exception nor one of the known others."""
+
+
+def recurse(n=0):
+    return recurse(n + 1) + 1
+
+
+def failing(kind):
+    """A hook that ends with `kind`, whatever it is called with."""
+
+    def fail(*args):
+        if kind is RecursionError:
+            recurse()
+        raise kind("on purpose")
+
+    return fail
+
+
+every_exception = pytest.mark.parametrize(
+    "kind",
+    [Exception, OSError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, StopIteration, Odd],
+)
+
+
+@every_style
+@every_exception
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_socket_is_closed_and_the_workers_live(make_pool, make_client, caplog, style, kind, workers):
+    """B51: one log record with traceback; on_disconnect has the exception; the same threads serve others."""
+    fail, ended = failing(kind), []
+
+    def answer(sock, data):
+        if data == b"fail":
+            fail()
+        sock.send(data)
+
+    pool = serve(make_pool, style, answer, on_disconnect=lambda sock, reason: ended.append(reason), workers=workers)
+    other = make_client(pool)
+    assert round_trip(other, b"before") == b"before"
+    threads = set(threading.enumerate())
+    for i in range(workers + 1):
+        client = make_client(pool)
+        client.sendall(b"fail")
+        assert client.recv(1) == b""
+        wait_until(lambda i=i: len(ended) == i + 1)
+    assert round_trip(other, b"after") == b"after"
+    assert set(threading.enumerate()) == threads
+    assert all(isinstance(reason, kind) for reason in ended)
+    records = [record for record in caplog.records if record.name == "tstpool" and record.exc_info]
+    assert len(records) == workers + 1
+    assert all(record.levelno >= logging.ERROR and isinstance(record.exc_info[1], kind) for record in records)
+
+
+@every_exception
+def test_on_error_is_called_once_instead_of_the_log(make_pool, make_client, caplog, kind):
+    """B51: with the socket and the exception, before on_disconnect."""
+    calls = []
+    pool = make_pool(
+        handler(
+            on_message=failing(kind),
+            on_error=lambda sock, exc: calls.append(("error", sock, exc)),
+            on_disconnect=lambda sock, reason: calls.append(("disconnect", sock, reason)),
+        )
+    )
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    client.sendall(b"x")
+    assert client.recv(1) == b""
+    wait_until(lambda: len(calls) == 2)
+    assert [(name, where) for name, where, _ in calls] == [("error", sock), ("disconnect", sock)]
+    assert isinstance(calls[0][2], kind)
+    assert calls[0][2] is calls[1][2]
+    assert calls[0][2].__traceback__ is not None
+    assert not [record for record in caplog.records if record.name == "tstpool"]
+
+
+def test_suspend_from_on_error_keeps_the_socket(make_pool, make_client):
+    """SPEC: None and DISCONNECT close it, SUSPEND keeps it."""
+    errors = []
+
+    def answer(sock, data):
+        if data == b"fail":
+            raise ValueError
+        sock.send(data)
+
+    def forgive(sock, exc):
+        errors.append(exc)
+        return TstStat.SUSPEND
+
+    client = make_client(make_pool(handler(on_message=answer, on_error=forgive)))
+    for i in range(1, 4):
+        client.sendall(b"fail")
+        wait_until(lambda i=i: len(errors) == i)
+        assert round_trip(client, b"hello") == b"hello"
+
+
+@pytest.mark.parametrize("answer", [None, TstStat.DISCONNECT])
+def test_none_and_disconnect_from_on_error_close_the_socket(make_pool, make_client, answer):
+    """SPEC."""
+    pool = make_pool(handler(on_message=failing(ValueError), on_error=lambda sock, exc: answer))
+    client = make_client(pool)
+    client.sendall(b"x")
+    assert client.recv(1) == b""
+
+
+def test_an_on_error_that_raises_is_logged_and_the_socket_closed(make_pool, make_client, caplog):
+    """B52: also SystemExit in there."""
+    for kind in (ValueError, SystemExit):
+        pool = make_pool(handler(on_message=failing(KeyError), on_error=failing(kind)), workers=1)
+        client = make_client(pool)
+        client.sendall(b"x")
+        assert client.recv(1) == b""
+        client = make_client(pool)  # the only worker lives
+        client.sendall(b"x")
+        assert client.recv(1) == b""
+        assert any(record.exc_info and isinstance(record.exc_info[1], kind) for record in caplog.records)
+
+
+@every_style
+@every_exception
+def test_on_connect_may_raise(make_pool, make_client, style, kind):
+    """B52: that connection is closed, the next one accepted."""
+    fail, calls = failing(kind), []
+
+    def first_fails(sock):
+        calls.append(sock)
+        if len(calls) == 1:
+            fail()
+
+    pool = serve(make_pool, style, echo, on_connect=first_fails, workers=1)
+    assert make_client(pool).recv(1) == b""
+    assert round_trip(make_client(pool), b"hello") == b"hello"
+    wait_until(lambda: pool.sockets() == [calls[1]])
+
+
+@every_style
+@every_exception
+def test_on_disconnect_may_raise(make_pool, make_client, caplog, style, kind):
+    """B52: it is called once, logged, and the worker lives."""
+    fail, calls = failing(kind), []
+
+    def end(sock, reason):
+        calls.append(sock)
+        fail()
+
+    pool = serve(make_pool, style, echo, on_disconnect=end, workers=1)
+    for i in range(3):
+        client = make_client(pool)
+        assert round_trip(client, b"hello") == b"hello"
+        client.close()
+        wait_until(lambda i=i: len(calls) == i + 1)
+    wait_until(lambda: len(pool) == 0)
+    assert len(set(calls)) == 3
+    wait_until(lambda: sum(record.name == "tstpool" for record in caplog.records) >= 3)
+
+
+@every_exception
+def test_on_writable_may_raise(make_pool, make_client, kind):
+    """B51."""
+    errors = []
+    pool = make_pool(
+        handler(on_message=ignore, on_writable=failing(kind), on_error=lambda sock, exc: errors.append(exc)), workers=1
+    )
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    pool.need_send(sock)
+    assert client.recv(1) == b""
+    wait_until(lambda: errors)
+    assert isinstance(errors[0], kind)
+
+
+@pytest.mark.parametrize("wrong", ["text", 1.5, object(), b"bytes", []], ids=lambda value: type(value).__name__)
+def test_another_return_type_is_a_type_error(make_pool, make_client, wrong):
+    """SPEC: to on_error, like an exception of the handler."""
+    errors = []
+    pool = make_pool(handler(on_message=lambda sock, data: wrong, on_error=lambda sock, exc: errors.append(exc)))
+    client = make_client(pool)
+    client.sendall(b"x")
+    assert client.recv(1) == b""
+    assert [type(exc) for exc in errors] == [TypeError]
+
+
+def test_output_of_the_handler_before_it_raised_is_sent(make_pool, make_client):
+    """S28: what was queued goes out before the end."""
+
+    def half(sock, data):
+        sock.send(b"half an answer")
+        raise ValueError
+
+    client = make_client(make_pool(handler(on_message=half, on_error=lambda sock, exc: None)))
+    client.sendall(b"x")
+    assert client.recv(100) == b"half an answer"
+    assert client.recv(1) == b""
+
+
+def test_exceptions_on_many_connections_at_once(make_pool, make_client):
+    """B51: a hundred failing handlers on four workers, one on_error and one on_disconnect each."""
+    errors, ended = [], []
+    pool = make_pool(
+        handler(
+            on_message=failing(RuntimeError),
+            on_error=lambda sock, exc: errors.append(sock.id),
+            on_disconnect=lambda sock, reason: ended.append(sock.id),
+        ),
+        workers=4,
+    )
+    clients = [make_client(pool) for _ in range(100)]
+
+    def fail(part):
+        for client in part:
+            client.sendall(b"x")
+            assert client.recv(1) == b""
+
+    in_threads(*(lambda part=clients[i::4]: fail(part) for i in range(4)))
+    wait_until(lambda: len(ended) == 100)
+    assert sorted(errors) == sorted(ended)
+    assert len(set(ended)) == 100
+
+
+class Local:
+    """Lives in the frame of a handler, and so in its traceback."""
+
+
+def test_the_exception_is_released(make_pool, make_client):
+    """B51: nothing in the engine keeps the traceback, and with it the frame, alive."""
+    alive = []
+
+    def fail(sock, data):
+        local = Local()
+        alive.append(weakref.ref(local))
+        raise ValueError
+
+    pool = make_pool(handler(on_message=fail, on_error=lambda sock, exc: None), workers=1)
+    for _ in range(3):
+        client = make_client(pool)
+        client.sendall(b"x")
+        assert client.recv(1) == b""
+
+    def collected():
+        gc.collect()
+        return [ref() for ref in alive] == [None] * 3
+
+    wait_until(collected)

@@ -1,0 +1,169 @@
+"""S2, S19, B62, bad input: IPv4, IPv6, dual-stack, unix sockets, ports, and addresses that are no good."""
+
+import os
+import socket
+
+import pytest
+from contract_helpers import as_function, echo, every_trigger, free_port, handler, round_trip
+from helpers import open_fds, wait_until
+
+from tstpool import TstPool
+
+
+@pytest.fixture
+def pool(make_pool):
+    return make_pool(handler(on_message=echo), listen=None, workers=2)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return f"unix:{tmp_path}/socket"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])
+def test_ipv4(pool, make_client, host):
+    """B62: by number, by name, all."""
+    _host, port = pool.listen(host, 0)
+    assert round_trip(make_client(("127.0.0.1", port)), b"hello") == b"hello"
+
+
+def test_ipv6(pool, make_client):
+    """B62: two-part addresses, also for peers."""
+    host, port = pool.listen("::1", 0)
+    assert host == "::1"
+    client = make_client(("::1", port))
+    assert round_trip(client, b"hello") == b"hello"
+    (sock,) = pool.sockets()
+    assert sock.local == ("::1", port)
+    assert sock.peer == client.getsockname()[:2]
+    with pytest.raises(ConnectionRefusedError):
+        make_client(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize("host", [None, "::"])
+def test_dual_stack(pool, make_client, host):
+    """Issue 2, B62: None and "::" take IPv4 and IPv6 on one port."""
+    port = pool.listen(host, 0)[1]
+    for address in ("127.0.0.1", "::1"):
+        assert round_trip(make_client((address, port)), b"hello") == b"hello"
+    assert len(pool.addresses) == pool.stats().listeners
+
+
+def test_create_on_all_addresses_is_dual_stack(make_pool, make_client):
+    """S2, B62: bind_ip None."""
+    pool, port = make_pool(listen=None, start=False), free_port()
+    pool.create(2, None, port, as_function(echo))
+    for address in ("127.0.0.1", "::1"):
+        assert round_trip(make_client((address, port)), b"hello") == b"hello"
+
+
+@pytest.mark.parametrize("arguments", [(), (0,)])
+@every_trigger
+def test_unix_sockets(make_pool, make_client, path, arguments, trigger):
+    """B62: the address is (path, 0); many clients, many messages."""
+    pool = make_pool(handler(on_message=echo), listen=None, trigger=trigger)
+    assert pool.listen(path, *arguments) == (path, 0)
+    assert pool.addresses == [(path, 0)]
+    for _ in range(5):
+        client = make_client(path)
+        for i in range(20):
+            assert round_trip(client, b"%d" % i) == b"%d" % i
+    sock = pool.sockets()[0]
+    assert sock.local == path
+    assert sock.peer is None or sock.peer.startswith("unix:")
+
+
+def test_two_pools_talk_over_a_unix_socket(make_pool, path):
+    """S5, B62: pool.connect("unix:...")."""
+    got = []
+    server = make_pool(handler(on_message=echo), listen=(path, 0))
+    client = make_pool(handler(on_message=lambda sock, data: got.append((sock.peer, data))), listen=None)
+    client.connect(path, 0).send(b"hello")
+    wait_until(lambda: got)
+    assert got == [(path, b"hello")]
+    assert len(server) == 1
+
+
+def test_tcp_and_unix_listeners_in_one_pool(pool, make_client, path):
+    """S19: several listeners of any kind."""
+    pool.listen("127.0.0.1", 0)
+    pool.listen("::1", 0)
+    pool.listen(path)
+    assert len(pool.addresses) == 3
+    for address in pool.addresses:
+        assert round_trip(make_client(address), b"hello") == b"hello"
+
+
+def test_addresses_of_both_ends(pool, make_client):
+    """DESIGN 4: sock.peer, sock.local."""
+    address = pool.listen("127.0.0.1", 0)
+    client = make_client(address)
+    (sock,) = wait_until(pool.sockets)
+    assert sock.peer == client.getsockname()
+    assert sock.local == address
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "text"),
+    [
+        ("no-such-host.invalid", 0, "no-such-host.invalid"),
+        ("192.0.2.1", 0, "192.0.2.1"),
+        ("unix:/no/such/directory/socket", 0, "/no/such/directory"),
+        ("unix:/" + "x" * 200, 0, "x"),
+    ],
+)
+def test_an_address_that_is_no_good_is_an_oserror_that_names_it(pool, host, port, text):
+    """Bad input: and no descriptor stays behind; the pool can listen elsewhere."""
+    before = open_fds()
+    with pytest.raises(OSError, match=text):
+        pool.listen(host, port)
+    assert open_fds() == before
+    assert pool.addresses == []
+    pool.listen("127.0.0.1", 0)
+
+
+def test_a_port_in_use_is_an_oserror_that_names_it(make_pool):
+    """Bad input: the first pool goes on."""
+    first = make_pool(handler(on_message=echo))
+    host, port = first.addresses[0]
+    pool = TstPool(handler(on_message=echo))
+    before = open_fds()
+    with pytest.raises(OSError, match=f"{host}.*{port}"):
+        pool.listen(host, port)
+    assert open_fds() == before
+    with socket.create_connection((host, port), 10) as client:
+        assert round_trip(client, b"hello") == b"hello"
+
+
+def test_a_unix_path_in_use_is_an_oserror(make_pool, path):
+    """Bad input: a path where another server listens is not taken from it."""
+    make_pool(handler(on_message=echo), listen=(path, 0))
+    with pytest.raises(OSError, match="socket"):
+        TstPool(handler(on_message=echo)).listen(path)
+    assert os.path.exists(path.removeprefix("unix:"))
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 10**9])
+def test_a_port_that_cannot_be_is_refused(pool, port):
+    """Bad input."""
+    with pytest.raises((ValueError, OverflowError, OSError)):
+        pool.listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("arguments", [("127.0.0.1", "http-but-not-really"), (5, 0), ("127.0.0.1", None)])
+def test_addresses_of_the_wrong_type_are_refused(pool, arguments):
+    """Bad input."""
+    with pytest.raises((TypeError, ValueError, OSError)):
+        pool.listen(*arguments)
+    assert pool.addresses == []
+
+
+def test_a_port_may_be_used_again_at_once(make_client):
+    """B43: SO_REUSEADDR: connections in TIME_WAIT don't block the next start."""
+    port = free_port()
+    for _ in range(3):
+        pool = TstPool(handler(on_message=echo))
+        pool.listen("127.0.0.1", port)
+        with pool:
+            client = make_client(("127.0.0.1", port))
+            round_trip(client, b"x")  # the pool closes first: TIME_WAIT is on its side

@@ -1,0 +1,196 @@
+"""The benchmarks' own tools: a load generator that believes anything, or a C peer that cheats, would prove nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCES = REPOSITORY / "benchmarks" / "c"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None or not SOURCES.is_dir(), reason="needs a C compiler and benchmarks/"
+)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both C programs, compiled as strictly as the compiler can."""
+    where = tmp_path_factory.mktemp("bench")
+    for source in SOURCES.glob("*.c"):
+        command = ["cc", "-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-o", str(where / source.stem), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    return {path.name: path for path in where.iterdir()}
+
+
+@contextmanager
+def c_echo(program: Path, *arguments: str) -> Iterator[tuple[int, int]]:
+    """Gives port and process id."""
+    with subprocess.Popen([program, *arguments], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            yield int(process.stdout.readline()), process.pid
+        finally:
+            process.kill()
+
+
+@contextmanager
+def python_echo(change: Callable[[bytes, int], bytes | None]) -> Iterator[int]:
+    """An echo server for one connection that passes each chunk through `change(chunk, offset)`; None: hang up."""
+
+    def serve() -> None:
+        offset = 0
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(20)
+            try:
+                while data := connection.recv(65536):
+                    reply = change(data, offset)
+                    if reply is None:
+                        return
+                    offset += len(data)
+                    connection.sendall(reply)
+            except (ConnectionError, TimeoutError):
+                return  # the generator has seen enough and left
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        thread = threading.Thread(target=serve, name="python-echo")
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def generate(programs: dict[str, Path], port: int, *arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [str(programs["loadgen"]), "-p", str(port), "-t", "0.3", "-w", "0.1", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("server", [(), ("--oneshot",)], ids=["level", "oneshot"])
+@pytest.mark.parametrize(
+    "load",
+    [
+        "-c 1 -s 1",
+        "-c 50 -s 64",
+        "-c 50 -s 64 -d 128",
+        "-c 20 -s 100 -d 7 --framing length4",
+        # More in flight than the kernel's buffers hold: the C loop must keep the rest of a reply and use EPOLLOUT.
+        "-c 4 -s 1048576 -d 16",
+        "-c 1 -s 64 --spin",
+    ],
+)
+def test_every_byte_of_the_c_loop_is_verified(programs: dict[str, Path], server: tuple[str, ...], load: str) -> None:
+    with c_echo(programs["epoll_echo"], *server) as (port, _):
+        code, result = generate(programs, port, *load.split())
+    assert (code, result["ok"]) == (0, True)
+    header = 4 if "length4" in load else 0
+    # Whole messages were counted, and all bytes of them (a last one may have come in part).
+    assert result["messages"] > 0
+    whole = result["messages"] * (result["size"] + header)
+    assert abs(result["bytes_verified"] - whole) <= result["connections"] * (result["size"] + header)
+
+
+def test_figures_are_consistent(programs: dict[str, Path]) -> None:
+    with c_echo(programs["epoll_echo"]) as (port, pid):
+        _, result = generate(programs, port, "-c", "10", "--pid", str(pid))
+    assert result["messages_per_s"] == pytest.approx(result["messages"] / result["seconds"], rel=1e-3)
+    latency = result["latency_us"]
+    assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["p999"] <= latency["max"]
+    # Little's law: connections = rate x mean time. It ties the two ways of measuring together.
+    assert result["messages_per_s"] * latency["mean"] / 1e6 == pytest.approx(10, rel=0.1)
+    server = result["server"]
+    assert 0 < server["busy"] <= 1.05
+    assert server["cpu_us_per_message"] == pytest.approx(server["cpu_s"] * 1e6 / result["messages"], rel=1e-2)
+
+
+@pytest.mark.parametrize("load", ["-s 64", "-s 64 -d 16", "-s 5000 --framing length4"])
+def test_generator_detects_one_corrupted_byte(programs: dict[str, Path], load: str) -> None:
+    bad = 123_456  # where in the stream
+
+    def corrupt(data: bytes, offset: int) -> bytes:
+        if not offset <= bad < offset + len(data):
+            return data
+        changed = bytearray(data)
+        changed[bad - offset] ^= 1
+        return bytes(changed)
+
+    with python_echo(corrupt) as port:
+        code, result = generate(programs, port, "-t", "10", *load.split())
+    assert (code, result["ok"]) == (1, False)
+    assert re.search(rf"wrong byte: connection 0, offset {bad}\b", result["error"])
+
+
+def test_generator_detects_replies_that_change_places(programs: dict[str, Path]) -> None:
+    def swap(data: bytes, offset: int) -> bytes:
+        return data if offset < 100_000 or len(data) != 128 else data[64:] + data[:64]
+
+    with python_echo(swap) as port:
+        code, result = generate(programs, port, "-s", "64", "-d", "2", "-t", "10")
+    assert code == 1
+    assert "wrong byte" in result["error"]
+
+
+def test_generator_detects_a_lost_reply(programs: dict[str, Path]) -> None:
+    with python_echo(lambda data, offset: data if offset < 64_000 else b"") as port:
+        code, result = generate(programs, port)
+    assert code == 1
+    assert "had not come" in result["error"] or "no reply" in result["error"]
+
+
+def test_generator_detects_bytes_too_many(programs: dict[str, Path]) -> None:
+    with python_echo(lambda data, offset: data * 2) as port:
+        code, result = generate(programs, port)
+    assert code == 1
+    assert "more bytes" in result["error"] or "wrong byte" in result["error"]
+
+
+def test_generator_detects_a_closed_connection(programs: dict[str, Path]) -> None:
+    with python_echo(lambda data, offset: data if offset < 64_000 else None) as port:
+        code, result = generate(programs, port)
+    assert code == 1
+    assert "connection 0" in result["error"]
+
+
+def test_generator_reports_that_nobody_listens(programs: dict[str, Path]) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can take the port
+        code, result = generate(programs, bound.getsockname()[1])
+    assert code == 3
+    assert "connect" in result["error"]
+
+
+@pytest.mark.parametrize("wrong", ["-p 0", "-p 1 -c 0", "-p 1 -s 0", "-p 1 --framing lines", "-p 1 -t 0", "-p 1 extra"])
+def test_generator_refuses_nonsense(programs: dict[str, Path], wrong: str) -> None:
+    done = subprocess.run([programs["loadgen"], *wrong.split()], capture_output=True, text=True, timeout=10)
+    assert done.returncode == 2
+    assert "usage" in done.stderr
+
+
+def test_runner_measures_reports_and_leaves_no_process(tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    command = [sys.executable, "-m", "benchmarks", "--only", "c-oneshot", "echo-64B-c50", "--rounds", "1"]
+    command += ["--seconds", "0.2", "--warm-up", "0.1", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "results.json").read_text())
+    figures = document["summary"]["echo-64B-c50"]
+    assert set(figures) == {"c-level", "c-oneshot"}  # the reference is always measured
+    assert figures["c-level"]["rate_ratio"] == [1.0, 1.0, 1.0]
+    assert figures["c-oneshot"]["messages_per_s"] > 0
+    assert "C epoll, oneshot" in done.stdout

@@ -1,0 +1,229 @@
+"""S5, S19, S20: addsocket and connect; the main socket may be one that does not listen."""
+
+import os
+import socket
+import threading
+
+import pytest
+from contract_helpers import as_function, echo, every_trigger, exchange, handler, ignore, round_trip
+from helpers import patient, recv_exact, scaled, wait_until
+
+from tstpool import TstSockType
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair()
+    ours.settimeout(patient(10))
+    with ours, theirs:
+        yield ours, theirs
+
+
+def start_client_pool(make_pool, style, on_message):
+    if style == "handler":
+        return make_pool(handler(on_message=on_message), listen=None, workers=2)
+    pool = make_pool(listen=None, start=False)
+    pool.create(2, "127.0.0.1", 0, as_function(on_message))
+    return pool
+
+
+@pytest.mark.parametrize("style", ["create", "handler"])
+def test_each_message_of_an_added_socket_goes_through_the_workers(make_pool, pair, style):
+    """S5: a connected socket.socket changes hands; its object is detached."""
+    pool = start_client_pool(make_pool, style, echo)
+    ours, theirs = pair
+    number = theirs.fileno()
+    sock = pool.addsocket(theirs)
+    assert theirs.fileno() == -1
+    assert sock.sd == number
+    assert sock.type is TstSockType.CLIENT
+    assert not os.get_blocking(number)
+    assert pool[number] is sock
+    assert round_trip(ours, b"hello") == b"hello"
+
+
+@every_trigger
+def test_a_socketpair_carries_a_megabyte(make_pool, pair, trigger):
+    """S5, S29: not TCP, but the same engine."""
+    pool = make_pool(handler(on_message=echo), listen=None, trigger=trigger)
+    ours, theirs = pair
+    pool.addsocket(theirs)
+    data = os.urandom(scaled(1 << 20))
+    assert exchange(ours, data) == data
+
+
+def test_a_bare_descriptor_may_be_added(make_pool, pair):
+    """SPEC: an int is taken over as it is."""
+    pool = make_pool(handler(on_message=echo), listen=None)
+    ours, theirs = pair
+    sock = pool.addsocket(theirs.detach(), type=TstSockType.USER1)
+    assert sock.type is TstSockType.USER1
+    assert round_trip(ours, b"hello") == b"hello"
+
+
+def test_bytes_that_waited_before_it_was_added_are_delivered(make_pool, pair):
+    """S5: also with a FIN behind them."""
+    ended = threading.Event()
+    got = []
+    pool = make_pool(
+        handler(on_message=lambda sock, data: got.append(data), on_disconnect=lambda sock, reason: ended.set()),
+        listen=None,
+    )
+    ours, theirs = pair
+    ours.sendall(b"early")
+    ours.shutdown(socket.SHUT_WR)
+    pool.addsocket(theirs)
+    assert ended.wait(10)
+    assert b"".join(got) == b"early"
+
+
+def test_on_connect_is_called_for_an_added_socket(make_pool, pair):
+    """S22: like for an accepted one, before its first message."""
+    order = []
+    pool = make_pool(
+        handler(on_connect=lambda sock: order.append("connect"), on_message=lambda sock, data: order.append(data)),
+        listen=None,
+    )
+    ours, theirs = pair
+    ours.sendall(b"early")
+    pool.addsocket(theirs)
+    wait_until(lambda: len(order) == 2)
+    assert order == ["connect", b"early"]
+
+
+def test_on_connect_type_handler_and_user_data_of_an_added_socket(make_pool, pair):
+    """S5, S20, S22, S38: user groups, a handler of its own, user_data that is there in on_connect."""
+    connects, calls = [], []
+    pool = make_pool(handler(on_message=lambda sock, data: calls.append("pool")), listen=None)
+    ours, theirs = pair
+    own = handler(on_connect=lambda sock: connects.append((sock.type, sock.user_data)), on_message=echo)
+    sock = pool.addsocket(theirs, TstSockType.USER3, own, "mine")
+    assert (sock.type, sock.handler, sock.user_data) == (TstSockType.USER3, own, "mine")
+    assert round_trip(ours, b"hello") == b"hello"
+    assert connects == [(TstSockType.USER3, "mine")]
+    assert calls == []
+
+
+def test_a_listening_socket_is_adopted_as_a_listener(make_pool, make_client):
+    """S19: type=LISTEN; it never reaches the handler, and what it accepts is of type SUB."""
+    seen = []
+
+    def note(sock, data):
+        seen.append(sock.type)
+        sock.send(data)
+
+    pool = make_pool(handler(on_message=note), listen=None)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    pool.addsocket(listener, type=TstSockType.LISTEN)
+    assert round_trip(make_client(address), b"hello") == b"hello"
+    assert seen == [TstSockType.SUB]
+    assert pool.stats().listeners == 1
+    assert [sock.type for sock in pool.sockets()] == [TstSockType.SUB]
+
+
+def test_connect_joins_two_pools(make_pool):
+    """S5: pool.connect has the pool do it; ten ping-pongs between two engines."""
+    done, count = threading.Event(), []
+
+    def bounce(sock, data):
+        count.append(data)
+        if len(count) == 10:
+            done.set()
+        else:
+            sock.send(data)
+
+    server = make_pool(handler(on_message=echo), workers=2)
+    client = make_pool(handler(on_message=bounce), listen=None, workers=2)
+    sock = client.connect(*server.addresses[0])
+    assert sock.type is TstSockType.CLIENT
+    assert sock.peer == server.addresses[0]
+    sock.send(b"ball")
+    assert done.wait(10)
+    assert count == [b"ball"] * 10
+    (other,) = server.sockets()
+    assert (other.peer, other.local) == (sock.local, sock.peer)
+
+
+def test_a_pool_connects_to_itself(make_pool):
+    """S5, S20: one pool holds both ends, told apart by type."""
+    got = threading.Event()
+
+    def answer(sock, data):
+        if sock.type is TstSockType.SUB:
+            sock.send(data)
+        elif data == b"hello":
+            got.set()
+
+    pool = make_pool(handler(on_message=answer), workers=1)
+    pool.connect(*pool.addresses[0], type=TstSockType.CLIENT).send(b"hello")
+    assert got.wait(10)
+
+
+def test_connect_failures_name_the_address(make_pool):
+    """Bad input: nobody listens there, or the name does not exist; no descriptor stays behind."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            pool.connect("127.0.0.1", port)
+    with pytest.raises(OSError):
+        pool.connect("no-such-host.invalid", 80)
+    with pytest.raises(OSError):
+        pool.connect("unix:/no/such/path", 0)
+    assert len(pool) == 0
+
+
+def test_connect_gives_up_after_its_timeout(make_pool):
+    """SPEC: a backlog that is full never answers; TimeoutError is an OSError."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        fillers = [socket.socket() for _ in range(3)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        with pytest.raises(TimeoutError):
+            pool.connect(*listener.getsockname(), timeout=0.2)
+        for filler in fillers:
+            filler.close()
+
+
+@pytest.mark.parametrize("wrong", ["text", None, 1.5, object()])
+def test_addsocket_of_something_else_is_a_type_error(make_pool, wrong):
+    """Bad input."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with pytest.raises(TypeError):
+        pool.addsocket(wrong)
+
+
+def test_addsocket_with_a_wrong_handler_leaves_the_socket_with_its_owner(make_pool, pair):
+    """Bad input: a failed call takes nothing away."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    ours, theirs = pair
+    with pytest.raises(TypeError):
+        pool.addsocket(theirs, handler=42)
+    theirs.sendall(b"still mine")
+    assert recv_exact(ours, 10) == b"still mine"
+
+
+def test_addsocket_of_a_closed_descriptor_is_an_oserror(make_pool):
+    """Bad input: EBADF, not a connection that is never heard of."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    number = os.open("/dev/null", os.O_RDONLY)
+    os.close(number)
+    with pytest.raises(OSError):
+        pool.addsocket(number)
+    assert len(pool) == 0
+
+
+def test_the_other_side_sees_the_end_of_an_added_socket(make_pool, pair):
+    """S5, S27: the pool owns the descriptor, closing it ends the conversation."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    ours, theirs = pair
+    sock = pool.addsocket(theirs)
+    assert pool.closesocket(sock) is True
+    assert ours.recv(1) == b""
+    wait_until(lambda: len(pool) == 0)

@@ -1,0 +1,177 @@
+"""S20, S25, S30, S35, S40, DESIGN 4: names, numbers, and what this kernel must have."""
+
+import errno
+import os
+import select
+import subprocess
+import sys
+
+import pytest
+from contract_helpers import ServerProcess, echo, every_style, every_trigger, faults, handler, ignore, serve
+from helpers import ROOT, wait_until
+
+import tstpool
+from tstpool import TstData, TstHandler, TstPool, TstSocket, TstSockType, TstStat
+
+
+@pytest.mark.parametrize("name", ["IN", "OUT", "PRI", "RDHUP", "ERR", "HUP", "ET", "ONESHOT"])
+def test_the_package_exports_the_kernels_constants(name):
+    """S25, S35: the same numbers as in the select module."""
+    ours, kernels = getattr(tstpool, "EPOLL" + name), getattr(select, "EPOLL" + name)
+    assert ours & 0xFFFFFFFF == kernels & 0xFFFFFFFF
+    assert ours > 0
+
+
+def test_tststat_has_the_originals_numbers():
+    """S40."""
+    expected = {"SUSPEND": 0, "RUN": 1, "SEND": 2, "RECONNECTED": 3, "DISCONNECT": 4, "EXIT": 9, "EXITED": 10}
+    assert {stat.name: stat.value for stat in TstStat} == expected
+    assert TstStat.SEND == 2
+
+
+def test_tstsocktype_has_the_originals_numbers():
+    """S20."""
+    names = ["SUB", "WEBSOCKET", "LISTEN", "CLIENT", "USER1", "USER2", "USER3"]
+    assert [(kind.name, kind.value) for kind in TstSockType] == [(name, i) for i, name in enumerate(names)]
+
+
+def test_every_name_of_the_design_is_exported():
+    """DESIGN 4: what users import."""
+    names = ["TstPool", "TstHandler", "TstSocket", "TstData", "TstStat", "TstSockType", "PoolStats", "WorkerStats"]
+    names += ["Raw", "serve", "TstError", "ConnectionClosed", "MessageTooLarge", "SendQueueFull", "__version__"]
+    assert [name for name in names if not hasattr(tstpool, name)] == []
+    for error in (tstpool.ConnectionClosed, tstpool.MessageTooLarge, tstpool.SendQueueFull):
+        assert issubclass(error, tstpool.TstError)
+
+
+@every_style
+@every_trigger
+def test_a_message_shows_epollin_and_a_write_epollout(make_pool, make_client, style, trigger):
+    """S25, S30: sock.events inside the handler."""
+    events = []
+    pool = serve(
+        make_pool,
+        style,
+        lambda sock, data: events.append(("message", sock.events)),
+        on_writable=lambda sock: events.append(("writable", sock.events)),
+        trigger=trigger,
+    )
+    client = make_client(pool)
+    client.sendall(b"x")
+    wait_until(lambda: events)
+    pool.need_send(pool.sockets()[0])
+    wait_until(lambda: len(events) == 2)
+    assert [name for name, _ in events] == ["message", "writable"]
+    assert events[0][1] & tstpool.EPOLLIN
+    assert not events[0][1] & tstpool.EPOLLOUT
+    assert events[1][1] & tstpool.EPOLLOUT
+
+
+@every_style
+def test_accepted_sockets_are_of_type_sub(make_pool, make_client, style):
+    """S19, S20: handlers see only real channels, never the listener."""
+    types = []
+    pool = serve(make_pool, style, ignore, on_connect=lambda sock: types.append(sock.type))
+    for _ in range(5):
+        make_client(pool)
+    wait_until(lambda: len(types) == 5)
+    assert set(types) == {TstSockType.SUB}
+    assert {sock.type for sock in pool.sockets()} == {TstSockType.SUB}
+
+
+@pytest.mark.parametrize("kind", [TstSocket, TstData])
+def test_internal_classes_refuse_construction(kind):
+    """SPEC: they come from the pool only."""
+    with pytest.raises(TypeError):
+        kind()
+    with pytest.raises(TypeError):
+        kind.__new__(kind)
+
+
+@pytest.mark.parametrize("call", ["accept4", "epoll_create1"])
+def test_a_kernel_that_lacks_a_call_is_told_at_start_up(call):
+    """S35: ENOSYS from it makes listen or start raise an error that names the call."""
+    code = (
+        "import tstpool\n"
+        "pool = tstpool.TstPool(lambda sock: None, workers=1)\n"
+        "try:\n"
+        "    pool.listen('127.0.0.1', 0)\n"
+        "    pool.start()\n"
+        "except (OSError, tstpool.TstError) as exc:\n"
+        "    print('refused:', exc)\n"
+        "else:\n"
+        "    pool.stop()\n"
+    )
+    env = {"FAIL_CALL": call, "FAIL_ERRNO": str(errno.ENOSYS), "FAIL_COUNT": "1000000"}
+    done = run_with_faults(code, env)
+    assert done.stdout.startswith("refused:"), done.stdout + done.stderr
+    assert call in done.stdout
+
+
+def run_with_faults(code, env):
+    preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), str(faults())]))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **env, "LD_PRELOAD": preload},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"handler": 42}, TypeError),
+        ({"handler": "text"}, TypeError),
+        ({"handler": TstHandler}, TypeError),
+        ({"framing": "lines"}, TypeError),
+        ({"trigger": "sometimes"}, ValueError),
+        ({"workers": 0}, ValueError),
+        ({"workers": -1}, ValueError),
+        ({"workers": "two"}, TypeError),
+        ({"max_recv_size": 0}, ValueError),
+        ({"max_recv_size": -1}, ValueError),
+        ({"max_send_size": 0}, ValueError),
+        ({"max_send_size": -4096}, ValueError),
+        ({"no_such_option": 1}, TypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_pool_are_refused(wrong, error):
+    """Bad input: at construction, before anything is opened."""
+    arguments = {"handler": handler(on_message=echo), **wrong}
+    with pytest.raises(error):
+        TstPool(arguments.pop("handler"), **arguments)
+
+
+def test_raw_framing_and_none_are_the_same(make_pool, make_client):
+    """DESIGN 4: the framings have an issue of their own; Raw is here."""
+    for framing in (None, tstpool.Raw()):
+        client = make_client(make_pool(handler(on_message=echo), framing=framing))
+        client.sendall(b"hello")
+        assert client.recv(5) == b"hello"
+
+
+COUNT_MODS = """
+import ctypes
+mods = ctypes.c_int.in_dll(ctypes.CDLL(None), "tst_mods")
+pool = TstPool(Echo(), workers=2, trigger=os.environ["TRIGGER"])
+print(pool.listen("127.0.0.1", 0)[1])
+pool.start()
+sys.stdin.read()
+print(mods.value)
+pool.stop()
+"""
+
+
+@pytest.mark.parametrize(("trigger", "least", "most"), [("level", 0, 10), ("edge", 0, 10), ("oneshot", 200, 220)])
+def test_each_trigger_rearms_as_often_as_it_must(make_client, trigger, least, most):
+    """S29, B04: oneshot is one EPOLL_CTL_MOD per event, level and edge need none for an echo."""
+    with ServerProcess(COUNT_MODS, env={"TRIGGER": trigger}, preload=faults()) as server:
+        client = make_client(server.addr)
+        for _ in range(200):
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+        assert least <= int(server.finish()) <= most

@@ -1,0 +1,146 @@
+"""What is shipped holds what its users need, says what it is, and refuses in one sentence where it cannot work."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import FREE_THREADED, ROOT, patient, run_python
+
+import tstpool
+import tstpool._core
+
+PUBLIC = {
+    *("TstPool", "TstHandler", "TstSocket", "TstData", "TstStat", "TstSockType", "PoolStats", "WorkerStats"),
+    *("Raw", "serve", "TstError", "ConnectionClosed", "MessageTooLarge", "SendQueueFull"),
+    *("EPOLLIN", "EPOLLOUT", "EPOLLPRI", "EPOLLRDHUP", "EPOLLERR", "EPOLLHUP", "EPOLLET", "EPOLLONESHOT"),
+}
+
+
+def test_version_is_the_one_of_the_metadata():
+    assert tstpool.__version__ == importlib.metadata.version("tstpool")
+
+
+def test_engine_has_no_runtime_dependency():
+    required = importlib.metadata.requires("tstpool") or []
+    assert [line for line in required if "extra ==" not in line] == []
+
+
+def test_only_public_names_in_dir():
+    shown = {name for name in dir(tstpool) if not name.startswith("_")}
+    assert shown == PUBLIC
+    assert set(tstpool.__all__) - {"__version__"} == PUBLIC
+
+
+def test_import_leaves_the_gil_as_it_was():
+    # In a fresh interpreter: the test runner's own plugins may have switched it on. -W error: CPython warns then.
+    code = "import sys, tstpool; print(getattr(sys, '_is_gil_enabled', lambda: True)())"
+    done = run_python("-W", "error", "-c", code)
+    assert done.stdout.strip() == str(not FREE_THREADED)
+
+
+def test_import_says_in_one_sentence_that_it_needs_linux():
+    done = run_python("-c", "import sys; sys.platform = 'win32'; import tstpool", check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert "Linux" in last and "win32" in last
+
+
+def test_import_of_an_unbuilt_tree_says_how_to_build_it(tmp_path):
+    shutil.copytree(ROOT / "tstpool", tmp_path / "tstpool", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = run_python("-S", "-c", "import tstpool", check=False, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert "pip install" in last or "make" in last
+
+
+def test_build_says_in_one_sentence_that_it_needs_linux():
+    code = "import sys; sys.platform = 'darwin'; exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    done = run_python("-c", code, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "tstpool builds only on Linux, because it is made of epoll and eventfd; this is darwin."
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(sdist, wheel): the sdist made of this tree, the wheel made of that sdist, as a user's pip would."""
+    work = tmp_path_factory.mktemp("packaging")
+    source = work / "tree"
+    made = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "build", "dist", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=made)
+    # What is in the files matters here and not how fast they are: -O0, and none of the flavours of setup.py.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TSTPOOL_")}
+    env["CFLAGS"] = env.get("CFLAGS", "") + " -O0"
+
+    def build(what, cwd):
+        code = f"import setuptools.build_meta as backend; backend.build_{what}({str(work)!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=patient(100)
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Deprecat" not in done.stderr, done.stderr
+
+    build("sdist", source)
+    (sdist,) = work.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    build("wheel", work / sdist.name.removesuffix(".tar.gz"))
+    (wheel,) = work.glob("*.whl")
+    return sdist, wheel
+
+
+def package_files(*patterns):
+    return {str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "tstpool").rglob(pattern)}
+
+
+def test_wheel_holds_the_package_its_types_and_the_cython_headers(built):
+    names = set(zipfile.ZipFile(built[1]).namelist())
+    extension = "tstpool/_core" + sysconfig.get_config_var("EXT_SUFFIX")
+    expected = {extension} | package_files("*.py", "*.pxd", "*.pyi", "py.typed")
+    assert {"tstpool/__init__.pxd", "tstpool/_core.pxd", "tstpool/py.typed"} <= expected
+    found = {name for name in names if ".dist-info/" not in name}
+    assert found == expected  # so: no tests, no .pyx, no C
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+
+
+def test_sdist_holds_what_it_takes_to_build_and_test(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {"pyproject.toml", "setup.py", "Makefile", "LICENSE", "README.md", "tests/helpers.py", ".ci/prepare"}
+    assert expected | package_files("*.py", "*.pyx", "*.pxd", "*.pyi", "py.typed") <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc")) or name in ("tstpool/_core.c",)]
+
+
+def test_wheel_works_where_no_source_is(built, tmp_path):
+    with zipfile.ZipFile(built[1]) as archive:
+        archive.extractall(tmp_path / "site")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import socket, tstpool
+assert tstpool.__file__.startswith(sys.argv[1]), tstpool.__file__
+class Echo(tstpool.TstHandler):
+    def on_message(self, sock, data):
+        sock.send(data)
+pool = tstpool.TstPool(Echo(), workers=1)
+address = pool.listen("127.0.0.1", 0)
+with pool, socket.create_connection(address, timeout=10) as client:
+    client.sendall(b"hello")
+    print(client.recv(5).decode())
+"""
+    done = run_python("-I", "-c", code, str(tmp_path / "site"), cwd=tmp_path)
+    assert done.stdout.strip() == "hello"
+
+
+def test_the_tree_under_test_is_this_one():
+    assert Path(tstpool._core.__file__).parent == ROOT / "tstpool"

@@ -1,0 +1,195 @@
+"""S7, S8, S10, B29, B54: sock.send."""
+
+import array
+import threading
+
+import pytest
+from contract_helpers import echo, every_style, every_trigger, handler, ignore, in_threads, round_trip, serve
+from helpers import recv_exact, scaled, wait_until
+
+from tstpool import TstStat
+
+
+@every_style
+@every_trigger
+def test_a_handler_sends_directly(make_pool, make_client, style, trigger):
+    """S10, S13: several sends in one call arrive in order; nothing has to be returned."""
+
+    def answer(sock, data):
+        for piece in (b"<", data, b">"):
+            count = sock.send(piece)
+            assert isinstance(count, int)
+            assert count >= 0
+
+    client = make_client(serve(make_pool, style, answer, trigger=trigger))
+    for _ in range(20):
+        client.sendall(b"hello")
+        assert recv_exact(client, 7) == b"<hello>"
+
+
+@every_style
+def test_a_handler_sends_through_its_buffer(make_pool, make_client, style):
+    """S10: setting send_data.req_len is enough; SUSPEND sends it without an EPOLLOUT call."""
+    writable = []
+
+    def answer(sock, data):
+        sock.send_data.s[: len(data)] = data.upper()
+        sock.send_data.req_pos = 0
+        sock.send_data.req_len = len(data)
+        return TstStat.SUSPEND
+
+    client = make_client(serve(make_pool, style, answer, on_writable=lambda sock: writable.append(sock)))
+    for text in (b"one", b"fourteen", b"two"):
+        client.sendall(text)
+        assert recv_exact(client, len(text)) == text.upper()
+    assert writable == []
+
+
+@every_style
+@every_trigger
+def test_another_thread_sends(make_pool, make_client, style, trigger):
+    """S7, S8: one call, no lock, while no handler runs."""
+    pool = serve(make_pool, style, ignore, trigger=trigger)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    for i in range(50):
+        sock.send(b"news %04d" % i)
+        assert recv_exact(client, 9) == b"news %04d" % i
+
+
+@every_style
+def test_eight_threads_send_to_one_connection(make_pool, make_client, style):
+    """S8, DESIGN 3: never interleaved inside one call, in order for each thread."""
+    pool = serve(make_pool, style, ignore, workers=2)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    rounds, length = scaled(300), 60
+
+    def speak(who):
+        for i in range(rounds):
+            sock.send(b"%d:%05d" % (who, i) + b"." * (length - 7))
+
+    received = []
+    in_threads(
+        *(lambda who=who: speak(who) for who in range(8)),
+        lambda: received.append(recv_exact(client, 8 * rounds * length)),
+    )
+    messages = [received[0][i : i + length] for i in range(0, len(received[0]), length)]
+    for who in range(8):
+        own = [message for message in messages if message.startswith(b"%d:" % who)]
+        assert own == [b"%d:%05d" % (who, i) + b"." * (length - 7) for i in range(rounds)]
+
+
+def test_a_thread_sends_while_the_handler_does(make_pool, make_client):
+    """B06: both get through, neither inside the other."""
+    rounds = scaled(500)
+
+    def answer(sock, data):
+        for _ in data:
+            sock.send(b"H" * 32)
+
+    pool = make_pool(handler(on_message=answer))
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+
+    def from_outside():
+        for _ in range(rounds):
+            sock.send(b"T" * 32)
+
+    def ask():
+        for _ in range(rounds):
+            client.send(b"?")
+
+    _, _, received = in_threads(from_outside, ask, lambda: recv_exact(client, 2 * rounds * 32))
+    pieces = [received[i : i + 32] for i in range(0, len(received), 32)]
+    assert pieces.count(b"H" * 32) == pieces.count(b"T" * 32) == rounds
+
+
+@pytest.mark.parametrize(
+    ("data", "sent"),
+    [
+        (b"bytes", b"bytes"),
+        (bytearray(b"bytearray"), b"bytearray"),
+        (memoryview(b"a memoryview")[2:], b"memoryview"),
+        (memoryview(b"a-b-c-d-")[::2], b"abcd"),
+        (memoryview(b"abcd")[::-1], b"dcba"),
+        (array.array("H", [0x4142, 0x4344]), array.array("H", [0x4142, 0x4344]).tobytes()),
+        (memoryview(bytes(range(24))).cast("B", (4, 6)), bytes(range(24))),
+        (b"", b""),
+    ],
+    ids=["bytes", "bytearray", "slice", "strided", "reversed", "array", "2d", "empty"],
+)
+def test_any_buffer_may_be_sent(make_pool, make_client, data, sent):
+    """B29: what is not contiguous is copied first."""
+    pool = make_pool(handler(on_message=ignore))
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    assert isinstance(sock.send(data), int)
+    sock.send(b"|")
+    assert recv_exact(client, len(sent) + 1) == sent + b"|"
+
+
+@pytest.mark.parametrize("wrong", ["text", 5, None, ["list"], object()], ids=["str", "int", "None", "list", "object"])
+def test_something_that_is_no_buffer_is_a_type_error(make_pool, make_client, wrong):
+    """Bad input: and the connection goes on."""
+    pool = make_pool(handler(on_message=echo))
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    with pytest.raises(TypeError):
+        sock.send(wrong)
+    assert round_trip(client, b"hello") == b"hello"
+
+
+def test_a_bytearray_may_be_changed_after_send(make_pool, make_client):
+    """B54: what was there at the call is sent, whatever the sender does to its buffer afterwards."""
+    pool = make_pool(handler(on_message=ignore))
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    size = 4 << 20
+    data = bytearray(b"a" * size)
+    sock.send(data)
+    data[:] = b"b" * size
+    data.clear()  # no export is left on it
+    assert recv_exact(client, size) == b"a" * size
+
+
+@every_style
+def test_one_handler_sends_to_every_other_connection(make_pool, make_client, style):
+    """S7, S8: a chat room, without a lock."""
+
+    def tell_all(sock, data):
+        for other in pool.sockets():
+            if other is not sock:
+                other.send(data)
+
+    pool = serve(make_pool, style, tell_all, workers=4)
+    clients = [make_client(pool) for _ in range(10)]
+    wait_until(lambda: len(pool) == 10)
+    for i, client in enumerate(clients):
+        client.sendall(b"%d says hello" % i)
+        for other in clients:
+            if other is not client:
+                assert recv_exact(other, 12) == b"%d says hello" % i
+
+
+def test_two_handlers_send_to_each_other_at_once(make_pool, make_client):
+    """S8, defect 6: crossed sends of owned sockets neither block nor get lost."""
+    rounds = scaled(500)
+    pair = {}
+
+    def cross(sock, data):
+        pair[sock.id].send(data)
+
+    pool = make_pool(handler(on_message=cross), workers=4)
+    one, two = make_client(pool), make_client(pool)
+    first, second = wait_until(lambda: len(pool) == 2 and pool.sockets())
+    pair.update({first.id: second, second.id: first})
+    barrier = threading.Barrier(2)
+
+    def talk(client):
+        for _ in range(rounds):
+            barrier.wait(10)
+            client.sendall(b"0123456789")
+            assert recv_exact(client, 10) == b"0123456789"
+
+    in_threads(lambda: talk(one), lambda: talk(two))

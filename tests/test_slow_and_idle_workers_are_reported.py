@@ -1,0 +1,196 @@
+"""S24, S36, S37: on_slow, setEventMostElapsed, on_idle, stats()."""
+
+import dataclasses
+import logging
+import threading
+import time
+
+import pytest
+from contract_helpers import as_function, echo, every_style, handler, round_trip, serve
+from helpers import wait_until
+
+from tstpool import PoolStats, WorkerStats
+
+
+def slow_echo(sock, data):
+    """The length of the message is the length of the job, in milliseconds."""
+    time.sleep(len(data) / 1000)
+    sock.send(data)
+
+
+@pytest.mark.parametrize("arguments", [1, 2])
+def test_most_elapsed_is_called_for_each_new_record_of_a_worker(make_pool, make_client, arguments):
+    """S24: f(sock) or f(sock, seconds); a job that is no record calls nobody."""
+    records, jobs = [], []
+
+    def one(sock):
+        records.append(None)
+
+    def two(sock, seconds):
+        records.append(seconds)
+
+    def job(sock, data):
+        slow_echo(sock, data)
+        jobs.append(len(records))
+
+    pool = make_pool(as_function(job), start=False, workers=1)
+    pool.setEventMostElapsed(one if arguments == 1 else two)
+    pool.start()
+    client = make_client(pool)
+    for milliseconds in (20, 60, 1, 100):
+        round_trip(client, b"x" * milliseconds)
+    wait_until(lambda: len(records) >= 3)
+    round_trip(client, b"x")
+    assert len(records) >= 3
+    assert jobs[-1] == jobs[-2] + 1  # the hundred was a record, and nothing has been since
+    if arguments == 2:
+        assert records == sorted(records)
+        assert 0.09 < records[-1] < 10
+
+
+def test_on_slow_is_called_for_each_job_over_the_limit(make_pool, make_client):
+    """S24: with the seconds; quick jobs don't count."""
+    slow = []
+    pool = make_pool(
+        handler(on_message=slow_echo, on_slow=lambda sock, seconds: slow.append((sock.peer, seconds))),
+        slow_handler=0.04,
+    )
+    client = make_client(pool)
+    for milliseconds in (1, 60, 1, 60, 1):
+        round_trip(client, b"x" * milliseconds)
+    wait_until(lambda: len(slow) >= 2)
+    assert len(slow) == 2
+    assert all(peer == client.getsockname() and 0.04 <= seconds < 10 for peer, seconds in slow)
+
+
+def test_a_slow_job_is_logged_by_default(make_pool, make_client, caplog):
+    """S24: a warning to the logger "tstpool"."""
+    caplog.set_level(logging.WARNING, "tstpool")
+    client = make_client(make_pool(handler(on_message=slow_echo), slow_handler=0.01))
+    round_trip(client, b"x" * 50)
+    wait_until(lambda: caplog.records)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("tstpool", logging.WARNING)
+
+
+@every_style
+def test_an_idle_worker_says_so(make_pool, style):
+    """S37: again and again, each idle_time, with the worker's number."""
+    numbers = []
+    if style == "create":
+        pool = make_pool(listen=None, start=False, idle_time=0.05)
+        pool.setEventIdle(numbers.append)
+        pool.create(2, "127.0.0.1", 0, as_function(echo))
+    else:
+        pool = make_pool(handler(on_message=echo, on_idle=numbers.append), workers=2, idle_time=0.05)
+    begin = time.monotonic()
+    wait_until(lambda: len(numbers) >= 4)
+    assert time.monotonic() - begin < 3
+    assert set(numbers) <= {0, 1}
+    assert sum(worker.idle_count for worker in pool.stats().workers) >= 4
+
+
+def test_an_idle_hook_that_raises_harms_nobody(make_pool, make_client, caplog):
+    """B52: it is logged, the worker lives."""
+    calls = []
+
+    def fail(worker_no):
+        calls.append(worker_no)
+        raise ZeroDivisionError
+
+    pool = make_pool(handler(on_message=echo, on_idle=fail), workers=1, idle_time=0.02)
+    wait_until(lambda: len(calls) >= 3)
+    assert round_trip(make_client(pool), b"hello") == b"hello"
+    assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
+
+
+def test_a_busy_worker_is_not_idle(make_pool, make_client):
+    """S37: the time counts from the last job."""
+    calls = []
+    client = make_client(make_pool(handler(on_message=echo, on_idle=calls.append), workers=1, idle_time=0.5))
+    begin = time.monotonic()
+    while time.monotonic() - begin < 0.8:
+        round_trip(client, b"x")
+    assert len(calls) <= 1
+
+
+@every_style
+def test_stats_of_the_workers(make_pool, make_client, style):
+    """S36: the original's names, per worker."""
+    pool = serve(make_pool, style, slow_echo, workers=3, slow_handler=10)
+    client = make_client(pool)
+    begin = time.monotonic()
+    for _ in range(5):
+        round_trip(client, b"x" * 10)
+    wait_until(lambda: sum(worker.exec_count for worker in pool.stats().workers) >= 5)
+    workers = pool.stats().workers
+    assert [worker.thread_no for worker in workers] == [0, 1, 2]
+    assert all(isinstance(worker, WorkerStats) for worker in workers)
+    assert sum(worker.sum_time for worker in workers) >= 0.05
+    for worker in workers:
+        if worker.exec_count == 0:
+            assert (worker.sum_time, worker.most_elapsed, worker.average) == (0, 0, 0)
+            continue
+        assert worker.average == pytest.approx(worker.sum_time / worker.exec_count)
+        assert worker.average <= worker.most_elapsed <= worker.sum_time + 1e-9
+        assert worker.begin_time <= worker.end_time <= time.monotonic()
+    assert max(worker.end_time for worker in workers) >= begin
+    assert max(worker.most_elapsed for worker in workers) >= 0.01
+
+
+@every_style
+def test_stats_of_the_pool(make_pool, make_client, style):
+    """Issue 2, S36: what the status line shows."""
+    pool = serve(make_pool, style, echo)
+    first, second = make_client(pool), make_client(pool)
+    for _ in range(10):
+        round_trip(first, b"0123456789")
+    round_trip(second, b"x")
+    second.close()
+    wait_until(lambda: pool.stats().closed == 1)
+    wait_until(lambda: pool.stats().bytes_out == 101)
+    stats = pool.stats()
+    assert isinstance(stats, PoolStats)
+    assert (stats.connections, stats.accepted, stats.closed, stats.listeners) == (1, 2, 1, 1)
+    assert (stats.messages, stats.bytes_in, stats.bytes_out) == (11, 101, 101)
+    assert (stats.spins, stats.accept_errors) == (0, 0)
+    assert stats.stale_events >= 0
+    assert isinstance(stats.workers, tuple)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.messages = 0
+
+
+def test_stats_may_be_asked_before_start_and_after_stop(make_pool, make_client):
+    """S36: a pool that does not run has numbers, too."""
+    pool = make_pool(handler(on_message=echo), start=False, workers=2)
+    assert pool.stats().messages == 0
+    pool.start()
+    round_trip(make_client(pool), b"x")
+    pool.stop()
+    assert pool.stats().connections == 0
+
+
+def test_stats_from_many_threads_under_load(make_pool, make_client):
+    """S36: asking disturbs nobody, and counts never go back."""
+    pool = make_pool(handler(on_message=echo), workers=4)
+    client, over, wrong = make_client(pool), threading.Event(), []
+
+    def ask():
+        last = 0
+        while not over.is_set():
+            now = pool.stats().messages
+            if now < last:
+                wrong.append((last, now))
+            last = now
+
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(300):
+            round_trip(client, b"x")
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join(10)
+    assert wrong == []

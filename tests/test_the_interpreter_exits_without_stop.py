@@ -1,0 +1,192 @@
+"""B46, B47, B49, issue 2: exits, signals, and serve."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from contract_helpers import ServerProcess, round_trip
+from helpers import ROOT, connect, patient, run_python
+
+import tstpool
+
+START = """
+import os, signal, socket, sys, threading, time
+import tstpool
+
+class Echo(tstpool.TstHandler):
+    def on_message(self, sock, data):
+        sock.send(data)
+
+pool = tstpool.TstPool(Echo(), workers=4)
+address = pool.listen("127.0.0.1", 0)
+pool.start()
+client = socket.create_connection(address, 10)
+client.sendall(b"hello")
+assert client.recv(5) == b"hello"
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit('a message')", 1),
+        ("raise ZeroDivisionError", 1),
+        ("os._exit(4)", 4),
+        ("del pool", 0),
+        ("pool.stop(); del pool, client", 0),
+        ("import atexit; atexit.register(pool.stop)", 0),
+        ("import atexit; atexit.register(lambda: pool.broadcast(b'bye'))", 0),
+        ("threading.Thread(target=lambda: time.sleep(0.1)).start()", 0),
+        ("threading.Thread(target=pool.serve_forever, daemon=True).start()", 0),
+        ("sys.mypool = pool; sys.mysocks = pool.sockets()", 0),
+        ("class Bye:\n    def __del__(self):\n        pool.stats(); pool.stop()\nsys.bye = Bye()", 0),
+        ("pool.sockets()[0].user_data = pool; pool.sockets()[0].handler = Echo()", 0),
+        ("raise KeyboardInterrupt", -signal.SIGINT),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_exit_codes_are_as_expected_and_it_does_not_hang(end, code):
+    """B46: a pool that still runs, with an open connection, when the main thread is done."""
+    begin = time.monotonic()
+    done = run_python("-c", START + end, timeout=20, check=False)
+    assert done.returncode == code, done.stderr
+    assert time.monotonic() - begin < patient(5)
+    assert "Fatal" not in done.stderr
+    assert code or done.stderr == ""
+
+
+def test_a_handler_that_is_still_running_at_exit_is_waited_for_and_then_left():
+    """B46: workers are joined with the GIL released: a handler that needs a moment ends in peace."""
+    code = (
+        START.replace("sock.send(data)", "sock.send(data); entered.set(); time.sleep(0.3); print('ended')")
+        + "entered.wait(10)"
+    )
+    done = run_python("-c", code.replace("pool = ", "entered = threading.Event()\npool = ", 1), timeout=20)
+    assert done.stdout == "ended\n"
+
+
+def test_sys_exit_in_a_handler_ends_neither_the_worker_nor_the_process():
+    """B46, B51."""
+    code = START.replace("sock.send(data)", "sock.send(data)\n        if data == b'exit': sys.exit(5)") + (
+        "client.sendall(b'exit')\n"
+        "assert client.recv(5) == b'exit'\n"
+        "assert client.recv(1) == b''\n"
+        "again = socket.create_connection(address, 10)\n"
+        "again.sendall(b'hello')\n"
+        "assert again.recv(5) == b'hello'\n"
+        "assert pool.stop() is True\n"
+    )
+    run_python("-c", code, timeout=20)
+
+
+SERVE_FOREVER = """
+pool = TstPool(Echo(), workers=2)
+print(pool.listen("127.0.0.1", 0)[1])
+try:
+    pool.serve_forever()
+except KeyboardInterrupt:
+    print("interrupted", pool.running)
+"""
+
+
+def test_ctrl_c_in_serve_forever_drains_stops_and_is_raised_again():
+    """B49, issue 2: KeyboardInterrupt, after the pool has stopped; within 250 ms when there is nothing to drain."""
+    with ServerProcess(SERVE_FOREVER) as server, connect(server.addr) as client:
+        round_trip(client, b"hello")
+        begin = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert client.recv(1) == b""
+        assert time.monotonic() - begin < patient(0.5)
+        assert server.finish() == "interrupted False\n"
+
+
+def test_ctrl_c_that_nobody_catches_ends_the_process_as_usual():
+    """B49: exit by SIGINT, with Python's traceback and nothing worse."""
+    with ServerProcess(SERVE_FOREVER.split("try:")[0] + "pool.serve_forever()\n") as server:
+        with connect(server.addr) as client:
+            round_trip(client, b"hello")
+        server.process.send_signal(signal.SIGINT)
+        _out, err = server.process.communicate(timeout=patient(5))
+        assert server.process.returncode == -signal.SIGINT
+        assert err.rstrip().endswith("KeyboardInterrupt")
+
+
+SERVE = """
+probe = socket.create_server(("127.0.0.1", 0))
+port = probe.getsockname()[1]
+probe.close()
+class Handler(Echo):
+    def on_message(self, sock, data):
+        if data == b"slow":
+            time.sleep(0.3)
+        sock.send(data)
+threading.Timer(0.0, lambda: (wait(), print(port))).start()
+def wait():
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), 10).close()
+        except ConnectionRefusedError:
+            time.sleep(0.001)
+tstpool.serve(Handler(), host="127.0.0.1", port=port, workers=2)
+print("returned", threading.active_count())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_returns_after_a_signal(number):
+    """DESIGN 4, B49: SIGINT and SIGTERM drain and stop; what a handler was about to answer is still sent."""
+    with ServerProcess(SERVE) as server, connect(server.addr) as client:
+        round_trip(client, b"hello")
+        client.sendall(b"slow")
+        time.sleep(0.05)  # either way it must be answered: before the handler starts, or while it runs
+        begin = time.monotonic()
+        server.process.send_signal(number)
+        assert client.recv(10) == b"slow"
+        assert client.recv(1) == b""
+        assert server.finish() == "returned 1\n"
+        assert time.monotonic() - begin < patient(5)
+
+
+def test_serve_gives_the_old_signal_handlers_back():
+    """DESIGN 4: Ctrl-C is Python's own again afterwards."""
+    code = SERVE + (
+        "import signal\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+    )
+    with ServerProcess(code) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.finish() == "returned 1\n"
+
+
+def test_serve_on_a_port_in_use_raises(make_pool):
+    """Bad input: OSError with the address, at once."""
+    pool = make_pool(lambda sock: None)
+    host, port = pool.addresses[0]
+    with pytest.raises(OSError, match=f"{host}.*{port}"):
+        tstpool.serve(lambda sock: None, host=host, port=port)
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_exit_under_load(rounds):
+    """B46: while a client floods it."""
+    code = START + (
+        "def flood():\n"
+        "    try:\n"
+        "        while True:\n"
+        "            client.sendall(b'x' * 1000)\n"
+        "            client.recv(1000)\n"
+        "    except OSError:\n"
+        "        pass\n"
+        "threading.Thread(target=flood, daemon=True).start()\n"
+        "time.sleep(0.02)\n"
+    )
+    for _ in range(rounds):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, timeout=patient(10), capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")

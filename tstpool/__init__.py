@@ -1,0 +1,73 @@
+"""tstpool: a compiled TCP engine for Python on Linux. Event-loop speed, and handlers that may block.
+
+See `TstPool` for a start; README.md and ARCHITECTURE.md for the rest.
+"""
+
+import sys
+
+if not sys.platform.startswith("linux"):
+    raise ImportError(f"tstpool runs on Linux only: its engine is built on epoll, which {sys.platform} does not have")
+
+try:
+    from tstpool._core import (
+        EPOLLERR,
+        EPOLLET,
+        EPOLLHUP,
+        EPOLLIN,
+        EPOLLONESHOT,
+        EPOLLOUT,
+        EPOLLPRI,
+        EPOLLRDHUP,
+        Raw,
+        TstData,
+        TstHandler,
+        TstPool,
+        TstSocket,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "tstpool._core":
+        raise
+    raise ImportError(
+        "tstpool's compiled part is missing for this interpreter: install the package with "
+        "'pip install .' from its source folder, or build it in place with 'make build'"
+    ) from error
+
+from tstpool._serve import serve
+from tstpool._types import (
+    ConnectionClosed,
+    MessageTooLarge,
+    PoolStats,
+    SendQueueFull,
+    TstError,
+    TstSockType,
+    TstStat,
+    WorkerStats,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EPOLLERR",
+    "EPOLLET",
+    "EPOLLHUP",
+    "EPOLLIN",
+    "EPOLLONESHOT",
+    "EPOLLOUT",
+    "EPOLLPRI",
+    "EPOLLRDHUP",
+    "ConnectionClosed",
+    "MessageTooLarge",
+    "PoolStats",
+    "Raw",
+    "SendQueueFull",
+    "TstData",
+    "TstError",
+    "TstHandler",
+    "TstPool",
+    "TstSockType",
+    "TstSocket",
+    "TstStat",
+    "WorkerStats",
+    "__version__",
+    "serve",
+]

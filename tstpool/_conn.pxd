@@ -1,0 +1,328 @@
+# cython: language_level=3
+"""A connection, the table of connections, and who may touch what.
+
+**The table** is keyed by descriptor: slot = descriptor number. The kernel already guarantees that a number belongs to
+one open file at a time and hands out the lowest free one, so it is our allocator, and the table stays dense. Slots come
+in chunks that are never moved or freed while the pool lives: a stale pointer is always safe to read, and the generation
+in the state word says whether it is stale. A slot is free *before* its descriptor is closed, because the moment after
+close() another thread may be given the same number.
+
+**The id** of a connection is generation << 32 | slot. It is what epoll hands back with each event; it never repeats
+within 2^32 uses of one slot.
+
+**The state word** is one atomic 64-bit number, generation << 32 | flags, so that no compare-and-swap can succeed on a
+connection of another generation:
+
+                        accept, addsocket
+              FREE ------------------------> OPEN
+        generation+1                           |
+               ^                               | connection_acquire: one CAS, IDLE -> OWNED
+               |                               v
+               |        connection_release   OWNED ----------------------+
+               |      +------------------  (a worker is in its handlers) |  connection_retire
+               |      v                        ^                         |  (on_disconnect has run)
+               |     IDLE ---------------------+                         v
+               +------------------------------------------------------ OWNED, retired
+                 the last of {owner, flusher, request queue} to let go frees the slot and closes the descriptor
+
+    PAUSED      the user wants no input for now
+    QUEUED      the connection is in its shard's stack of requests
+    DETACHED    its owner is stuck in a handler and has lost its shard: output can't wait for it
+    PEND_*      what to do with it as soon as somebody can own it: CONNECT, IN, OUT, CLOSE, ARM
+    HANGUP      edge-triggered: the kernel has said that the input ends, and will not say it again
+    DEAD        retired while QUEUED: whoever takes it from the stack frees it
+
+**Who may touch what.** Each field says which of three rules holds for it: `atomic`; `locked` (only with
+connection.lock held); `owner` (only by the worker that set OWNED; the compare-and-swap orders one owner's writes before
+the next owner's reads).
+"""
+from cpython.object cimport PyObject
+from libc.errno cimport EBUSY, ECONNRESET, EMFILE, ENOMEM, ENOTCONN
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from tstpool._data cimport tst_data, tst_input
+from tstpool._libc cimport (
+    ACQ_REL, ACQUIRE, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
+    load_pointer, store64, tst_bug)
+from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._queue cimport queue_append, queue_size, tst_queue
+
+cdef enum:
+    STATE_OPEN = 0x1
+    STATE_OWNED = 0x2
+    STATE_PAUSED = 0x4
+    STATE_QUEUED = 0x8
+    STATE_DETACHED = 0x10
+    STATE_DEAD = 0x20
+    STATE_HANGUP = 0x40
+    PEND_CONNECT = 0x100
+    PEND_IN = 0x200
+    PEND_OUT = 0x400
+    PEND_CLOSE = 0x800
+    PEND_ARM = 0x1000
+    PEND_ANY = 0x1f00
+
+cdef enum:
+    TABLE_CHUNK = 256          # connections in one chunk
+    TABLE_CHUNKS = 8192        # 2,097,152 descriptors: twice the usual fs.nr_open
+
+
+# Room for an IPv6 address; an AF_UNIX peer of a server has no name.
+cdef struct tst_address:
+    uint16_t family
+    uint8_t bytes[26]
+
+
+cdef struct tst_connection:
+    uint64_t state             # atomic
+    uint32_t lock              # atomic
+    int fd                     # fixed while OPEN; equals the slot. From here on all is zeroed for a new connection
+    int epoll_fd               # fixed while OPEN
+    tst_connection *next_request   # owned by the stack of requests, while QUEUED
+    void *shard                # borrowed; fixed while OPEN
+    uint8_t type               # TstSockType; fixed while OPEN
+    uint8_t trigger            # TRIGGER_*; fixed while OPEN
+
+    uint8_t registered         # locked: epoll knows the descriptor
+    uint8_t flushing           # locked: a worker is sending, with the lock released
+    uint8_t want_out           # locked: the kernel took less than all; EPOLLOUT carries on
+    uint8_t want_room          # locked: need_send waits for EPOLLOUT
+    uint8_t out_closed         # locked: no more output is accepted
+    uint8_t out_drop           # locked: the flusher is to forget what is left
+    uint8_t retired            # locked: the owner has let go for ever
+    uint32_t out_error         # atomic, written locked: errno of the send that failed
+    uint32_t armed             # locked: the event mask that the kernel holds
+    tst_queue out              # locked
+
+    uint8_t connected          # owner: on_connect accepted it; on_disconnect is due
+    uint8_t end_of_input       # owner: the peer has finished or the connection broke
+    uint8_t closing            # owner: only output remains to be sent
+    uint8_t hold_input         # owner: a SEND is under way; input waits until it is done (S12)
+    uint8_t call_writable      # owner: call the handler with EPOLLOUT when send_mark is reached
+    uint8_t ask_writable       # owner: need_send is waiting for room in the kernel's buffer
+    uint8_t readable           # owner: the kernel may hold more than was read
+    uint8_t message_ready      # owner: a whole message waits for the handler
+    uint8_t has_read           # owner: the handler took some input with read() in this call
+    int reason                 # owner: errno that ended it, 0 for a clean end
+    int thread_no              # owner: the worker that ran it last
+    uint32_t events            # owner: epoll bits shown to the handler
+    uint64_t send_mark         # owner: value of out.sent at which the running SEND is done
+    tst_input input            # owner
+    tst_data *recv             # borrowed from the TstSocket; atomic pointer, NULL until the handler asks for it
+    tst_data *send             # the same
+    PyObject *sock             # owned reference to the TstSocket, while OPEN; locked
+
+    tst_connection *drain_next     # the shard's list of closing connections, guarded by its mutex
+    tst_connection *drain_previous
+    uint64_t drain_until           # monotonic nanoseconds; 0: not in the list
+    uint64_t drain_sent            # out.sent when it was entered, to see progress
+    tst_address peer           # fixed while OPEN
+
+
+cdef struct tst_table:
+    void *chunks[TABLE_CHUNKS]     # owned, atomic: NULL or tst_connection[TABLE_CHUNK]
+
+
+# ----------------------------------------------------------------------------------------------- the table
+
+cdef inline uint32_t generation_of(uint64_t word) noexcept nogil:
+    return <uint32_t>(word >> 32)
+
+
+cdef inline uint64_t slot_of(uint64_t id) noexcept nogil:
+    return <uint32_t>id
+
+
+cdef inline uint64_t connection_id(tst_connection *connection) noexcept nogil:
+    return <uint64_t>generation_of(load64(&connection.state, ACQUIRE)) << 32 | <uint32_t>connection.fd
+
+
+cdef inline tst_connection *table_slot(tst_table *table, uint64_t slot) noexcept nogil:
+    """The slot's connection, open or not; NULL when no connection was ever near it."""
+    cdef void *chunk
+    if slot >= <uint64_t>TABLE_CHUNK * TABLE_CHUNKS:
+        return NULL
+    chunk = load_pointer(&table.chunks[slot // TABLE_CHUNK], ACQUIRE)
+    if chunk == NULL:
+        return NULL
+    return <tst_connection *>chunk + slot % TABLE_CHUNK
+
+
+cdef inline tst_connection *table_make(tst_table *table, uint64_t slot) noexcept nogil:
+    """The same, making its chunk when needed. NULL: no memory, or a descriptor beyond the table."""
+    cdef void *chunk
+    cdef void *none = NULL
+    if slot >= <uint64_t>TABLE_CHUNK * TABLE_CHUNKS:
+        return NULL
+    if load_pointer(&table.chunks[slot // TABLE_CHUNK], ACQUIRE) == NULL:
+        chunk = calloc(TABLE_CHUNK, sizeof(tst_connection))
+        if chunk == NULL:
+            return NULL
+        if not compare_exchange_pointer(&table.chunks[slot // TABLE_CHUNK], &none, chunk, False, ACQ_REL, ACQUIRE):
+            free(chunk)        # another thread was faster
+    return table_slot(table, slot)
+
+
+cdef inline tst_connection *table_find(tst_table *table, uint64_t id) noexcept nogil:
+    """The open connection of that id; for a bare descriptor (no generation), the one that has it now. NULL: none."""
+    cdef uint64_t word
+    cdef tst_connection *connection = table_slot(table, slot_of(id))
+    if connection == NULL:
+        return NULL
+    word = load64(&connection.state, ACQUIRE)
+    if not word & STATE_OPEN or (generation_of(id) and generation_of(id) != generation_of(word)):
+        return NULL
+    return connection
+
+
+cdef inline tst_connection *table_open(tst_table *table, int fd, uint64_t flags, uint64_t *id) noexcept nogil:
+    """Gives the slot of a new descriptor to a new connection. NULL: no memory, or somebody closed our descriptor behind
+    our back and the kernel has handed its number out again."""
+    cdef uint64_t word
+    cdef uint64_t generation
+    cdef tst_connection *connection = table_make(table, <uint64_t>fd)
+    if connection == NULL:
+        return NULL
+    word = load64(&connection.state, ACQUIRE)
+    if <uint32_t>word:
+        return NULL
+    generation = generation_of(word)
+    if generation == 0:
+        generation = 1         # an id without a generation means a bare descriptor
+    spin_lock(&connection.lock)        # a thread with a stale id may be looking at the slot right now
+    memset(&connection.fd, 0, sizeof(tst_connection) - <size_t>(<char *>&connection.fd - <char *>connection))
+    connection.fd = fd
+    connection.thread_no = -1
+    id[0] = generation << 32 | <uint64_t>fd
+    store64(&connection.state, generation << 32 | STATE_OPEN | flags, RELEASE)
+    spin_unlock(&connection.lock)
+    return connection
+
+
+cdef inline tst_connection *table_chunk(tst_table *table, int number) noexcept nogil:
+    """TABLE_CHUNK slots, or NULL when none of them was ever used: for a walk over all connections."""
+    return <tst_connection *>load_pointer(&table.chunks[number], ACQUIRE)
+
+
+# --------------------------------------------------------------------------------------------- transitions
+
+cdef enum:
+    ACQUIRED = 1
+    BUSY = 0
+    GONE = -1
+
+
+cdef inline int connection_acquire(tst_connection *connection, uint32_t generation, uint64_t *pending) noexcept nogil:
+    """IDLE -> OWNED. Takes over the PEND_ bits: the caller is to serve them. BUSY: another worker owns it."""
+    cdef uint64_t word = load64(&connection.state, ACQUIRE)
+    cdef uint64_t owned
+    while True:
+        if generation_of(word) != generation or not word & STATE_OPEN:
+            return GONE
+        if word & STATE_OWNED:
+            return BUSY
+        owned = (word | STATE_OWNED) & ~<uint64_t>(PEND_ANY | STATE_DETACHED)
+        if compare_exchange64(&connection.state, &word, owned, True, ACQ_REL, ACQUIRE):
+            pending[0] = word & PEND_ANY
+            return ACQUIRED
+
+
+cdef inline bint connection_release(tst_connection *connection, uint64_t pending) noexcept nogil:
+    """OWNED -> IDLE, leaving `pending` behind with what others have left. True: the caller must push it as a request."""
+    cdef uint64_t word = load64(&connection.state, RELAXED)
+    cdef uint64_t idle
+    cdef bint push
+    if TST_DEBUG and not word & STATE_OWNED:
+        tst_bug("release of a connection that nobody owns")
+    while True:
+        idle = (word | pending) & ~<uint64_t>(STATE_OWNED | STATE_DETACHED)
+        push = idle & PEND_ANY and not idle & STATE_QUEUED
+        if push:
+            idle |= STATE_QUEUED
+        if compare_exchange64(&connection.state, &word, idle, True, SEQ_CST, RELAXED):
+            return push
+
+
+cdef inline int connection_ask(tst_connection *connection, uint32_t generation, uint64_t pending) noexcept nogil:
+    """Leaves a request, from any thread; `pending` 0 asks only for a flush.
+
+    1: the caller must push it on the shard's stack. 0: whoever has the connection now will see it. GONE.
+    An owner that is not DETACHED flushes and looks at the pending bits when it releases.
+    """
+    cdef uint64_t word = load64(&connection.state, SEQ_CST)
+    cdef uint64_t asked
+    cdef bint push
+    while True:
+        if generation_of(word) != generation or not word & STATE_OPEN:
+            return GONE
+        push = not word & STATE_QUEUED and (not word & STATE_OWNED or word & STATE_DETACHED)
+        asked = word | pending | (STATE_QUEUED if push else 0)
+        if asked == word or compare_exchange64(&connection.state, &word, asked, True, SEQ_CST, SEQ_CST):
+            return push
+
+
+cdef inline bint connection_mark(tst_connection *connection, uint64_t flag, bint on, uint64_t needed,
+                                 uint32_t generation) noexcept nogil:
+    """Sets or clears a flag, provided the `needed` flags of that generation are set. False: they are not."""
+    cdef uint64_t word = load64(&connection.state, ACQUIRE)
+    while True:
+        if generation_of(word) != generation or (word & needed) != needed:
+            return False
+        if compare_exchange64(&connection.state, &word, word | flag if on else word & ~flag, True, SEQ_CST, ACQUIRE):
+            return True
+
+
+cdef inline bint connection_is(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """The slot still holds the connection of that generation. Sure only while the lock or the ownership is held."""
+    cdef uint64_t word = load64(&connection.state, ACQUIRE)
+    return generation_of(word) == generation and word & STATE_OPEN
+
+
+# -------------------------------------------------------------------------------------------------- output
+
+cdef inline ssize_t connection_append(tst_connection *connection, uint32_t generation, const char *bytes, size_t size,
+                                      bint *flush) noexcept nogil:
+    """Queues output, from any thread. Returns the bytes that wait now, -ENOTCONN when it is closed, or -ENOMEM.
+
+    `flush` becomes True when nobody is on the way to send it: the caller must connection_ask() for it.
+    """
+    cdef ssize_t result
+    spin_lock(&connection.lock)
+    if connection.out_closed or not connection_is(connection, generation):
+        result = -ENOTCONN
+    else:
+        result = queue_append(&connection.out, bytes, size)
+        if result == 0:
+            result = <ssize_t>queue_size(&connection.out)
+            flush[0] = not connection.want_out and not connection.flushing
+    spin_unlock(&connection.lock)
+    return result
+
+
+cdef inline int connection_close_output(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """No output is accepted from here on. 1: this call closed it, 0: it was closed already, GONE."""
+    cdef int result
+    spin_lock(&connection.lock)
+    if not connection_is(connection, generation):
+        result = GONE
+    else:
+        result = not connection.out_closed
+        connection.out_closed = True
+    spin_unlock(&connection.lock)
+    return result
+
+
+cdef inline bint connection_is_paused(tst_connection *connection) noexcept nogil:
+    return load64(&connection.state, RELAXED) & STATE_PAUSED != 0
+
+
+cdef inline bint connection_takes_messages(tst_connection *connection) noexcept nogil:
+    """The handler may be called for input. Owner only."""
+    return not (connection.closing or connection.hold_input or connection_is_paused(connection))
+
+
+cdef inline bint connection_wants_input(tst_connection *connection) noexcept nogil:
+    """The kernel should report input. Owner only."""
+    return not connection.end_of_input and connection_takes_messages(connection)

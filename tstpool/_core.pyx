@@ -1,0 +1,1744 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: freethreading_compatible=True, embedsignature=True, always_allow_keywords=True
+"""tstpool's classes: the thin layer between the engine (the .pxd headers, which know no Python) and its users.
+
+From top to bottom: errors, transfers (TstData), sockets (TstSocket), handlers (TstHandler, Binding), the pool (TstPool),
+the worker's loop (Worker). ARCHITECTURE.md says how they fit.
+"""
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport EAGAIN, EBUSY, EINVAL, ENOMEM, ENOTCONN, errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from tstpool._conn cimport (
+    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_HANGUP, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED,
+    TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
+    generation_of, table_chunk, table_find, table_open, tst_connection)
+from tstpool._data cimport (
+    data_make, data_request, data_requested, data_resize, data_set_done, input_consume, input_free, input_keep)
+from tstpool._libc cimport (
+    ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
+    O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, add32, add64, close, epoll_create1, eventfd, fcntl,
+    gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
+    pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
+    shutdown, store32, store64, store_pointer, sub32)
+from tstpool._libc cimport EPOLLERR as _EPOLLERR
+from tstpool._libc cimport EPOLLET as _EPOLLET
+from tstpool._libc cimport EPOLLHUP as _EPOLLHUP
+from tstpool._libc cimport EPOLLIN as _EPOLLIN
+from tstpool._libc cimport EPOLLONESHOT as _EPOLLONESHOT
+from tstpool._libc cimport EPOLLOUT as _EPOLLOUT
+from tstpool._libc cimport EPOLLPRI as _EPOLLPRI
+from tstpool._libc cimport EPOLLRDHUP as _EPOLLRDHUP
+from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._park cimport PARK_END, PARK_IDLE, engine_park
+from tstpool._poll cimport TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_recv, sys_wake
+from tstpool._queue cimport queue_drop, queue_size
+from tstpool._shard cimport (
+    DO_CONNECT, DO_DISCONNECT, DO_INPUT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING,
+    PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, shard_ask,
+    shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+from tstpool._stats cimport NANOSECOND, clock_now, count, stats_job, tst_stats
+from tstpool._turn cimport (
+    TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LOST, TURN_RUN, TYPE_LISTEN, batch_finish, connection_begin_close,
+    connection_break, connection_cut, connection_due, connection_hung_up, connection_settle_in, connection_transfer, engine_shard_ended,
+    shard_enter_running, shard_leave_running, shard_turn)
+
+import atexit
+import inspect
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+
+from tstpool import _net
+from tstpool._types import ConnectionClosed, PoolStats, TstError, TstSockType, TstStat, WorkerStats
+
+EPOLLIN = _EPOLLIN
+EPOLLOUT = _EPOLLOUT
+EPOLLPRI = _EPOLLPRI
+EPOLLRDHUP = _EPOLLRDHUP
+EPOLLERR = _EPOLLERR
+EPOLLHUP = _EPOLLHUP
+EPOLLET = _EPOLLET
+EPOLLONESHOT = _EPOLLONESHOT
+
+logger = logging.getLogger("tstpool")
+
+cdef enum:
+    MESSAGES_PER_TURN = 32             # of one connection, then the others get their turn
+    FLUSH_EVERY = 100000               # nanoseconds of handlers after which finished replies go out
+    READ_CHUNK = 65536                 # most that one read() without a size takes from the kernel
+
+cdef dict TRIGGERS = {"level": TRIGGER_LEVEL, "oneshot": TRIGGER_ONESHOT, "edge": TRIGGER_EDGE}
+cdef str MADE_BY_POOL = "a {} is made by its pool, not by hand"
+
+cdef extern from "<pythread.h>" nogil:
+    unsigned long PyThread_get_thread_ident()
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+cdef object system_error(int number, str text=None):
+    """The OSError of an errno; Python picks the subclass."""
+    return OSError(number, text or os.strerror(number))
+
+
+cdef int check(ssize_t result, str what) except -1:
+    """The one place that turns the engine's -errno into an exception."""
+    if result >= 0:
+        return 0
+    if result == -ENOTCONN:
+        raise ConnectionClosed("the socket is closed")
+    if result == -ENOMEM:
+        raise MemoryError(what)
+    if result == -EINVAL:
+        raise ValueError(what)
+    if result == -EBUSY:
+        raise BufferError(what)
+    raise system_error(<int>-result, what)
+
+
+cdef size_t size_from(object value, str name) except? 0:
+    """A size that a user gave: an integer from 0 up."""
+    number = int(value)
+    if number < 0 or number > 0x7fffffffffffffff:
+        raise ValueError(f"{name} must not be negative, or beyond 2**63: {number}")
+    return number
+
+
+cdef object positive(object value, str name):
+    number = int(value)
+    if number <= 0 or number > 0x7fffffff:
+        raise ValueError(f"{name} must be a positive number below 2**31: {number}")
+    return number
+
+
+cdef uint64_t nanoseconds(object seconds, str name) except? 0:
+    number = float(seconds)
+    if not 0.0 <= number <= 1e9:
+        raise ValueError(f"{name} must be between 0 and 1e9 seconds: {seconds}")
+    return <uint64_t>(<double>number * NANOSECOND)
+
+
+# ------------------------------------------------------------------------------------------------ transfers
+
+@cython.final
+cdef class TstData:
+    """One of a socket's two transfer buffers: `recv_data` or `send_data`.
+
+    `req_len` bytes are transferred to or from position `req_pos` of the buffer `s`; `com_len` of them are done. Fields
+    may be read on any thread. Assign them inside the socket's handler; another thread may fill `send_data` and then call
+    `pool.need_send(sock)`.
+    """
+
+    def __init__(self):
+        raise TypeError(MADE_BY_POOL.format("TstData"))
+
+    def __dealloc__(self):
+        free(self.data.s)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        cdef int result
+        spin_lock(&self.data.lock)
+        result = data_make(&self.data)
+        if result == 0:
+            self.data.exports += 1
+        spin_unlock(&self.data.lock)
+        check(result, "no memory for the buffer")
+        try:
+            PyBuffer_FillInfo(buffer, self, self.data.s, <Py_ssize_t>self.data.s_len, False, flags)
+        except BaseException:
+            self.release_export()
+            raise
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.release_export()
+
+    cdef void release_export(self) noexcept:
+        spin_lock(&self.data.lock)
+        self.data.exports -= 1
+        spin_unlock(&self.data.lock)
+
+    def __len__(self):
+        return self.data.s_len
+
+    def __repr__(self):
+        return (f"<TstData s_len={self.s_len} req_pos={self.req_pos} req_len={self.req_len} com_len={self.com_len} "
+                f"checked_len={self.checked_len}>")
+
+    @property
+    def s(self):
+        """A writable memoryview of the whole buffer. It stays valid after the connection has closed; resize() is refused
+        while one is held."""
+        return memoryview(self)
+
+    @property
+    def s_len(self):
+        """Size of the buffer in bytes. Its memory is taken when the buffer is first used."""
+        return self.data.s_len
+
+    @property
+    def req_pos(self):
+        """Where in the buffer the transfer begins. ValueError, and nothing changed, when it would run over the end."""
+        return self.data.req_pos
+
+    @req_pos.setter
+    def req_pos(self, value):
+        check(data_request(&self.data, size_from(value, "req_pos"), self.data.req_len), "req_pos + req_len exceeds s_len")
+
+    @property
+    def req_len(self):
+        """How many bytes are to be transferred; assigning it begins a new transfer (com_len = 0). 0: none. ValueError,
+        and nothing changed, when it would run over the end of the buffer."""
+        return self.data.req_len
+
+    @req_len.setter
+    def req_len(self, value):
+        check(data_request(&self.data, self.data.req_pos, size_from(value, "req_len")), "req_pos + req_len exceeds s_len")
+
+    @property
+    def com_len(self):
+        """How many bytes of the transfer are done; of a sending one, how many the engine has taken over."""
+        return self.data.com_len
+
+    @com_len.setter
+    def com_len(self, value):
+        check(data_set_done(&self.data, size_from(value, "com_len")), "com_len exceeds req_len")
+
+    @property
+    def checked_len(self):
+        """Bytes that wait to be read with sock.read(), when the handler is called with req_len == 0."""
+        return self.data.checked_len
+
+    @property
+    def trans_time(self):
+        """Seconds between the first and the last byte of the transfer that finished last."""
+        return self.data.trans_time / 1e9
+
+    def resize(self, n):
+        """Makes the buffer `n` bytes long and keeps its contents; new bytes are zero.
+
+        Raises BufferError while a memoryview of it is held, ValueError when n <= 0 or the current request would not fit.
+        """
+        check(data_resize(&self.data, size_from(n, "n")), "the buffer is held by a memoryview" if self.data.exports
+              else "the new size is 0, or below req_pos + req_len")
+
+
+cdef TstData new_transfer(size_t s_len):
+    cdef TstData transfer = TstData.__new__(TstData)
+    transfer.data.s_len = s_len
+    return transfer
+
+
+# -------------------------------------------------------------------------------------------------- sockets
+
+@cython.final
+cdef class TstSocket:
+    """One connection of a pool.
+
+    It stays valid for as long as somebody holds it. send(), close(), pause() and resume() may be called on any thread, at
+    any time, without a lock; read(), read_into() and the fields of `recv_data` belong to the socket's own handler.
+    """
+
+    def __init__(self):
+        raise TypeError(MADE_BY_POOL.format("TstSocket"))
+
+    cdef uint32_t generation(self) noexcept nogil:
+        return generation_of(self.id)
+
+    cdef ssize_t append(self, const char *bytes, size_t size) noexcept nogil:
+        """Queues output and sees to it that somebody sends it. Bytes that wait now, or -errno."""
+        cdef bint flush = False
+        cdef ssize_t result = connection_append(self.connection, self.generation(), bytes, size, &flush)
+        if flush:
+            shard_ask(self.connection, self.generation(), 0)
+        return result
+
+    cdef bint in_handler(self) noexcept:
+        """The calling thread is the worker that is in this socket's handler."""
+        cdef int no = <int>load32(<uint32_t *>&self.connection.thread_no, RELAXED)
+        cdef tst_worker *worker
+        if no < 0 or no >= self.pool.engine.n_workers or not connection_is(self.connection, self.generation()):
+            return False
+        worker = &self.pool.engine.workers[no]
+        return worker.ident == PyThread_get_thread_ident() and worker.current == self.connection
+
+    def __repr__(self):
+        return f"<TstSocket sd={self.sd} id={self.id:#x} {'closed' if self.closed else 'open'}>"
+
+    # -- what it is
+
+    @property
+    def sd(self):
+        """The descriptor's number; after the close, the number it had."""
+        return <int><uint32_t>self.id
+
+    def fileno(self):
+        """The descriptor's number, or -1 once the connection is gone."""
+        return self.sd if connection_is(self.connection, self.generation()) else -1
+
+    @property
+    def type(self):
+        """The TstSockType: SUB when accepted, else what addsocket() was told."""
+        return TstSockType(self.type_number)
+
+    @property
+    def closed(self):
+        """True from the moment a close was asked for, by anybody."""
+        cdef bint result
+        spin_lock(&self.connection.lock)
+        result = self.connection.out_closed or not connection_is(self.connection, self.generation())
+        spin_unlock(&self.connection.lock)
+        return result
+
+    @property
+    def events(self):
+        """The epoll bits (EPOLLIN, EPOLLOUT ...) that the running handler call is about."""
+        return self.connection.events if connection_is(self.connection, self.generation()) else 0
+
+    @property
+    def thread_no(self):
+        """Number of the worker that ran this socket's handler last, -1 before the first time or after the close."""
+        if not connection_is(self.connection, self.generation()):
+            return -1
+        return <int>load32(<uint32_t *>&self.connection.thread_no, RELAXED)
+
+    @property
+    def peer(self):
+        """(host, port) of the other side, known after the close too; for a unix socket its path or None."""
+        return _net.text_address(self.peer_address.family, self.peer_address.bytes[:sizeof(self.peer_address.bytes)])
+
+    @property
+    def local(self):
+        """(host, port) of this side, or a unix socket's "unix:path"; None once the connection is gone."""
+        try:
+            with socket.socket(fileno=os.dup(self.fileno())) as copy:
+                return _net.address_of(copy) if copy.family != socket.AF_UNIX else _net.address_of(copy)[0]
+        except OSError:
+            return None
+
+    # -- what the user hangs on it
+
+    @property
+    def user_data(self):
+        """Any object of the user's; let go when the connection is gone."""
+        with cython.critical_section(self):
+            return self.data
+
+    @user_data.setter
+    def user_data(self, value):
+        with cython.critical_section(self):
+            self.data = value
+
+    @property
+    def handler(self):
+        """The handler for this socket: a TstHandler or a function. Assigning one overrides the pool's; None goes back."""
+        with cython.critical_section(self):
+            binding = self.binding
+        if binding is None:
+            binding = self.pool.binding
+        return None if binding is None else (<Binding>binding).handler
+
+    @handler.setter
+    def handler(self, value):
+        binding = None if value is None else bind(value, {})
+        with cython.critical_section(self):
+            self.binding = binding
+
+    @property
+    def recv_data(self):
+        """The TstData for receiving."""
+        with cython.critical_section(self):
+            if self.recv_transfer is None:
+                self.recv_transfer = new_transfer(self.pool.max_recv_size)
+                if self.in_handler():
+                    self.recv_transfer.data.checked_len = self.connection.input.size
+                self.publish(<void **>&self.connection.recv, &self.recv_transfer.data)
+            return self.recv_transfer
+
+    @property
+    def send_data(self):
+        """The TstData for sending."""
+        with cython.critical_section(self):
+            if self.send_transfer is None:
+                self.send_transfer = new_transfer(self.pool.max_send_size)
+                self.publish(<void **>&self.connection.send, &self.send_transfer.data)
+            return self.send_transfer
+
+    cdef void publish(self, void **place, void *transfer) noexcept:
+        """Shows a transfer to the engine; it reads it only while the slot holds a reference to us."""
+        spin_lock(&self.connection.lock)
+        if connection_is(self.connection, self.generation()):
+            store_pointer(place, transfer, RELEASE)
+        spin_unlock(&self.connection.lock)
+
+    # -- output
+
+    def send(self, data):
+        """Queues bytes and returns at once; they are copied, so `data` may be changed afterwards.
+
+        data: any object with the buffer protocol. Returns how many bytes of this connection wait now for the kernel to
+        take them. Inside a handler they go out, in one piece, when the handlers of this turn have run. Any thread; what
+        one thread sends keeps its order and is never mixed with another's inside one call. Raises ConnectionClosed,
+        TypeError, MemoryError.
+        """
+        cdef Py_buffer view
+        cdef ssize_t queued
+        if type(data) is bytes:
+            queued = self.append(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data))
+        else:
+            data = contiguous(data)
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            try:
+                queued = self.append(<const char *>view.buf, <size_t>view.len)
+            finally:
+                PyBuffer_Release(&view)
+        if queued < 0:
+            check(queued, "no memory to queue output")
+        return queued
+
+    def flush(self, timeout=None):
+        """Blocks until all that was queued before the call has been handed to the kernel.
+
+        timeout: seconds, None for ever. Inside a handler this blocks the handler's worker, as any blocking call does; other
+        connections go on. Raises TimeoutError, and ConnectionClosed when the connection breaks first.
+        """
+        cdef uint64_t goal
+        cdef uint64_t until = 0 if timeout is None else clock_now() + nanoseconds(timeout, "timeout")
+        cdef tst_stats outside
+        cdef pollfd watched
+        memset(&outside, 0, sizeof(outside))
+        spin_lock(&self.connection.lock)
+        goal = self.connection.out.queued
+        spin_unlock(&self.connection.lock)
+        watched.fd = <int><uint32_t>self.id
+        watched.events = POLLOUT
+        try:
+            while not self.sent_up_to(goal):
+                with nogil:
+                    connection_flush(self.connection, self.generation(), True, True, &outside)
+                if self.sent_up_to(goal):
+                    return
+                if until and clock_now() >= until:
+                    raise TimeoutError(f"output of {self!r} still waits after {timeout} seconds")
+                with nogil:
+                    poll(&watched, 1, 10)      # short, for the descriptor may be closed meanwhile
+                PyErr_CheckSignals()
+        finally:
+            add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
+
+    cdef bint sent_up_to(self, uint64_t goal) except -1:
+        cdef bint gone, sent
+        spin_lock(&self.connection.lock)
+        gone = not connection_is(self.connection, self.generation()) or load32(&self.connection.out_error, RELAXED) != 0
+        sent = self.connection.out.sent >= goal
+        spin_unlock(&self.connection.lock)
+        if gone:
+            raise ConnectionClosed("the connection ended before its output was sent")
+        return sent
+
+    # -- input, inside the handler
+
+    def read(self, n=-1):
+        """Takes up to `n` bytes of input that has arrived, without blocking; without `n`, all that is at hand.
+
+        Returns b"" when nothing is there. Only inside the socket's own handler; TstError elsewhere.
+        """
+        cdef size_t most = <size_t>-1 if n < 0 else size_from(n, "n")
+        cdef size_t buffered
+        cdef ssize_t more
+        self.check_reading()
+        buffered = min(self.connection.input.size, most)
+        if buffered and (buffered == most or n < 0):
+            taken = PyBytes_FromStringAndSize(self.connection.input.view, <Py_ssize_t>buffered)
+            self.took(buffered)
+            return taken
+        room = bytearray(most)
+        more = self.read_to(<char *>room, <size_t>len(room))
+        return bytes(memoryview(room)[:more])
+
+    def read_into(self, buffer):
+        """As read(), into a writable buffer. Returns the number of bytes."""
+        cdef Py_buffer view
+        self.check_reading()
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            return self.read_to(<char *>view.buf, <size_t>view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int check_reading(self) except -1:
+        if not self.in_handler():
+            raise TstError("reading is for the socket's own handler, while it runs")
+        return 0
+
+    cdef void took(self, size_t size) noexcept:
+        input_consume(&self.connection.input, size)
+        self.connection.has_read = True
+
+    cdef ssize_t read_to(self, char *place, size_t size) except -1:
+        """Input that was read ahead first, then what the kernel has."""
+        cdef tst_connection *connection = self.connection
+        cdef size_t buffered = min(connection.input.size, size)
+        cdef ssize_t n = 0
+        if buffered:
+            memcpy(place, connection.input.view, buffered)
+            self.took(buffered)
+        if buffered == size or connection.end_of_input:
+            return <ssize_t>buffered
+        with nogil:
+            n = sys_recv(connection.fd, place + buffered, size - buffered)
+        if n > 0:
+            connection.has_read = True
+            count(&self.pool.engine.workers[connection.thread_no].stats.bytes_in, <uint64_t>n)
+            connection.readable = <size_t>n == size - buffered or connection_hung_up(connection)
+            return <ssize_t>buffered + n
+        connection.readable = False
+        if n == 0:
+            connection.end_of_input = True
+        elif n != -EAGAIN:
+            connection_break(connection, <int>-n)
+        return <ssize_t>buffered
+
+    # -- control
+
+    def close(self):
+        """Closes the connection once what is queued has been sent; a peer that takes none of it for 5 s is cut off.
+
+        Any thread, any number of times. Returns True for the call that began it. Messages not yet handled are dropped.
+        """
+        if connection_close_output(self.connection, self.generation()) != 1:
+            return False
+        shard_ask(self.connection, self.generation(), PEND_CLOSE)
+        return True
+
+    def pause(self):
+        """No more messages until resume(): TCP holds the peer back. Any thread; a call that runs already is not stopped."""
+        connection_mark(self.connection, STATE_PAUSED, True, STATE_OPEN, self.generation())
+
+    def resume(self):
+        """Goes on after pause(). Any thread."""
+        if connection_mark(self.connection, STATE_PAUSED, False, STATE_OPEN, self.generation()):
+            shard_ask(self.connection, self.generation(), PEND_ARM)
+
+
+cdef object contiguous(object data):
+    """An object whose bytes lie in one piece: `data` itself, or a copy. TypeError when it has no buffer."""
+    view = memoryview(data)
+    return view if view.c_contiguous else view.tobytes()
+
+
+cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
+    """The Python side of a connection that the caller owns; the slot holds a reference until it is gone."""
+    cdef TstSocket sock = TstSocket.__new__(TstSocket)
+    sock.id = connection_id(connection)
+    sock.connection = connection
+    sock.pool = pool
+    sock.type_number = connection.type
+    sock.peer_address = connection.peer
+    Py_INCREF(sock)
+    spin_lock(&connection.lock)
+    connection.sock = <PyObject *>sock
+    spin_unlock(&connection.lock)
+    return sock
+
+
+cdef int forget_socket(tst_connection *connection) except -1:
+    """The slot lets go of its TstSocket, and the socket of what hangs on it."""
+    cdef TstSocket sock
+    spin_lock(&connection.lock)
+    held = connection.sock
+    connection.sock = NULL
+    connection.recv = NULL
+    connection.send = NULL
+    spin_unlock(&connection.lock)
+    if held == NULL:
+        return 0
+    sock = <TstSocket>held
+    Py_DECREF(sock)
+    sock.reason = None
+    sock.user_data = None
+    sock.handler = None
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- handlers
+
+cdef class TstHandler:
+    """What a pool calls. Override what you need; a hook that is not overridden costs nothing.
+
+    Hooks of one socket never run at the same time, and its messages come in order. A hook may block: other connections
+    go on as long as the pool has workers left. Unless said otherwise a hook returns None or a TstStat.
+    """
+
+    def on_connect(self, sock):
+        """A connection is there; no message has been handed out yet. It may send. Anything above TstStat.SEND refuses it:
+        what is queued is sent, it is closed, and on_disconnect is not called."""
+
+    def on_message(self, sock, data):
+        """`data`: bytes of one whole message; with Raw framing, whatever has arrived."""
+
+    def on_writable(self, sock):
+        """need_send() was asked for and the kernel takes output, or a TstStat.SEND has been handed to it whole."""
+
+    def on_disconnect(self, sock, reason):
+        """The connection is over; called once for each on_connect that accepted. reason: None when the peer or this side
+        closed cleanly, else an exception."""
+
+    def on_idle(self, worker_no):
+        """Worker `worker_no` has had nothing to do for the pool's idle_time."""
+
+    def on_slow(self, sock, seconds):
+        """A hook of `sock` took longer than the pool's slow_handler."""
+        logger.warning("a handler took %.3f s on socket %d", seconds, sock.sd)
+
+    def on_error(self, sock, exc):
+        """A hook raised `exc`. The socket is disconnected afterwards, unless this returns TstStat.SUSPEND."""
+        logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
+
+
+cdef tuple HOOKS = ("on_connect", "on_message", "on_writable", "on_disconnect", "on_idle", "on_slow", "on_error",
+                    "on_most_elapsed")
+
+
+@cython.final
+cdef class Binding:
+    """A handler with its hooks looked up: None where the user has not overridden one."""
+
+
+cdef object hook_of(object handler, str name):
+    """The handler's hook as a bound method; None when it is TstHandler's own and does nothing."""
+    method = getattr(handler, name, None)
+    if name not in ("on_slow", "on_error") and getattr(type(handler), name, None) is getattr(TstHandler, name, None):
+        if name not in getattr(handler, "__dict__", ()):
+            return None
+    return method
+
+
+cdef Binding bind(object handler, dict hooks):
+    """Looks a handler's hooks up; `hooks` from setEvent... win. TypeError for what is no handler."""
+    cdef Binding binding = Binding.__new__(Binding)
+    cdef object source = handler
+    if not isinstance(handler, TstHandler):
+        if not callable(handler) or isinstance(handler, type):
+            raise TypeError(f"a handler is a TstHandler instance or a function of one socket, not {handler!r}")
+        binding.function = handler
+        source = DEFAULT_HANDLER
+    found = {name: hooks.get(name) or hook_of(source, name) for name in HOOKS}
+    binding.handler = handler
+    binding.on_connect = found["on_connect"]
+    binding.on_message = found["on_message"]
+    binding.on_writable = found["on_writable"]
+    binding.on_disconnect = found["on_disconnect"]
+    binding.on_idle = found["on_idle"]
+    binding.on_slow = found["on_slow"]
+    binding.on_error = found["on_error"]
+    binding.on_most_elapsed = found["on_most_elapsed"]
+    return binding
+
+
+DEFAULT_HANDLER = TstHandler()
+
+
+cdef object with_arity(object function, int least, int most):
+    """Lets a hook take fewer arguments than there are: f(sock) where f(sock, reason) would do."""
+    if not callable(function):
+        raise TypeError(f"not callable: {function!r}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return function
+    for n in range(most, least - 1, -1):
+        try:
+            signature.bind(*range(n))
+        except TypeError:
+            continue
+        return function if n == most else lambda *arguments: function(*arguments[:n])
+    raise TypeError(f"{function!r} must take {least} or {most} arguments")
+
+
+# ----------------------------------------------------------------------------------------------------- pool
+
+# Pools that have workers, for the interpreter's exit and for forks.
+_running = weakref.WeakSet()
+
+
+cdef class TstPool:
+    """A TCP server thread pool over epoll: it listens, accepts, reads, calls the handler on a worker thread, sends, frees.
+
+    handler: a TstHandler, or a function of one socket; may be missing until create() brings it.
+    framing: Raw() or None, messages as they arrive.
+    workers: threads; default min(32, cores + 4). Handlers that block hold one each.
+    trigger: "level", "oneshot" or "edge": how descriptors are armed. Same results from all three; "level" is fastest.
+    max_recv_size, max_send_size: bytes in each socket's recv_data and send_data.
+    shards: epoll sets; default 1.
+    idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
+    name: prefix of the threads' names.
+
+    All methods may be called on any thread. A running pool is kept alive by its workers until stop(); at the end of the
+    interpreter it is stopped. In a forked child every method raises TstError.
+    """
+
+    def __cinit__(self):
+        cdef pthread_condattr_t monotonic
+        self.engine = <tst_engine *>calloc(1, sizeof(tst_engine))
+        if self.engine == NULL:
+            raise MemoryError()
+        pthread_condattr_init(&monotonic)
+        pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC)
+        pthread_mutex_init(&self.engine.mutex, NULL)
+        pthread_cond_init(&self.engine.standby, &monotonic)
+        pthread_cond_init(&self.engine.watch, &monotonic)
+        pthread_condattr_destroy(&monotonic)
+
+    def __init__(self, handler=None, *, framing=None, workers=None, trigger="level", max_recv_size=4096,
+                 max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool"):
+        if self.hooks is not None:
+            raise TstError("a TstPool is initialised once")
+        if trigger not in TRIGGERS:
+            raise ValueError(f"trigger must be one of {', '.join(TRIGGERS)}: {trigger!r}")
+        if framing is not None and not isinstance(framing, Raw):
+            raise TypeError(f"framing must be Raw() or None: {framing!r}")
+        self.mutex = threading.Lock()
+        self.ended = threading.Event()
+        self.ended.set()
+        self.threads = []
+        self.listeners = []
+        self.name = str(name)
+        self.n_workers = positive(min(32, (os.cpu_count() or 1) + 4) if workers is None else workers, "workers")
+        self.n_shards = min(positive(1 if shards is None else shards, "shards"), self.n_workers)
+        self.max_recv_size = positive(max_recv_size, "max_recv_size")
+        self.max_send_size = positive(max_send_size, "max_send_size")
+        self.slow_handler = nanoseconds(slow_handler, "slow_handler")
+        self.engine.idle_time = max(<uint64_t>1, nanoseconds(idle_time, "idle_time"))
+        self.engine.trigger = TRIGGERS[trigger]
+        self.engine.watcher = -1
+        self.binding = None if handler is None else bind(handler, {})
+        self.hooks = {}
+
+    def __dealloc__(self):
+        if self.engine == NULL:
+            return
+        self.close_descriptors()
+        self.free_memory()
+        pthread_cond_destroy(&self.engine.watch)
+        pthread_cond_destroy(&self.engine.standby)
+        pthread_mutex_destroy(&self.engine.mutex)
+        free(self.engine)
+
+    cdef int check_alive(self) except -1:
+        if self.dead:
+            raise TstError("this pool belongs to the parent process: after fork() make a new one")
+        return 0
+
+    def __repr__(self):
+        return f"<TstPool {self.name} {'running' if self.running else 'stopped'} {self.addresses}>"
+
+    @property
+    def running(self):
+        """True between start() and stop()."""
+        return load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING
+
+    @property
+    def workers(self):
+        """Number of worker threads."""
+        return self.n_workers
+
+    @property
+    def trigger(self):
+        return {number: name for name, number in TRIGGERS.items()}[self.engine.trigger]
+
+    @property
+    def addresses(self):
+        """(host, port) of each listener."""
+        return [(host, port) for host, port, _ in self.listeners]
+
+    # -- hooks of the original
+
+    cdef int set_hook(self, str name, object function) except -1:
+        self.check_alive()
+        if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED:
+            raise TstError("hooks are set before start()")
+        if function is None:
+            self.hooks.pop(name, None)
+        else:
+            self.hooks[name] = function
+        return 0
+
+    def setEventNewConnected(self, f):
+        """f(sock) is called for each new connection before its first event, like on_connect. Before start()."""
+        self.set_hook("on_connect", None if f is None else with_arity(f, 1, 1))
+
+    def setEventDisconnected(self, f):
+        """f(sock) or f(sock, reason) is called before a socket is freed, like on_disconnect. Before start()."""
+        self.set_hook("on_disconnect", None if f is None else with_arity(f, 1, 2))
+
+    def setEventMostElapsed(self, f):
+        """f(sock) or f(sock, seconds) is called when a job took longer than any before on that worker. Before start()."""
+        self.set_hook("on_most_elapsed", None if f is None else with_arity(f, 1, 2))
+
+    def setEventIdle(self, f):
+        """f(worker_no) is called like on_idle. Before start()."""
+        self.set_hook("on_idle", None if f is None else with_arity(f, 1, 1))
+
+    # -- listening and connecting
+
+    def listen(self, host, port=0, backlog=1024):
+        """Listens on an address, before or after start(), any number of times.
+
+        host: a name or address; None or "::" for all addresses, IPv6 and IPv4 by one listener; "unix:/path" for a unix
+        socket. port: 0 lets the system choose. backlog: connections that the kernel holds until they are accepted.
+        Returns the real (host, port). Raises OSError with the address in its text.
+        """
+        self.check_alive()
+        sockets = _net.listening_sockets(host, port, backlog)
+        addresses = [self.add_listener(listener) for listener in sockets]
+        return addresses[0]
+
+    cdef object add_listener(self, object listener):
+        cdef TstSocket none
+        listener.setblocking(False)
+        address = _net.address_of(listener)
+        cdef uint64_t id = 0
+        cdef int fd
+        with self.mutex:
+            self.open()
+            fd = listener.detach()
+            if self.enter(fd, TYPE_LISTEN, 0, &id) == NULL:
+                close(fd)
+                raise MemoryError("no slot for the listener")
+            self.listeners.append((address[0], address[1], id))
+        self.begin(id)
+        return address
+
+    def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None):
+        """Connects to a server, in the calling thread, and adds the connection to the pool.
+
+        timeout: seconds for connecting. Returns the TstSocket. Raises OSError with the address in its text.
+        """
+        self.check_alive()
+        return self.addsocket(_net.connected_socket(host, port, timeout), type, handler, user_data)
+
+    def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None):
+        """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
+
+        sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close.
+        type: its TstSockType; LISTEN adopts a listening socket (and returns None). handler: as sock.handler.
+        Returns the TstSocket; on_connect is called for it on a worker.
+        """
+        self.check_alive()
+        if load32(&self.engine.phase, ACQUIRE) > PHASE_RUNNING:
+            raise TstError("the pool is stopping")
+        number = TstSockType(type)
+        binding = None if handler is None else bind(handler, {})
+        if not isinstance(sock, socket.socket):
+            sock = socket.socket(fileno=sock)
+        if sock.fileno() < 0:
+            raise ValueError("the socket is closed")
+        if number == TYPE_LISTEN:
+            self.add_listener(sock)
+            return None
+        return self.add(adopt(sock), number, binding, user_data)
+
+    cdef TstSocket add(self, int fd, int type, object binding, object user_data):
+        cdef uint64_t id = 0
+        cdef tst_connection *connection
+        cdef TstSocket sock
+        with self.mutex:
+            self.open()
+            connection = self.enter(fd, type, 0, &id)
+            if connection == NULL:
+                close(fd)
+                raise MemoryError("no slot for the socket")
+            read_peer(connection)
+            sock = new_socket(self, connection)
+            sock.data = user_data
+            sock.binding = binding
+        add64(&self.added, 1, RELAXED)
+        self.begin(id)
+        return sock
+
+    cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept:
+        """A slot for a descriptor of ours, QUEUED so that nobody touches it until begin()."""
+        cdef tst_connection *connection = table_open(&self.engine.table, fd, STATE_QUEUED | PEND_CONNECT, id)
+        cdef tst_shard *home = &self.engine.shards[shard]
+        cdef int i
+        if connection != NULL:
+            if type != TYPE_LISTEN:
+                for i in range(self.engine.n_shards):
+                    if load32(&self.engine.shards[i].open, RELAXED) < load32(&home.open, RELAXED):
+                        home = &self.engine.shards[i]
+            connection_settle_in(connection, self.engine, home, type)
+        return connection
+
+    cdef int begin(self, uint64_t id) except -1:
+        cdef tst_connection *connection = table_find(&self.engine.table, id)
+        if connection != NULL:
+            shard_push(<tst_shard *>load_pointer(&connection.shard, ACQUIRE), connection)
+        return 0
+
+    # -- start and stop
+
+    cdef int open(self) except -1:
+        """Makes the shards' descriptors if they are not there. Mutex held."""
+        cdef int i
+        cdef tst_shard *shard
+        if self.opened:
+            return 0
+        if self.engine.shards == NULL:
+            self.engine.shards = <tst_shard *>calloc(self.n_shards, sizeof(tst_shard))
+            if self.engine.shards == NULL:
+                raise MemoryError()
+            for i in range(self.n_shards):
+                pthread_mutex_init(&self.engine.shards[i].mutex, NULL)
+                self.engine.shards[i].epoll_fd = self.engine.shards[i].event_fd = -1
+                self.engine.shards[i].no = i
+            self.engine.n_shards = self.n_shards
+        for i in range(self.n_shards):
+            shard = &self.engine.shards[i]
+            shard.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+            shard.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+            if shard.epoll_fd < 0 or shard.event_fd < 0 or sys_control(
+                    shard.epoll_fd, EPOLL_CTL_ADD, shard.event_fd, _EPOLLIN, 0) < 0:
+                failure = system_error(errno, "epoll is not available: " + os.strerror(errno))
+                self.close_descriptors()
+                raise failure
+            shard.draining = shard.aborted = shard.done = False
+        self.opened = True
+        return 0
+
+    def start(self):
+        """Starts the workers. TstError when they run already or no handler is known; on failure no thread is left."""
+        self.check_alive()
+        with self.mutex:
+            self.start_locked()
+
+    cdef int start_locked(self) except -1:
+        cdef int no
+        if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED or not self.ended.is_set():
+            raise TstError("the pool is running already" if self.running else "the pool is still stopping")
+        if self.binding is None:
+            raise TstError("no handler: give one to TstPool() or create()")
+        self.open()
+        free(self.engine.workers)
+        self.engine.workers = <tst_worker *>calloc(self.n_workers, sizeof(tst_worker))
+        if self.engine.workers == NULL:
+            raise MemoryError()
+        self.engine.n_workers = self.n_workers
+        for no in range(self.n_workers):
+            self.engine.workers[no].no = no
+        self.binding = bind(self.binding.handler, self.hooks)
+        self.engine.call_idle = self.binding.on_idle is not None
+        self.fault = None
+        self.ended.clear()
+        self.live_workers = self.n_workers
+        store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
+        self.threads = [threading.Thread(target=self.work, args=(no,), name=f"{self.name}-{no}", daemon=False)
+                        for no in range(self.n_workers)]
+        self.start_threads()
+        _running.add(self)
+        return 0
+
+    cdef int start_threads(self) except -1:
+        """All of the threads, or, when one can't be had, none."""
+        cdef int started = 0
+        try:
+            for thread in self.threads:
+                thread.start()
+                started += 1
+        except BaseException:
+            self.live_workers -= self.n_workers - started
+            self.begin_stop(0)
+            for thread in self.threads[:started]:
+                thread.join()
+            if started == 0:
+                self.close()
+            raise
+        return 0
+
+    def work(self, no):
+        """A worker thread's life. Not for users."""
+        cdef Worker worker
+        cdef bint last
+        try:
+            worker = new_worker(self, no)
+            worker.run()
+        except BaseException:
+            logger.critical("worker %d of %s broke", no, self.name, exc_info=True)
+            raise
+        finally:
+            with WORKERS_END:
+                self.live_workers -= 1
+                last = self.live_workers == 0
+            if last:
+                self.close()
+
+    cdef int begin_stop(self, uint64_t drain) except -1:
+        """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
+        cdef uint64_t until = clock_now() + drain
+        cdef int i
+        if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING or until < load64(&self.engine.drain_until, ACQUIRE):
+            store64(&self.engine.drain_until, until, RELEASE)
+        if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING:
+            store32(&self.engine.phase, PHASE_DRAINING, SEQ_CST)
+        for i in range(self.engine.n_shards):
+            if self.engine.shards[i].event_fd >= 0:
+                sys_wake(self.engine.shards[i].event_fd)
+        return 0
+
+    def stop(self, drain=5.0):
+        """Stops: no more clients, running handlers finish, queued output is sent, connections close, workers end.
+
+        drain: seconds that all this may take; what is still open then is cut off. Returns True when everything has ended,
+        False when a handler still runs (its worker ends when the handler does; no thread is ever killed). From a handler:
+        starts the stop and returns. Harmless when repeated, or before start().
+        """
+        cdef uint64_t patience = nanoseconds(drain, "drain")
+        self.check_alive()
+        with self.mutex:
+            if self.ended.is_set():
+                self.close()
+                return True
+            self.begin_stop(patience)
+            threads = self.threads
+        if threading.current_thread() in threads:
+            return False
+        if not self.wait_ended(float(drain)):
+            return False
+        for thread in threads:
+            thread.join()
+        return True
+
+    cdef bint wait_ended(self, double drain) except -1:
+        """Waits for the workers: through the drain, then for as long as they make progress."""
+        if self.ended.wait(drain + 0.05):
+            return True
+        self.cut_off()
+        for _ in range(100):
+            before = [load64(&self.engine.workers[no].calls, ACQUIRE) for no in range(self.n_workers)]
+            if self.ended.wait(0.05):
+                return True
+            after = [load64(&self.engine.workers[no].calls, ACQUIRE) for no in range(self.n_workers)]
+            if before == after and any(calls % 2 for calls in after):
+                return False           # nothing moves, and somebody is inside a handler
+        return self.ended.is_set()
+
+    cdef int cut_off(self) except -1:
+        """Nobody may be left to do it: ends every connection's traffic, so that no peer waits for a stuck handler."""
+        cdef int chunk, i
+        cdef tst_connection *connection
+        for chunk in range(TABLE_CHUNKS):
+            connection = table_chunk(&self.engine.table, chunk)
+            for i in range(TABLE_CHUNK if connection != NULL else 0):
+                spin_lock(&connection.lock)
+                if load64(&connection.state, ACQUIRE) & STATE_OPEN:
+                    shutdown(connection.fd, SHUT_RDWR)
+                spin_unlock(&connection.lock)
+                connection += 1
+        return 0
+
+    cdef int close(self) except -1:
+        """Nobody works any more: gives descriptors back. By the last worker, or with the mutex held before a start."""
+        for address in self.listeners:
+            _net.unlink_socket(address)
+        self.listeners = []
+        self.close_descriptors()
+        store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
+        _running.discard(self)
+        self.ended.set()
+        return 0
+
+    cdef void close_descriptors(self) noexcept:
+        """Closes what is still open, without a word to anybody: a fork's child, a pool that was never started."""
+        cdef int chunk, i
+        cdef uint64_t word
+        cdef tst_connection *connection
+        for chunk in range(TABLE_CHUNKS):
+            connection = table_chunk(&self.engine.table, chunk)
+            for i in range(TABLE_CHUNK if connection != NULL else 0):
+                word = load64(&connection.state, ACQUIRE)
+                if word & STATE_OPEN:
+                    queue_drop(&connection.out)
+                    input_free(&connection.input)
+                    store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
+                    close(connection.fd)
+                    try:
+                        forget_socket(connection)
+                    except BaseException:
+                        logger.exception("while closing a connection")
+                connection += 1
+        for i in range(self.engine.n_shards):
+            close_once(&self.engine.shards[i].epoll_fd)
+            close_once(&self.engine.shards[i].event_fd)
+            store_pointer(&self.engine.shards[i].requests, NULL, RELEASE)
+            self.engine.shards[i].todo = NULL
+            self.engine.shards[i].listeners = NULL
+            self.engine.shards[i].drain_first = self.engine.shards[i].drain_last = NULL
+            self.engine.shards[i].accept_again = 0
+            store32(&self.engine.shards[i].open, 0, RELEASE)
+        self.opened = False
+
+    cdef void free_memory(self) noexcept:
+        cdef tst_batch *batch
+        cdef int i
+        while self.engine.batches != NULL:
+            batch = self.engine.batches
+            self.engine.batches = batch.next
+            free(batch)
+        for i in range(TABLE_CHUNKS):
+            free(self.engine.table.chunks[i])
+        for i in range(self.engine.n_shards):
+            pthread_mutex_destroy(&self.engine.shards[i].mutex)
+        free(self.engine.shards)
+        free(self.engine.workers)
+
+    def _forked(self):
+        """In a forked child: the pool is dead here, and peers must see the end when the parent closes."""
+        self.dead = True
+        self.close_descriptors()
+        store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
+        self.ended = threading.Event()
+        self.ended.set()
+        self.threads = []
+
+    def serve_forever(self, drain=5.0):
+        """Starts if need be, and blocks until stop(). On KeyboardInterrupt it stops, then raises it on.
+
+        Raises the OSError that ended the engine, if one did.
+        """
+        if not self.running:
+            self.start()
+        try:
+            self.ended.wait()
+        except BaseException:
+            self.stop(drain)
+            raise
+        if self.fault is not None:
+            raise self.fault
+
+    def __enter__(self):
+        if not self.running:
+            self.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self.stop()
+
+    def create(self, thread_count, bind_ip, bind_port, func, max_recv_size=4096, max_send_size=4096):
+        """The original's start: a handler, a listener and the workers in one call.
+
+        thread_count: workers. bind_ip: None or "" for all addresses. bind_port: 0 for no listener. func: function of one
+        socket, or a TstHandler. max_recv_size, max_send_size: bytes in each socket's buffers. Returns True. Raises
+        OSError with the address in its text; then no thread is left.
+        """
+        self.check_alive()
+        with self.mutex:
+            if not self.ended.is_set():
+                raise TstError("the pool is running already")
+            n_workers = positive(thread_count, "thread_count")
+            binding = bind(func, {})
+            self.max_recv_size, self.max_send_size = (positive(max_recv_size, "max_recv_size"),
+                                                      positive(max_send_size, "max_send_size"))
+            self.n_workers = n_workers
+            self.binding = binding
+        if bind_port:
+            self.listen(bind_ip or None, bind_port)
+        try:
+            self.start()
+        except BaseException:
+            self.stop(0)
+            raise
+        return True
+
+    def destroy(self, wait_time=5.0):
+        """The original's name for stop(drain=wait_time)."""
+        return self.stop(wait_time)
+
+    # -- acting on connections
+
+    cdef tst_connection *find(self, object which, uint32_t *generation) except? NULL:
+        """The open connection that a TstSocket, an id or a descriptor names; NULL when there is none (any more)."""
+        cdef tst_connection *connection
+        cdef uint64_t id
+        self.check_alive()
+        if isinstance(which, TstSocket):
+            if (<TstSocket>which).pool is not self:
+                return NULL
+            id = (<TstSocket>which).id
+        else:
+            number = which.__index__() if hasattr(which, "__index__") else None
+            if number is None:
+                raise TypeError(f"a TstSocket, an id or a descriptor is wanted, not {which!r}")
+            if not 0 <= number <= 0xffffffffffffffff:
+                return NULL
+            id = number
+        connection = table_find(&self.engine.table, id)
+        if connection == NULL or connection.type == TYPE_LISTEN:
+            return NULL
+        generation[0] = generation_of(id) or generation_of(load64(&connection.state, ACQUIRE))
+        return connection
+
+    def need_send(self, sock_or_sd):
+        """Asks that a worker call the socket's handler with EPOLLOUT, as soon as the kernel takes output for it; what its
+        `send_data` asks for is sent first. Returns False when the connection is gone or closing."""
+        cdef uint32_t generation = 0
+        cdef tst_connection *connection = self.find(sock_or_sd, &generation)
+        cdef bint closed
+        if connection == NULL:
+            return False
+        spin_lock(&connection.lock)
+        closed = connection.out_closed or not connection_is(connection, generation)
+        spin_unlock(&connection.lock)
+        return not closed and shard_ask(connection, generation, PEND_OUT) != GONE
+
+    def closesocket(self, sock_or_sd):
+        """Closes a connection, as TstSocket.close(). Returns True for the call that began it."""
+        cdef uint32_t generation = 0
+        cdef tst_connection *connection = self.find(sock_or_sd, &generation)
+        if connection == NULL or connection_close_output(connection, generation) != 1:
+            return False
+        shard_ask(connection, generation, PEND_CLOSE)
+        return True
+
+    def broadcast(self, data, exclude=None, where=None):
+        """Sends the same bytes to every connection. exclude: a TstSocket, or several. where: a function of one socket that
+        says whether it is to get them. Returns how many connections it was queued for."""
+        if isinstance(exclude, TstSocket):
+            exclude = (exclude,)
+        left_out = set() if exclude is None else set(exclude)
+        payload = bytes(contiguous(data))
+        cdef const char *text = PyBytes_AS_STRING(payload)
+        cdef size_t size = <size_t>PyBytes_GET_SIZE(payload)
+        cdef int reached = 0
+        cdef ssize_t queued
+        self.check_alive()
+        for sock in self.snapshot():
+            if sock in left_out or (where is not None and not where(sock)):
+                continue
+            queued = (<TstSocket>sock).append(text, size)
+            if queued >= 0:
+                reached += 1
+            elif queued != -ENOTCONN:
+                check(queued, "no memory to queue output")
+        return reached
+
+    cdef list snapshot(self):
+        cdef list found = []
+        cdef int chunk, i
+        cdef tst_connection *connection
+        cdef PyObject *held
+        for chunk in range(TABLE_CHUNKS):
+            connection = table_chunk(&self.engine.table, chunk)
+            for i in range(TABLE_CHUNK if connection != NULL else 0):
+                spin_lock(&connection.lock)
+                held = connection.sock
+                if held != NULL:
+                    Py_INCREF(<object>held)
+                spin_unlock(&connection.lock)
+                if held != NULL:
+                    found.append(<object>held)
+                    Py_DECREF(<object>held)
+                connection += 1
+        return found
+
+    def sockets(self):
+        """The open connections, a snapshot; listeners are not among them."""
+        self.check_alive()
+        return self.snapshot()
+
+    def __len__(self):
+        """Open connections, listeners not counted."""
+        cdef int i
+        cdef int total = 0
+        for i in range(self.engine.n_shards):
+            total += <int>load32(&self.engine.shards[i].open, RELAXED)
+        return max(0, total - len(self.listeners))
+
+    def __bool__(self):
+        return True
+
+    def __getitem__(self, sd):
+        """The open connection with that descriptor, or that 64-bit id. KeyError when there is none."""
+        cdef uint32_t generation = 0
+        cdef tst_connection *connection = self.find(sd, &generation)
+        cdef PyObject *held = NULL
+        if connection != NULL:
+            spin_lock(&connection.lock)
+            if connection_is(connection, generation):
+                held = connection.sock
+                if held != NULL:
+                    Py_INCREF(<object>held)
+            spin_unlock(&connection.lock)
+        if held == NULL:
+            raise KeyError(sd)
+        sock = <object>held
+        Py_DECREF(sock)
+        return sock
+
+    def stats(self):
+        """The pool's counters since start(): a PoolStats, a snapshot taken while workers go on."""
+        cdef int i
+        cdef uint64_t messages = 0, bytes_in = 0, spins = 0, stale = 0, accepted = 0, accept_errors = 0, closed = 0
+        cdef uint64_t bytes_out = load64(&self.bytes_outside, RELAXED), controls = 0
+        cdef tst_stats *one
+        self.check_alive()
+        workers = []
+        for i in range(self.engine.n_workers):
+            one = &self.engine.workers[i].stats
+            messages += load64(&one.messages, RELAXED)
+            bytes_in += load64(&one.bytes_in, RELAXED)
+            bytes_out += load64(&one.bytes_out, RELAXED)
+            spins += load64(&one.spins, RELAXED)
+            stale += load64(&one.stale_events, RELAXED)
+            accepted += load64(&one.accepted, RELAXED)
+            accept_errors += load64(&one.accept_errors, RELAXED)
+            closed += load64(&one.closed, RELAXED)
+            controls += load64(&one.controls, RELAXED)
+            workers.append(self.worker_stats(i))
+        return PoolStats(
+            connections=len(self), listeners=len(self.listeners), accepted=accepted,
+            added=load64(&self.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in, bytes_out=bytes_out,
+            spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls, workers=tuple(workers))
+
+    cdef object worker_stats(self, int no):
+        cdef tst_worker *worker = &self.engine.workers[no]
+        cdef uint64_t since = load64(&worker.waiting_since, RELAXED)
+        cdef uint64_t now = clock_now()
+        cdef uint64_t idle = load64(&worker.stats.idle_count, RELAXED)
+        if since and now > since:
+            idle += (now - since) // self.engine.idle_time
+        return WorkerStats(
+            thread_no=no, exec_count=load64(&worker.stats.exec_count, RELAXED), idle_count=idle,
+            sum_time=load64(&worker.stats.sum_time, RELAXED) / 1e9,
+            most_elapsed=load64(&worker.stats.most_elapsed, RELAXED) / 1e9,
+            begin_time=load64(&worker.stats.begin_time, RELAXED) / 1e9,
+            end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
+
+
+class Raw:
+    """Framing that does none: a message is whatever has arrived."""
+
+    def __repr__(self):
+        return "Raw()"
+
+
+WORKERS_END = threading.Lock()
+
+
+cdef void close_once(int *fd) noexcept:
+    if fd[0] >= 0:
+        close(fd[0])
+    fd[0] = -1
+
+
+cdef int adopt(object sock) except -1:
+    """Takes the descriptor out of a socket.socket and makes it fit for the engine."""
+    sock.setblocking(False)
+    os.set_inheritable(sock.fileno(), False)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    return sock.detach()
+
+
+cdef int read_peer(tst_connection *connection) except -1:
+    """Asks the kernel for the peer of a socket that somebody else connected."""
+    cdef bytes raw
+    try:
+        with socket.socket(fileno=os.dup(connection.fd)) as copy:
+            family, address = copy.family, copy.getpeername()
+    except OSError:
+        return 0
+    if family == socket.AF_INET:
+        raw = address[1].to_bytes(2, "big") + socket.inet_pton(family, address[0])
+    elif family == socket.AF_INET6:
+        raw = address[1].to_bytes(2, "big") + bytes(4) + socket.inet_pton(family, address[0].partition("%")[0])
+    else:
+        return 0
+    connection.peer.family = family
+    memcpy(connection.peer.bytes, <const char *>raw, <size_t>len(raw))
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------- workers
+
+cdef Worker new_worker(TstPool pool, int no):
+    cdef Worker worker = Worker.__new__(Worker)
+    worker.pool = pool
+    worker.engine = pool.engine
+    worker.worker = &pool.engine.workers[no]
+    worker.worker.ident = PyThread_get_thread_ident()
+    worker.worker.tid = gettid()
+    worker.binding = bind(pool.binding.handler, pool.hooks)
+    return worker
+
+
+@cython.final
+cdef class Worker:
+    """One worker thread: parks, takes a shard, turns, runs handlers, until the pool has stopped."""
+
+    cdef int run(self) except -1:
+        cdef tst_shard *shard = NULL
+        cdef bint taken_over = False
+        cdef int parked
+        while True:
+            with nogil:
+                parked = engine_park(self.engine, self.worker, &shard, &taken_over)
+            if parked == PARK_END:
+                return 0
+            if parked == PARK_IDLE:
+                self.idle(NULL)
+            else:
+                self.serve(shard, taken_over)
+
+    cdef int serve(self, tst_shard *shard, bint taken_over) except -1:
+        """Turns a shard until it is taken over by another worker, or has ended."""
+        cdef tst_batch *batch
+        cdef int turn
+        cdef bint ran = False
+        batch = self.resume(shard) if taken_over else batch_get(self.engine)
+        if batch == NULL:
+            if not taken_over:
+                store64(&shard.token, 0, RELEASE)
+                raise MemoryError("no memory for a batch")
+            return 0
+        shard.batch = batch
+        while True:
+            with nogil:
+                turn = shard_turn(self.engine, self.worker, shard, batch, ran)
+            ran = False
+            if turn == TURN_RUN:
+                self.run_batch(shard, batch)
+                ran = True
+            elif turn == TURN_LOST:
+                batch_leave(self.engine, batch, 1)     # the token's use goes with the token
+                return 0
+            elif turn == TURN_ENDED:
+                shard.batch = NULL
+                batch_leave(self.engine, batch, 2)
+                with nogil:
+                    engine_shard_ended(self.engine, shard)
+                return 0
+            elif turn == TURN_IDLE:
+                self.idle(shard)
+                ran = True
+            elif turn == TURN_COMPLAIN:
+                self.complain()
+            else:
+                self.pool.fault = system_error(-turn, "epoll_wait: " + os.strerror(-turn))
+                logger.critical("%s stops: %s", self.pool.name, self.pool.fault)
+                self.pool.begin_stop(0)
+
+    cdef tst_batch *resume(self, tst_shard *shard) except? NULL:
+        """Goes on where a stuck worker was: its batch's handlers that have not run, then the events it did not get to.
+
+        Returns a batch of our own with those events, or NULL when the shard was taken from us in turn.
+        """
+        cdef tst_batch *stuck = shard.batch
+        cdef tst_batch *own
+        cdef bint kept
+        add32(&stuck.users, 1, ACQUIRE)
+        with nogil:
+            batch_detach(stuck, &self.worker.stats)
+        self.run_batch(shard, stuck)
+        with nogil:
+            batch_finish(self.worker, stuck, clock_now())
+            kept = shard_leave_running(self.worker, shard)
+        if not kept:
+            batch_leave(self.engine, stuck, 1)
+            return NULL
+        own = batch_get(self.engine)
+        while own == NULL:             # events must not be lost: wait until there is memory
+            time.sleep(0.01)
+            own = batch_get(self.engine)
+        own.n_events = stuck.n_events - stuck.next_event
+        memcpy(own.events, stuck.events + stuck.next_event, <size_t>own.n_events * sizeof(own.events[0]))
+        batch_leave(self.engine, stuck, 2)
+        return own
+
+    cdef int run_batch(self, tst_shard *shard, tst_batch *batch) except -1:
+        """Runs the handlers of the entries that nobody else runs. Replies that wait for long are sent in between."""
+        cdef int i
+        cdef tst_entry *entry
+        cdef uint64_t flushed = clock_now()
+        self.clock = flushed
+        for i in range(batch.n_entries):
+            entry = &batch.entries[i]
+            if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
+                continue
+            try:
+                self.run_entry(entry)
+            finally:
+                self.worker.current = NULL
+                store32(&entry.state, ENTRY_RAN, RELEASE)
+            if not token_held(shard, self.worker.no):
+                return 0
+            if self.clock - flushed >= FLUSH_EVERY:
+                with nogil:
+                    batch_finish(self.worker, batch, self.clock)
+                flushed = clock_now()
+        return 0
+
+    cdef int run_entry(self, tst_entry *entry) except -1:
+        """All that is due for one connection: connect, writable, messages, disconnect, in this order."""
+        cdef tst_connection *connection = entry.connection
+        cdef TstSocket sock
+        cdef Binding binding
+        cdef uint32_t due = entry.what
+        store32(<uint32_t *>&connection.thread_no, <uint32_t>self.worker.no, RELAXED)
+        self.worker.current = connection
+        sock = <TstSocket>connection.sock if connection.sock != NULL else new_socket(self.pool, connection)
+        if due & DO_CONNECT:
+            self.connect(sock)
+        with cython.critical_section(sock):
+            binding = sock.binding
+        if binding is None:
+            binding = self.binding
+        if due & DO_WRITABLE and not connection.closing:
+            self.writable(sock, binding)
+        if not due & DO_CONNECT:
+            self.read_messages(sock, binding, connection.events)
+            due = connection_due(connection)
+        elif connection.closing:
+            due = connection_due(connection)
+        if due & DO_DISCONNECT and self.disconnect(sock, binding):
+            entry.what = DO_RETIRE
+        elif input_keep(&connection.input) < 0:
+            connection_break(connection, ENOMEM)
+        return 0
+
+    cdef bint connect(self, TstSocket sock) except -1:
+        """on_connect. A connection that is refused closes like any other, but was never connected for on_disconnect."""
+        cdef Binding binding = sock.binding if sock.binding is not None else self.binding
+        cdef object hook = binding.on_connect if binding.on_connect is not None else self.binding.on_connect
+        if sock.connection.closing or load32(&self.engine.phase, ACQUIRE) != PHASE_RUNNING:
+            connection_begin_close(sock.connection)
+            return False
+        sock.connection.connected = True
+        if hook is not None:
+            result = self.call(sock, binding, hook, (sock,))
+            if result is not None and isinstance(result, int) and result > <int>TstStat.SEND:
+                sock.connection.connected = False
+                connection_begin_close(sock.connection)
+            else:
+                self.apply(sock, binding, result, None, None)
+        return True
+
+    cdef int read_messages(self, TstSocket sock, Binding binding, uint32_t events) except -1:
+        """Hands out the whole messages that are there, up to a fair share."""
+        cdef int n = 0
+        while n < MESSAGES_PER_TURN and connection_cut(sock.connection):
+            sock.connection.events = (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN
+            if not self.message(sock, binding):
+                break
+            n += 1
+        return 0
+
+    cdef bint message(self, TstSocket sock, Binding binding) except -1:
+        """One message. False: a function left it unread, so it is to be called again, after the others."""
+        cdef tst_connection *connection = sock.connection
+        cdef bint whole = connection.recv != NULL and data_requested(connection.recv)
+        connection.message_ready = False
+        connection.has_read = False
+        count(&self.worker.stats.messages, 1)
+        if binding.function is None:
+            if binding.on_message is not None:
+                arguments = (sock, self.payload(sock))
+                self.apply(sock, binding, self.call(sock, binding, binding.on_message, arguments),
+                           self.binding.on_message, arguments)
+            elif not whole:
+                input_consume(&connection.input, connection.input.size)
+            return True
+        if connection.recv != NULL:
+            connection.recv.checked_len = 0 if whole else connection.input.size
+        self.apply(sock, binding, self.call(sock, binding, binding.function, (sock,)), self.binding.function, (sock,))
+        if whole or connection.has_read or connection.closing or connection.hold_input or (
+                connection.recv != NULL and data_requested(connection.recv)):
+            return True
+        if connection.end_of_input:
+            input_free(&connection.input)      # the handler has seen it and does not want it, and no more will come
+            return True
+        count(&self.worker.stats.spins, 1)
+        connection.message_ready = True
+        return False
+
+    cdef object payload(self, TstSocket sock):
+        """The message as bytes: the transfer that was asked for, or all that has arrived."""
+        cdef tst_connection *connection = sock.connection
+        if connection.recv != NULL and data_requested(connection.recv):
+            return PyBytes_FromStringAndSize(connection.recv.s + connection.recv.req_pos,
+                                             <Py_ssize_t>connection.recv.req_len)
+        data = PyBytes_FromStringAndSize(connection.input.view, <Py_ssize_t>connection.input.size)
+        input_consume(&connection.input, connection.input.size)
+        return data
+
+    cdef int writable(self, TstSocket sock, Binding binding) except -1:
+        cdef object hook = binding.function if binding.function is not None else binding.on_writable
+        sock.connection.events = _EPOLLOUT
+        if hook is not None:
+            self.apply(sock, binding, self.call(sock, binding, hook, (sock,)),
+                       self.binding.function if self.binding.function is not None else self.binding.on_writable, (sock,))
+        return 0
+
+    cdef bint disconnect(self, TstSocket sock, Binding binding) except -1:
+        """on_disconnect, and the end of the TstSocket's life in the table. False: the handler has reconnected it."""
+        cdef tst_connection *connection = sock.connection
+        cdef object hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
+        reason, sock.reason = sock.reason, None
+        if reason is None and connection.reason:
+            reason = system_error(connection.reason)
+        if connection.connected and hook is not None:
+            result = self.call(sock, binding, hook, (sock, reason))
+            if result is not None and isinstance(result, int) and result == <int>TstStat.RECONNECTED:
+                reconnect(sock)
+                return False
+        forget_socket(connection)
+        return True
+
+    cdef object call(self, TstSocket sock, Binding binding, object hook, object arguments):
+        """Calls a hook, measures it, and deals with what it raises; then the result is DISCONNECT unless on_error says else."""
+        cdef uint64_t begin = self.clock
+        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        try:
+            return hook(*arguments)
+        except BaseException as error:
+            self.failed(sock, binding, error)
+            return None
+        finally:
+            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+            self.finished(sock, begin)
+
+    cdef int finished(self, TstSocket sock, uint64_t begin) except -1:
+        """Enters the job that has just ended, and reports it if it was long."""
+        cdef uint64_t longest
+        cdef uint64_t elapsed
+        self.clock = clock_now()
+        elapsed = self.clock - begin
+        longest = stats_job(&self.worker.stats, begin, self.clock)
+        try:
+            if longest and self.binding.on_most_elapsed is not None:
+                self.binding.on_most_elapsed(sock, elapsed / 1e9)
+            if elapsed >= self.pool.slow_handler and self.binding.on_slow is not None:
+                self.binding.on_slow(sock, elapsed / 1e9)
+        except BaseException:
+            logger.exception("on_slow raised")
+        return 0
+
+    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object arguments) except -1:
+        """Does what a handler's return value says. `hook`: the pool's, for TstStat.RUN from a socket's own handler."""
+        cdef tst_connection *connection = sock.connection
+        cdef int stat = 0
+        cdef int queued
+        if result is not None:
+            if not isinstance(result, int):
+                self.failed(sock, binding, TypeError(f"a handler returns None or a TstStat, not {result!r}"))
+                return 0
+            stat = <int>(result if -1 < result < 100 else 4)
+        if stat == 1 and binding is not self.binding and hook is not None:
+            return self.apply(sock, self.binding, self.call(sock, self.binding, hook, arguments), None, None)
+        if connection.closing:
+            return 0
+        if stat == 3:
+            return reconnect(sock)
+        if stat > 2:
+            connection_begin_close(connection)
+            return 0
+        if stat == 2 or connection.send != NULL:
+            queued = connection_transfer(connection, self.clock)
+            if queued < 0:
+                connection_break(connection, -queued)
+            elif stat == 2:
+                connection.call_writable = connection.hold_input = True
+                if queued == 0:
+                    connection.send_mark = 0
+                    count(&self.worker.stats.spins, 1)
+        return 0
+
+    cdef int failed(self, TstSocket sock, Binding binding, object error) except -1:
+        """A hook raised: on_error, then the socket is disconnected, unless on_error says SUSPEND."""
+        cdef object hook = binding.on_error if binding.function is None else self.binding.on_error
+        verdict = None
+        try:
+            verdict = hook(sock, error)
+        except BaseException as second:
+            logger.error("on_error raised on socket %d", sock.sd, exc_info=second)
+        if verdict is not None and verdict == <int>TstStat.SUSPEND:
+            return 0
+        sock.reason = error
+        connection_begin_close(sock.connection)
+        return 0
+
+    cdef int idle(self, tst_shard *shard) except -1:
+        """on_idle; with the shard it polls open to take-over, for the hook may block."""
+        if shard != NULL:
+            shard_enter_running(self.engine, self.worker, shard)
+        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        try:
+            if self.binding.on_idle is not None:
+                self.binding.on_idle(self.worker.no)
+        except BaseException:
+            logger.exception("on_idle raised")
+        finally:
+            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        return 0
+
+    cdef int complain(self) except -1:
+        """accept has failed: one line a second at most, however often it fails."""
+        cdef int number = self.worker.accept_errno
+        self.worker.accept_errno = 0
+        if time.monotonic() - self.complained >= 1.0:
+            self.complained = time.monotonic()
+            logger.warning("%s can't accept: %s", self.pool.name, os.strerror(number))
+        return 0
+
+
+cdef int reconnect(TstSocket sock) except -1:
+    """The handler has put another connection under the descriptor: forgets the old one's bytes, registers it anew."""
+    cdef tst_connection *connection = sock.connection
+    input_free(&connection.input)
+    connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
+    connection.call_writable = connection.ask_writable = False
+    connection.reason = 0
+    connection_mark(connection, STATE_HANGUP, False, 0, generation_of(sock.id))
+    spin_lock(&connection.lock)
+    if not connection.flushing:
+        queue_drop(&connection.out)
+    sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
+    connection.registered = connection.want_out = connection.want_room = connection.out_closed = False
+    connection.armed = 0
+    store32(&connection.out_error, 0, RELAXED)
+    spin_unlock(&connection.lock)
+    fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK)
+    for transfer in (sock.recv_transfer, sock.send_transfer):
+        if transfer is not None:
+            transfer.req_len = 0
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- end and forks
+
+def _stop_all():
+    """The interpreter ends: workers must go before it waits for its threads."""
+    for pool in list(_running):
+        pool.stop(1.0)
+
+
+def _after_fork_in_child():
+    global WORKERS_END
+    WORKERS_END = threading.Lock()
+    for pool in list(_running):
+        (<TstPool>pool)._forked()
+    _running.clear()
+
+
+# threading waits for its threads before atexit runs; this hook, which concurrent.futures uses too, runs before that.
+getattr(threading, "_register_atexit", atexit.register)(_stop_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)

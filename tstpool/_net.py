@@ -1,0 +1,154 @@
+"""Addresses and sockets before they enter the pool: resolving, listening, connecting. Plain Python over `socket`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+
+UNIX_PREFIX = "unix:"
+SKIPPED_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def named(error: OSError, action: str, host: str | None, port: int) -> OSError:
+    """The same error, of the same class, with the address in its text."""
+    where = host if host is not None and host.startswith(UNIX_PREFIX) else f"{host or '*'}:{port}"
+    renamed = type(error)(error.errno, f"can't {action} {where}: {error.strerror or error}")
+    return renamed
+
+
+def listening_sockets(host: str | None, port: int, backlog: int) -> list[socket.socket]:
+    """Sockets that listen on every address that `host` stands for; None, "" and "::" are all of this machine's.
+
+    Raises OSError naming the address. An address that this machine does not have is passed over as long as another works.
+    """
+    try:
+        if host is not None and host.startswith(UNIX_PREFIX):
+            return [_listen_unix(host[len(UNIX_PREFIX) :], backlog)]
+        if host in (None, "", "::"):
+            return [_listen_all(port, backlog)]
+        return _listen_named(host, port, backlog)
+    except OSError as error:
+        raise named(error, "listen on", host, port) from error
+    except (UnicodeError, OverflowError) as error:  # a name that can't be encoded, a port beyond 65535
+        raise named(OSError(errno.EINVAL, str(error)), "listen on", host, port) from error
+
+
+def _listen_all(port: int, backlog: int) -> socket.socket:
+    """One socket for IPv6 and IPv4; for IPv4 alone where the machine has no IPv6."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return _listen_on(socket.AF_INET6, ("::", port), backlog, dual_stack=True)
+    return _listen_on(socket.AF_INET, ("0.0.0.0", port), backlog)
+
+
+def _listen_named(host: str | None, port: int, backlog: int) -> list[socket.socket]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+        if port == 0 and sockets:  # all addresses of one name share the port that the first was given
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])
+        try:
+            sockets.append(_listen_on(family, address, backlog))
+        except OSError as error:
+            failure = error
+            if error.errno not in SKIPPED_ERRORS:
+                break
+    if failure is not None and (not sockets or failure.errno not in SKIPPED_ERRORS):
+        for opened in sockets:
+            opened.close()
+        raise failure
+    return sockets
+
+
+def _listen_on(family: int, address: tuple, backlog: int, dual_stack: bool = False) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual_stack else 1)
+        listener.bind(address)
+        listener.listen(backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _listen_unix(path: str, backlog: int) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_abandoned(path):
+                raise
+            os.unlink(path)
+            listener.bind(path)
+        listener.listen(backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_abandoned(path: str) -> bool:
+    """A socket file on which nobody listens any more, left by a server that was killed."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def address_of(sock: socket.socket) -> tuple[str, int]:
+    """(host, port), or ("unix:/path", 0)."""
+    address = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return UNIX_PREFIX + os.fsdecode(address), 0
+    return address[0], address[1]
+
+
+def connected_socket(host: str, port: int, timeout: float | None) -> socket.socket:
+    """Connects, in the calling thread. Raises OSError naming the address."""
+    try:
+        if host.startswith(UNIX_PREFIX):
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                client.settimeout(timeout)
+                client.connect(host[len(UNIX_PREFIX) :])
+            except BaseException:
+                client.close()
+                raise
+            return client
+        return socket.create_connection((host, port), timeout)
+    except OSError as error:
+        raise named(error, "connect to", host, port) from error
+    except (UnicodeError, OverflowError) as error:
+        raise named(OSError(errno.EINVAL, str(error)), "connect to", host, port) from error
+
+
+def unlink_socket(address: tuple[str, int]) -> None:
+    """Removes a unix listener's file, if that is what the address names and it is still there."""
+    host = address[0]
+    if host.startswith(UNIX_PREFIX):
+        with contextlib.suppress(OSError):
+            os.unlink(host[len(UNIX_PREFIX) :])
+
+
+def text_address(family: int, raw: bytes) -> tuple[str, int] | None:
+    """The address behind the family field of a sockaddr_in or sockaddr_in6, as (host, port); None for other families."""
+    if family == socket.AF_INET:
+        return socket.inet_ntop(family, raw[2:6]), int.from_bytes(raw[:2], "big")
+    if family == socket.AF_INET6:
+        return socket.inet_ntop(family, raw[6:22]), int.from_bytes(raw[:2], "big")
+    return None

@@ -1,0 +1,313 @@
+# cython: language_level=3
+"""The kernel's side of a connection: epoll, recv, send, and the rule by which a descriptor is armed again.
+
+Some facts about epoll, and what they mean for us:
+
+1. Level-triggered without ONESHOT needs no system call to stay armed, but the next epoll_wait reports the descriptor
+   again for as long as it is ready. As long as one worker polls, reads and runs, nobody else can see the event
+   meanwhile, so "one worker in a socket's handlers" (S15) costs nothing. Only when a second worker polls while the
+   first is still in a handler must the descriptor be *silenced*. That, and reading that is switched off, is all that
+   MOD is used for under `trigger="level"`.
+2. An empty mask is not silence: EPOLLERR and EPOLLHUP are always reported, level-triggered, for ever. EPOLLONESHOT
+   with an empty mask is: the kernel reports them once more at most, then disables the descriptor.
+3. EPOLL_CTL_MOD looks at the descriptor's readiness anew, under every trigger. So an event that came between recv's
+   EAGAIN and MOD is not lost, and arming late is always safe; arming twice costs only a spare event.
+4. Silencing is lazy. A descriptor whose input is not wanted at the moment (paused, closing, a SEND under way) stays
+   armed until input really comes; usually the moment has passed by then, and both system calls are saved. EPOLLOUT is
+   the exception: it is dropped at once, because a socket is nearly always writable.
+5. close() drops a descriptor from its epoll set only when no duplicate of it is left anywhere (a fork, a dup). So
+   EPOLL_CTL_DEL comes first, always.
+
+The mask that the kernel holds stands in connection.armed and changes only together with it under connection.lock.
+Therefore a release that finds input unarmed arms it, whoever silenced it and when: no flag says so, the mask itself does.
+
+All system calls of the engine on connections stand here, each behind one function that returns >= 0 or -errno.
+"""
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from tstpool._conn cimport (
+    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TABLE_CHUNK, connection_id, connection_is, connection_wants_input, generation_of,
+    tst_connection)
+from tstpool._data cimport input_free
+from tstpool._libc cimport (
+    ACQ_REL, ACQUIRE, RELAXED, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLONESHOT,
+    EPOLLOUT, EPOLLPRI, EPOLLRDHUP, MSG_NOSIGNAL, POLLOUT, RELEASE, SHUT_RDWR, SO_OOBINLINE, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, SOL_SOCKET, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait, eventfd, iovec,
+    load32, load64, store32, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, shutdown, sockaddr, socklen_t, store64, write)
+from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_size
+from tstpool._stats cimport count, tst_stats
+
+cdef enum:
+    TRIGGER_LEVEL = 0
+    TRIGGER_ONESHOT = 1
+    TRIGGER_EDGE = 2
+
+cdef enum:
+    # sendmsg calls for one connection in one turn, of up to QUEUE_PIECES chunks each; then EPOLLOUT carries on, so that
+    # a fast reader of a long queue does not hold up the others.
+    FLUSH_ROUNDS = 4
+
+
+# -------------------------------------------------------------------------------------------- system calls
+
+cdef inline int sys_wait(int epoll_fd, epoll_event *events, int capacity, int timeout_ms) noexcept nogil:
+    """Returns the number of events; an interrupted wait counts as one that found none."""
+    cdef int n = epoll_wait(epoll_fd, events, capacity, timeout_ms)
+    if n < 0:
+        return 0 if errno == EINTR else -errno
+    return n
+
+
+cdef inline int sys_control(int epoll_fd, int operation, int fd, uint32_t mask, uint64_t id) noexcept nogil:
+    cdef epoll_event event
+    event.events = mask
+    event.data.u64 = id
+    if epoll_ctl(epoll_fd, operation, fd, &event) < 0:
+        return -errno
+    return 0
+
+
+cdef inline ssize_t sys_recv(int fd, void *buffer, size_t size) noexcept nogil:
+    cdef ssize_t n
+    while True:
+        n = recv(fd, buffer, size, 0)
+        if n >= 0:
+            return n
+        if errno != EINTR:
+            return -errno
+
+
+cdef inline ssize_t sys_send(int fd, iovec *pieces, int n_pieces) noexcept nogil:
+    """Sends without ever raising SIGPIPE."""
+    cdef msghdr message
+    cdef ssize_t n
+    while True:
+        if n_pieces == 1:
+            n = send(fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL)
+        else:
+            memset(&message, 0, sizeof(msghdr))
+            message.msg_iov = pieces
+            message.msg_iovlen = <size_t>n_pieces
+            n = sendmsg(fd, &message, MSG_NOSIGNAL)
+        if n >= 0:
+            return n
+        if errno != EINTR:
+            return -errno
+
+
+cdef inline int sys_accept(int listener, sockaddr *address, socklen_t *size) noexcept nogil:
+    cdef int fd
+    while True:
+        fd = accept4(listener, address, size, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if fd >= 0:
+            return fd
+        if errno != EINTR:
+            return -errno
+
+
+cdef inline bint sys_writable(int fd) noexcept nogil:
+    cdef pollfd watched
+    watched.fd = fd
+    watched.events = POLLOUT
+    watched.revents = 0
+    return poll(&watched, 1, 0) == 1
+
+
+cdef inline void sys_wake(int event_fd) noexcept nogil:
+    cdef uint64_t one = 1
+    while write(event_fd, &one, sizeof(one)) < 0 and errno == EINTR:
+        pass
+
+
+cdef inline void sys_drain(int event_fd) noexcept nogil:
+    cdef uint64_t number
+    while read(event_fd, &number, sizeof(number)) < 0 and errno == EINTR:
+        pass
+
+
+cdef inline void sys_oob_inline(int fd) noexcept nogil:
+    """Urgent bytes stay in the stream, in their place. Else EPOLLPRI would fire until somebody read them aside (B23).
+    Fails on sockets that know no urgent data, which is fine."""
+    cdef int on = 1
+    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+
+
+# ------------------------------------------------------------------------------------------------- arming
+
+cdef inline uint32_t input_mask() noexcept nogil:
+    return EPOLLIN | EPOLLRDHUP | EPOLLPRI
+
+
+cdef inline uint32_t output_mask(tst_connection *connection) noexcept nogil:
+    """Lock held."""
+    return EPOLLOUT if connection.want_out or connection.want_room else 0
+
+
+cdef inline uint32_t trigger_mask(tst_connection *connection) noexcept nogil:
+    if connection.trigger == TRIGGER_ONESHOT:
+        return EPOLLONESHOT
+    if connection.trigger == TRIGGER_EDGE:
+        return EPOLLET
+    return 0
+
+
+cdef inline int connection_control(tst_connection *connection, uint32_t mask, tst_stats *stats) noexcept nogil:
+    """Gives the kernel a mask. Lock held."""
+    cdef int result
+    result = sys_control(connection.epoll_fd, EPOLL_CTL_MOD if connection.registered else EPOLL_CTL_ADD,
+                         connection.fd, mask, connection_id(connection))
+    if stats != NULL:
+        count(&stats.controls, 1)
+    if result == 0:
+        connection.registered = True
+        connection.armed = mask
+    return result
+
+
+cdef inline int connection_arm(tst_connection *connection, bint want_in, tst_stats *stats) noexcept nogil:
+    """Makes the kernel report what is wanted, if it does not do so yet. Lock held."""
+    cdef uint32_t wanted = input_mask() if want_in else 0
+    wanted |= output_mask(connection)
+    if wanted & ~connection.armed == 0 and not connection.armed & ~wanted & EPOLLOUT:
+        if connection.registered:
+            return 0
+    return connection_control(connection, wanted | trigger_mask(connection) if wanted else EPOLLONESHOT, stats)
+
+
+cdef inline int connection_silence(tst_connection *connection, tst_stats *stats) noexcept nogil:
+    """No more input events until connection_arm. Output that waits goes on. Lock held."""
+    cdef uint32_t mask = EPOLLONESHOT
+    if output_mask(connection):
+        mask = EPOLLOUT | trigger_mask(connection)
+    if connection.armed == mask:
+        return 0
+    return connection_control(connection, mask, stats)
+
+
+cdef inline void connection_fired(tst_connection *connection) noexcept nogil:
+    """An event came under ONESHOT: the kernel has disabled the descriptor by itself. Lock held."""
+    if connection.armed & EPOLLONESHOT:
+        connection.armed = EPOLLONESHOT
+
+
+# ------------------------------------------------------------------------------------------------- output
+
+cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t total) noexcept nogil:
+    """Enters what the kernel said to one send of `total` bytes. Lock held."""
+    if sent >= 0:
+        queue_consume(&connection.out, <size_t>sent)
+        connection.want_out = <size_t>sent < total
+    elif sent == -EAGAIN:
+        connection.want_out = True
+    else:
+        store32(&connection.out_error, <uint32_t>-sent, RELAXED)
+        connection.out_drop = True
+    if connection.out_drop:
+        queue_drop(&connection.out)
+        connection.out_closed = True
+        connection.out_drop = False
+        connection.want_out = False
+
+
+cdef inline int flush_state(tst_connection *connection) noexcept nogil:
+    """What connection_flush returns. Lock held."""
+    if load32(&connection.out_error, RELAXED):
+        return -<int>load32(&connection.out_error, RELAXED)
+    return queue_size(&connection.out) != 0
+
+
+cdef inline int connection_flush(tst_connection *connection, uint32_t generation, bint writable, bint arm,
+                                 tst_stats *stats) noexcept nogil:
+    """Sends what waits; any worker may. Returns 0 when nothing waits now, 1 when something does, -errno when broken.
+
+    One flusher at a time: whoever comes second leaves, and the first looks again before it goes. While the kernel's
+    buffer is full only an event (`writable`) is a reason to try. With `arm`, EPOLLOUT is armed or dropped here;
+    without, the caller is about to arm anyway.
+    """
+    cdef iovec pieces[QUEUE_PIECES]
+    cdef size_t total
+    cdef int n, rounds = 0, result
+    cdef ssize_t sent
+    spin_lock(&connection.lock)
+    if (not connection_is(connection, generation) or connection.flushing or queue_size(&connection.out) == 0
+            or (connection.want_out and not writable)):
+        result = flush_state(connection)
+        spin_unlock(&connection.lock)
+        return result
+    connection.flushing = True
+    while True:
+        n = queue_pieces(&connection.out, pieces, &total)
+        spin_unlock(&connection.lock)
+        sent = sys_send(connection.fd, pieces, n)
+        if sent > 0:
+            count(&stats.bytes_out, <uint64_t>sent)
+        spin_lock(&connection.lock)
+        flush_result(connection, sent, total)
+        rounds += 1
+        if connection.want_out or queue_size(&connection.out) == 0:
+            break
+        if rounds == FLUSH_ROUNDS:
+            connection.want_out = True
+            break
+    connection.flushing = False
+    if arm and not connection.retired:
+        flush_arm(connection, stats)
+    result = flush_state(connection)
+    if connection.retired:
+        spin_unlock(&connection.lock)
+        connection_free(connection, stats)
+    else:
+        spin_unlock(&connection.lock)
+    return result
+
+
+cdef inline void flush_arm(tst_connection *connection, tst_stats *stats) noexcept nogil:
+    """Arms or drops EPOLLOUT and leaves the rest of the mask as it is. Lock held."""
+    cdef uint32_t mask = (connection.armed & input_mask()) | output_mask(connection)
+    if not connection.registered or (connection.armed & (input_mask() | EPOLLOUT)) == mask:
+        return
+    if connection_control(connection, mask | trigger_mask(connection) if mask else EPOLLONESHOT, stats) < 0:
+        connection.out_drop = True         # no EPOLLOUT will ever come: the output is lost
+        flush_result(connection, -ECONNRESET, 0)
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+cdef inline void connection_free(tst_connection *connection, tst_stats *stats) noexcept nogil:
+    """Frees the slot and closes the descriptor, once the last of {owner, flusher, request queue} has let go.
+
+    Called by each of them when it is the last as far as it can see; whoever takes a DEAD connection from the stack of
+    requests calls it again.
+    """
+    cdef uint64_t word = load64(&connection.state, ACQUIRE)
+    cdef uint64_t dead
+    cdef int fd = connection.fd
+    while word & STATE_QUEUED:
+        dead = (word & ~<uint64_t>(STATE_OPEN | PEND_ANY)) | STATE_DEAD
+        if compare_exchange64(&connection.state, &word, dead, True, ACQ_REL, ACQUIRE):
+            return
+    spin_lock(&connection.lock)
+    queue_drop(&connection.out)
+    input_free(&connection.input)
+    if connection.registered:
+        sys_control(connection.epoll_fd, EPOLL_CTL_DEL, fd, 0, 0)
+    word = load64(&connection.state, ACQUIRE)
+    store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
+    spin_unlock(&connection.lock)
+    close(fd)
+
+
+cdef inline void connection_retire(tst_connection *connection, tst_stats *stats) noexcept nogil:
+    """The owner lets go for ever: OWNED stays set, so nobody can acquire it any more."""
+    cdef bint flushing
+    spin_lock(&connection.lock)
+    connection.retired = True
+    connection.out_closed = True
+    connection.out_drop = connection.flushing
+    flushing = connection.flushing
+    spin_unlock(&connection.lock)
+    if not flushing:
+        connection_free(connection, stats)

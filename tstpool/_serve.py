@@ -1,0 +1,40 @@
+"""`tstpool.serve`: a server in one call, with the signals that a service gets."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from tstpool._core import TstHandler, TstPool, TstSocket
+from tstpool._types import TstStat
+
+
+def serve(
+    handler: TstHandler | Callable[[TstSocket], TstStat | None],
+    host: str | None = "127.0.0.1",
+    port: int = 20001,
+    *,
+    drain: float = 5.0,
+    **options: Any,
+) -> None:
+    """Listens, serves, and returns when SIGINT or SIGTERM has come and the pool has stopped.
+
+    handler, options: as TstPool takes them. host, port: as TstPool.listen takes them. drain: seconds for the stop.
+    Called on another thread than the main one it leaves signals alone and ends when somebody stops the pool.
+    Raises OSError with the address in its text when it can't listen.
+    """
+    pool = TstPool(handler, **options)
+    pool.listen(host, port)
+    if threading.current_thread() is not threading.main_thread():
+        pool.serve_forever(drain)
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        pool.serve_forever(drain)
+    except KeyboardInterrupt:
+        pass  # the pool has stopped: that is how a server is ended
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)

@@ -1,0 +1,309 @@
+# cython: language_level=3
+"""Shards, workers, batches: who polls, who runs, and how one thread takes over from another.
+
+A *shard* is an epoll set, an eventfd and a stack of requests. Exactly one worker at a time holds its *token*; only the
+holder polls it, resolves events and acquires connections. The token also says what its holder is doing:
+
+                     park                         events came, handlers are due
+        0 (nobody) --------> (worker, POLLING) <-------------------------------> (worker, RUNNING)
+                                                    one CAS each way                   |
+                                                                                       | it is stuck in a handler:
+                                                       (another, RUNNING) <------------+ one CAS by the watcher
+
+While RUNNING the token may be taken away, so whoever runs handlers finds out by a failing compare-and-swap when it wants
+to poll again. While POLLING it can't be. That is all the locking that polling needs.
+
+A *batch* is what one poll brought, with the memory that it was received into. Its entries move by compare-and-swap, so
+that each is run once and finished once, whoever does it:
+
+        QUEUED ----> RUNNING ----> RAN ----> DONE
+               runner         runner    whoever finishes: the runner after its handlers, or the thread that took over
+
+An entry owns its connection (OWNED) from the moment it is made until it is DONE. A thread that takes a shard over runs the
+QUEUED entries, finishes the RAN ones, and leaves the RUNNING one to the stuck thread, which finishes it when it returns.
+"""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+
+from tstpool._conn cimport (
+    STATE_DETACHED, STATE_OWNED, STATE_QUEUED, connection_ask, connection_mark, generation_of, tst_connection, tst_table)
+from tstpool._libc cimport (
+    ACQ_REL, ACQUIRE, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
+    compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_t,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
+from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._poll cimport connection_flush, sys_wake
+from tstpool._stats cimport tst_stats
+
+cdef enum:
+    BATCH_EVENTS = 256         # events of one epoll_wait
+    BATCH_ENTRIES = 512        # those, what a burst of accepts adds, and requests
+    SCRATCH_SIZE = 262144      # bytes received into in one turn (libuv uses 64 KiB, uvloop 256 KiB)
+    SCRATCH_LEAST = 16384      # with less room than this left in the scratch buffer, run what there is first
+
+cdef enum:
+    PHASE_STOPPED = 0
+    PHASE_RUNNING = 1
+    PHASE_DRAINING = 2         # stop() was called: no more input, output is sent, connections close
+    PHASE_ENDING = 3           # nothing is open any more: workers leave
+
+cdef enum:
+    ENTRY_QUEUED = 0
+    ENTRY_RUNNING = 1
+    ENTRY_RAN = 2
+    ENTRY_DONE = 3
+
+cdef enum:
+    DO_CONNECT = 1             # run on_connect
+    DO_WRITABLE = 2            # run on_writable
+    DO_INPUT = 4               # run on_message for what is ready
+    DO_DISCONNECT = 8          # run on_disconnect
+    DO_RETIRE = 16             # the handlers are through with it: free it
+
+cdef enum:
+    TOKEN_POLLING = 0
+    TOKEN_RUNNING = 1
+
+
+cdef struct tst_entry:
+    uint32_t state             # atomic
+    uint32_t what              # DO_*; written by the runner
+    uint32_t generation
+    tst_connection *connection # borrowed: owned by this entry until it is DONE
+
+
+cdef struct tst_batch:
+    tst_batch *next            # owned by the free list
+    uint32_t users             # atomic: each thread in it, and the shard's token
+    int n_events
+    int next_event             # the first that has no entry yet
+    int n_entries
+    int n_python               # entries that need the interpreter
+    size_t scratch_used
+    epoll_event events[BATCH_EVENTS]
+    tst_entry entries[BATCH_ENTRIES]
+    char scratch[SCRATCH_SIZE]
+
+
+cdef struct tst_worker:
+    uint64_t calls             # atomic: odd while it is inside a handler
+    uint64_t waiting_since     # atomic: monotonic nanoseconds, 0 while it has something to do
+    int no
+    int tid
+    unsigned long ident        # threading.get_ident() of its thread
+    tst_connection *current    # the connection whose handler it is in
+    int accept_errno           # the last failure of accept, to be logged
+    uint64_t looked_calls      # watcher only: `calls` at its last look
+    int looks                  # watcher only: looks at which it had not moved
+    tst_stats stats
+    char apart[128]            # keeps two workers' counters off one cache line
+
+
+cdef struct tst_shard:
+    uint64_t token             # atomic: 0, or (worker + 1) << 8 | TOKEN_*
+    void *requests             # atomic: stack of connections that somebody wants something of
+    uint32_t sleeping          # atomic: the holder is in epoll_wait, or about to be
+    uint32_t open              # atomic: connections that live here
+    int no
+    int epoll_fd               # owned
+    int event_fd               # owned
+    bint draining              # holder only: stop() was seen
+    bint aborted               # holder only: the time for draining is over
+    bint requests_first        # holder only: requests and events take turns in being collected first
+    bint done                  # written by the holder under the engine's mutex
+    tst_batch *batch           # holder only
+    tst_connection *todo       # holder only: requests taken from the stack, oldest first
+    tst_connection *todo_last
+    tst_connection *listeners  # holder only, linked by drain_next
+    uint64_t accept_again      # holder only: when to accept again after the process ran out of something; 0: now
+    pthread_mutex_t mutex      # guards the drain list
+    tst_connection *drain_first    # closing connections, the one with the nearest deadline first
+    tst_connection *drain_last
+
+
+cdef struct tst_engine:
+    uint32_t phase             # atomic: PHASE_*
+    uint32_t watcher_asleep    # atomic: whoever begins to run handlers must wake it
+    uint64_t drain_until       # atomic: monotonic nanoseconds
+    uint64_t idle_time         # nanoseconds
+    bint call_idle             # a handler wants on_idle
+    uint8_t trigger
+    int n_workers
+    int n_shards
+    tst_worker *workers        # owned
+    tst_shard *shards          # owned
+    pthread_mutex_t mutex      # guards all below
+    pthread_cond_t standby     # parked workers
+    pthread_cond_t watch       # the watcher
+    int watcher                # worker number, -1: nobody
+    tst_batch *batches         # owned: free ones
+    tst_table table
+
+
+# --------------------------------------------------------------------------------------------------- token
+
+cdef inline uint64_t token_of(int worker, uint64_t activity) noexcept nogil:
+    return (<uint64_t>worker + 1) << 8 | activity
+
+
+cdef inline bint token_move(tst_shard *shard, uint64_t old, uint64_t fresh) noexcept nogil:
+    return compare_exchange64(&shard.token, &old, fresh, False, SEQ_CST, ACQUIRE)
+
+
+cdef inline bint token_held(tst_shard *shard, int worker) noexcept nogil:
+    return load64(&shard.token, ACQUIRE) >> 8 == <uint64_t>worker + 1
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
+    """A batch of its own for a thread that begins to poll: used by it and by the shard's token. NULL: no memory."""
+    cdef tst_batch *batch
+    pthread_mutex_lock(&engine.mutex)
+    batch = engine.batches
+    if batch != NULL:
+        engine.batches = batch.next
+    pthread_mutex_unlock(&engine.mutex)
+    if batch == NULL:
+        batch = <tst_batch *>malloc(sizeof(tst_batch))
+        if batch == NULL:
+            return NULL
+    batch.next = NULL
+    store32(&batch.users, 2, RELEASE)
+    batch.n_events = batch.next_event = batch.n_entries = batch.n_python = 0
+    batch.scratch_used = 0
+    return batch
+
+
+cdef inline void batch_leave(tst_engine *engine, tst_batch *batch, uint32_t users) noexcept nogil:
+    """Gives `users` uses back. The last one puts the batch on the free list; memory goes when the pool goes."""
+    if sub32(&batch.users, users, ACQ_REL) == 0:
+        pthread_mutex_lock(&engine.mutex)
+        batch.next = engine.batches
+        engine.batches = batch
+        pthread_mutex_unlock(&engine.mutex)
+
+
+cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, uint32_t what) noexcept nogil:
+    cdef tst_entry *entry = &batch.entries[batch.n_entries]
+    entry.connection = connection
+    entry.generation = generation_of(load64(&connection.state, RELAXED))
+    entry.what = what
+    store32(&entry.state, ENTRY_QUEUED if what else ENTRY_RAN, RELEASE)
+    batch.n_entries += 1
+    if what:
+        batch.n_python += 1
+    return entry
+
+
+cdef inline bint entry_move(tst_entry *entry, uint32_t old, uint32_t fresh) noexcept nogil:
+    if load32(&entry.state, ACQUIRE) != old:
+        return False
+    return compare_exchange32(&entry.state, &old, fresh, False, ACQ_REL, ACQUIRE)
+
+
+cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil:
+    """The shard was taken from a stuck thread: what its handler has sent goes out now, what it sends later will not wait."""
+    cdef int i
+    cdef tst_entry *entry
+    for i in range(batch.n_entries):
+        entry = &batch.entries[i]
+        if load32(&entry.state, ACQUIRE) == ENTRY_RUNNING:
+            if connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation):
+                connection_flush(entry.connection, entry.generation, False, True, stats)
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+cdef inline void shard_push(tst_shard *shard, tst_connection *connection) noexcept nogil:
+    """Puts a connection, whose QUEUED the caller has set, on the stack; wakes the shard if it sleeps."""
+    cdef void *top = load_pointer(&shard.requests, RELAXED)
+    while True:
+        connection.next_request = <tst_connection *>top
+        if compare_exchange_pointer(&shard.requests, &top, connection, True, SEQ_CST, RELAXED):
+            break
+    if load32(&shard.sleeping, SEQ_CST) and exchange32(&shard.sleeping, 0, SEQ_CST):
+        sys_wake(shard.event_fd)
+
+
+cdef inline int shard_ask(tst_connection *connection, uint32_t generation, uint64_t pending) noexcept nogil:
+    """connection_ask, with the push that it may need. Returns 0, or GONE."""
+    cdef int result = connection_ask(connection, generation, pending)
+    if result == 1:
+        shard_push(<tst_shard *>connection.shard, connection)
+        result = 0
+    return result
+
+
+cdef inline void shard_take_requests(tst_shard *shard) noexcept nogil:
+    """Moves the stack to the end of the to-do list, oldest first. Holder only."""
+    cdef tst_connection *last = <tst_connection *>exchange_pointer(&shard.requests, NULL, SEQ_CST)
+    cdef tst_connection *first = NULL
+    cdef tst_connection *newest = last
+    cdef tst_connection *older
+    while last != NULL:
+        older = last.next_request
+        last.next_request = first
+        first = last
+        last = older
+    if first == NULL:
+        return
+    if shard.todo == NULL:
+        shard.todo = first
+    else:
+        shard.todo_last.next_request = first
+    shard.todo_last = newest
+
+
+# ---------------------------------------------------------------------------------------------- drain list
+
+cdef inline uint64_t connection_bytes_sent(tst_connection *connection) noexcept nogil:
+    cdef uint64_t sent
+    spin_lock(&connection.lock)
+    sent = connection.out.sent
+    spin_unlock(&connection.lock)
+    return sent
+
+
+cdef inline void shard_drain_enter(tst_shard *shard, tst_connection *connection, uint64_t until,
+                                   uint64_t sent) noexcept nogil:
+    """Mutex held."""
+    connection.drain_until = until
+    connection.drain_sent = sent
+    connection.drain_next = NULL
+    connection.drain_previous = shard.drain_last
+    if shard.drain_last == NULL:
+        shard.drain_first = connection
+    else:
+        shard.drain_last.drain_next = connection
+    shard.drain_last = connection
+
+
+cdef inline void shard_drain_add(tst_shard *shard, tst_connection *connection, uint64_t until) noexcept nogil:
+    """Enters a closing connection. The time allowed is the same for all, so the list is in order of deadlines."""
+    cdef uint64_t sent = connection_bytes_sent(connection)
+    pthread_mutex_lock(&shard.mutex)
+    if connection.drain_until == 0:
+        shard_drain_enter(shard, connection, until, sent)
+    pthread_mutex_unlock(&shard.mutex)
+
+
+cdef inline void shard_drain_unlink(tst_shard *shard, tst_connection *connection) noexcept nogil:
+    """Mutex held."""
+    if connection.drain_until == 0:
+        return
+    if connection.drain_previous == NULL:
+        shard.drain_first = connection.drain_next
+    else:
+        connection.drain_previous.drain_next = connection.drain_next
+    if connection.drain_next == NULL:
+        shard.drain_last = connection.drain_previous
+    else:
+        connection.drain_next.drain_previous = connection.drain_previous
+    connection.drain_until = 0
+
+
+cdef inline void shard_drain_remove(tst_shard *shard, tst_connection *connection) noexcept nogil:
+    pthread_mutex_lock(&shard.mutex)
+    shard_drain_unlink(shard, connection)
+    pthread_mutex_unlock(&shard.mutex)

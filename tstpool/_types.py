@@ -1,0 +1,104 @@
+"""The plain types of the public face: return codes, kinds of socket, errors, statistics. No engine in here."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class TstStat(enum.IntEnum):
+    """What a handler returns to say how its connection goes on. The numbers are those of the original."""
+
+    SUSPEND = 0
+    """Wait for the next message. Returning None means the same."""
+    RUN = 1
+    """From a handler set on one socket: pass the same event on to the pool's handler."""
+    SEND = 2
+    """Send what `send_data` asks for, then call the handler with EPOLLOUT."""
+    RECONNECTED = 3
+    """The handler has put a fresh connection under the same descriptor: forget the old one's bytes, go on."""
+    DISCONNECT = 4
+    """Send what is queued, then close."""
+    EXIT = 9
+    """As DISCONNECT; the original used it between its own threads."""
+    EXITED = 10
+    """As DISCONNECT; the original used it between its own threads."""
+
+
+class TstSockType(enum.IntEnum):
+    """What a socket is. USER1 to USER3 are the user's own groups of channels."""
+
+    SUB = 0
+    """Accepted from a listener."""
+    WEBSOCKET = 1
+    LISTEN = 2
+    """A listener; handlers never see one."""
+    CLIENT = 3
+    """Connected by this side, and added to the pool."""
+    USER1 = 4
+    USER2 = 5
+    USER3 = 6
+
+
+class TstError(Exception):
+    """Wrong use of the engine, or a limit of it. Failures of the operating system are OSError."""
+
+
+class ConnectionClosed(TstError):
+    """The socket is closed, or is closing and accepts no more output."""
+
+
+class MessageTooLarge(TstError):
+    """A peer announced or sent a message over `max_message`."""
+
+
+class SendQueueFull(TstError):
+    """The output queue of a connection is at its limit."""
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """What one worker has done since the pool started. Times in seconds; begin and end on time.monotonic()'s clock."""
+
+    thread_no: int
+    exec_count: int
+    """Jobs: handler calls."""
+    idle_count: int
+    """How many times in a row it had nothing to do for `idle_time`."""
+    sum_time: float
+    most_elapsed: float
+    """The longest job."""
+    begin_time: float
+    """Begin of the last job."""
+    end_time: float
+    """End of the last job."""
+
+    @property
+    def average(self) -> float:
+        """Mean time of a job, in seconds; 0.0 before the first."""
+        return self.sum_time / self.exec_count if self.exec_count else 0.0
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """A pool's counters, a snapshot. `accepted + added == closed + connections` whenever nothing is in motion."""
+
+    connections: int
+    """Open now, listeners not counted."""
+    listeners: int
+    accepted: int
+    added: int
+    """By addsocket() and connect()."""
+    closed: int
+    messages: int
+    """Handler calls for input."""
+    bytes_in: int
+    bytes_out: int
+    spins: int
+    """Handler calls repeated at once although nothing new had come: SEND with nothing to send, input left unread."""
+    stale_events: int
+    """Events that arrived for a connection that was gone already."""
+    accept_errors: int
+    controls: int
+    """epoll_ctl calls made for connections that were registered already, or were being registered."""
+    workers: tuple[WorkerStats, ...]
