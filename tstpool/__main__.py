@@ -65,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         from tstpool._cli import demo, echo
+
+        return echo.run(options) if options.command == "echo" else demo.run(options)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "rich":
             raise
         print(WITHOUT_RICH, file=sys.stderr)
         return 2
-    try:
-        return echo.run(options) if options.command == "echo" else demo.run(options)
     except KeyboardInterrupt:
         return INTERRUPTED
 

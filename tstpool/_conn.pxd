@@ -29,7 +29,6 @@ connection of another generation:
     QUEUED      the connection is in its shard's stack of requests
     DETACHED    its owner is stuck in a handler and has lost its shard: output can't wait for it
     PEND_*      what to do with it as soon as somebody can own it: CONNECT, IN, OUT, CLOSE, ARM
-    HANGUP      edge-triggered: the kernel has said that the input ends, and will not say it again
     DEAD        retired while QUEUED: whoever takes it from the stack frees it
 
 **Who may touch what.** Each field says which of three rules holds for it: `atomic`; `locked` (only with
@@ -56,7 +55,6 @@ cdef enum:
     STATE_QUEUED = 0x8
     STATE_DETACHED = 0x10
     STATE_DEAD = 0x20
-    STATE_HANGUP = 0x40
     PEND_CONNECT = 0x100
     PEND_IN = 0x200
     PEND_OUT = 0x400
@@ -102,7 +100,7 @@ cdef struct tst_connection:
     uint8_t hold_input         # owner: a SEND is under way; input waits until it is done (S12)
     uint8_t call_writable      # owner: call the handler with EPOLLOUT when send_mark is reached
     uint8_t ask_writable       # owner: need_send is waiting for room in the kernel's buffer
-    uint8_t readable           # owner: the kernel may hold more than was read
+    uint8_t readable           # owner: the kernel may hold more, and has reported it already
     uint8_t message_ready      # owner: a whole message waits for the handler
     uint8_t has_read           # owner: the handler took some input with read() in this call
     int reason                 # owner: errno that ended it, 0 for a clean end

@@ -117,6 +117,8 @@ cdef class Worker:
     cdef bint connect(self, TstSocket sock) except -1
     cdef int read_messages(self, TstSocket sock, Binding binding, uint32_t events) except -1
     cdef bint message(self, TstSocket sock, Binding binding) except -1
+    cdef bint message_to_pool(self, TstSocket sock, object data) except -1
+    cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1
     cdef object payload(self, TstSocket sock)
     cdef int writable(self, TstSocket sock, Binding binding) except -1
     cdef bint disconnect(self, TstSocket sock, Binding binding) except -1

@@ -17,11 +17,11 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
-    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_HANGUP, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED,
+    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED,
     TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
     generation_of, table_chunk, table_find, table_open, tst_connection)
 from tstpool._data cimport (
-    data_make, data_request, data_requested, data_resize, data_set_done, input_consume, input_free, input_keep)
+    data_make, data_request, data_requested, data_resize, data_set_done, input_consume, input_free, input_keep, input_unread)
 from tstpool._libc cimport (
     ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
     O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, add32, add64, close, epoll_create1, eventfd, fcntl,
@@ -47,7 +47,7 @@ from tstpool._shard cimport (
 from tstpool._stats cimport NANOSECOND, clock_now, count, stats_job, tst_stats
 from tstpool._turn cimport (
     TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LOST, TURN_RUN, TYPE_LISTEN, batch_finish, connection_begin_close,
-    connection_break, connection_cut, connection_due, connection_hung_up, connection_settle_in, connection_transfer, engine_shard_ended,
+    connection_break, connection_cut, connection_due, connection_settle_in, connection_transfer, engine_shard_ended,
     shard_enter_running, shard_leave_running, shard_turn)
 
 import atexit
@@ -453,12 +453,14 @@ cdef class TstSocket:
 
         Returns b"" when nothing is there. Only inside the socket's own handler; TstError elsewhere.
         """
-        cdef size_t most = <size_t>-1 if n < 0 else size_from(n, "n")
+        cdef size_t most
         cdef size_t buffered
         cdef ssize_t more
         self.check_reading()
-        buffered = min(self.connection.input.size, most)
-        if buffered and (buffered == most or n < 0):
+        buffered = self.connection.input.size
+        most = buffered + READ_CHUNK if n < 0 else min(size_from(n, "n"), buffered + READ_CHUNK)
+        if buffered and (n < 0 or buffered >= most):
+            buffered = min(buffered, most)
             taken = PyBytes_FromStringAndSize(self.connection.input.view, <Py_ssize_t>buffered)
             self.took(buffered)
             return taken
@@ -500,7 +502,7 @@ cdef class TstSocket:
         if n > 0:
             connection.has_read = True
             count(&self.pool.engine.workers[connection.thread_no].stats.bytes_in, <uint64_t>n)
-            connection.readable = <size_t>n == size - buffered or connection_hung_up(connection)
+            connection.readable = connection.trigger == TRIGGER_EDGE
             return <ssize_t>buffered + n
         connection.readable = False
         if n == 0:
@@ -516,6 +518,7 @@ cdef class TstSocket:
 
         Any thread, any number of times. Returns True for the call that began it. Messages not yet handled are dropped.
         """
+        self.pool.check_alive()
         if connection_close_output(self.connection, self.generation()) != 1:
             return False
         shard_ask(self.connection, self.generation(), PEND_CLOSE)
@@ -1550,16 +1553,40 @@ cdef class Worker:
         connection.has_read = False
         count(&self.worker.stats.messages, 1)
         if binding.function is None:
+            data = self.payload(sock)
             if binding.on_message is not None:
-                arguments = (sock, self.payload(sock))
-                self.apply(sock, binding, self.call(sock, binding, binding.on_message, arguments),
-                           self.binding.on_message, arguments)
-            elif not whole:
-                input_consume(&connection.input, connection.input.size)
+                result = self.call(sock, binding, binding.on_message, (sock, data))
+                if binding is self.binding or not is_run(result):
+                    self.apply(sock, binding, result, None, None)
+                    return True
+                if self.binding.function is None:
+                    return self.message_to_pool(sock, data)
+                if not whole:
+                    check(input_unread(&connection.input, PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data)),
+                          "no memory for input")
+                return self.function_message(sock, self.binding, whole)
             return True
+        return self.function_message(sock, binding, whole)
+
+    cdef bint message_to_pool(self, TstSocket sock, object data) except -1:
+        """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler."""
+        if self.binding.on_message is not None:
+            self.apply(sock, self.binding, self.call(sock, self.binding, self.binding.on_message, (sock, data)), None, None)
+        return True
+
+    cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1:
+        """A message for a function, which reads it itself. False: it did not, so it is to be called again."""
+        cdef tst_connection *connection = sock.connection
         if connection.recv != NULL:
             connection.recv.checked_len = 0 if whole else connection.input.size
-        self.apply(sock, binding, self.call(sock, binding, binding.function, (sock,)), self.binding.function, (sock,))
+        result = self.call(sock, binding, binding.function, (sock,))
+        if binding is not self.binding and is_run(result):
+            if self.binding.function is None:
+                if whole or connection.input.size:
+                    return self.message_to_pool(sock, self.payload(sock))
+            else:
+                return self.function_message(sock, self.binding, whole)
+        self.apply(sock, binding, result, None, None)
         if whole or connection.has_read or connection.closing or connection.hold_input or (
                 connection.recv != NULL and data_requested(connection.recv)):
             return True
@@ -1700,6 +1727,10 @@ cdef class Worker:
         return 0
 
 
+cdef bint is_run(object result) except -1:
+    return result is not None and isinstance(result, int) and result == 1
+
+
 cdef int reconnect(TstSocket sock) except -1:
     """The handler has put another connection under the descriptor: forgets the old one's bytes, registers it anew."""
     cdef tst_connection *connection = sock.connection
@@ -1707,7 +1738,6 @@ cdef int reconnect(TstSocket sock) except -1:
     connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
     connection.call_writable = connection.ask_writable = False
     connection.reason = 0
-    connection_mark(connection, STATE_HANGUP, False, 0, generation_of(sock.id))
     spin_lock(&connection.lock)
     if not connection.flushing:
         queue_drop(&connection.out)

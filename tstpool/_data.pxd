@@ -231,6 +231,22 @@ cdef inline char *input_reserve(tst_input *input, size_t room) noexcept nogil:
     return grown + input.size
 
 
+cdef inline int input_unread(tst_input *input, const char *bytes, size_t size) noexcept nogil:
+    """Puts bytes that were taken back in front of the unread ones."""
+    cdef char *whole = <char *>malloc(input.size + size)
+    if whole == NULL:
+        return -ENOMEM
+    memcpy(whole, bytes, size)
+    if input.size:
+        memcpy(whole + size, input.view, input.size)
+    free(input.storage)
+    input.storage = whole
+    input.capacity = input.size + size
+    input.view = whole
+    input.size += size
+    return 0
+
+
 cdef inline int input_keep(tst_input *input) noexcept nogil:
     """The turn ends: what is still unread moves out of the scratch buffer."""
     if input.size == 0:

@@ -14,9 +14,9 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
-    ACQUIRED, BUSY, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DEAD, STATE_HANGUP, STATE_OPEN,
+    ACQUIRED, BUSY, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DEAD, STATE_OPEN,
     STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, connection_acquire, connection_is,
-    connection_is_paused, connection_mark, connection_takes_messages, table_chunk,
+    connection_is_paused, connection_takes_messages, table_chunk,
     connection_release, connection_wants_input, generation_of, slot_of, table_open, table_slot, tst_connection)
 from tstpool._data cimport (
     data_complete, data_done, data_fill, data_make, data_pin, data_requested, data_unpin, input_consume, input_reserve,
@@ -187,11 +187,6 @@ cdef inline ssize_t receive_in_place(tst_connection *connection, tst_data *data,
     return n
 
 
-cdef inline bint connection_hung_up(tst_connection *connection) noexcept nogil:
-    """A short read does not mean that nothing is left: the end of input is, and its edge has been reported already."""
-    return load64(&connection.state, RELAXED) & STATE_HANGUP != 0
-
-
 cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *batch, tst_worker *worker,
                                        uint64_t now) noexcept nogil:
     """Receives once: into a large transfer, behind input that is still unread, or into the batch's scratch buffer.
@@ -222,7 +217,7 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
             connection.input.size += <size_t>n
     if n > 0:
         count(&worker.stats.bytes_in, <uint64_t>n)
-    connection.readable = n == <ssize_t>room or connection_hung_up(connection)
+    connection.readable = n > 0 and connection.trigger == TRIGGER_EDGE     # an edge is over at EAGAIN, not before
     return n
 
 
@@ -442,8 +437,6 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
         spin_lock(&connection.lock)
         connection_fired(connection)
         spin_unlock(&connection.lock)
-    elif connection.trigger == TRIGGER_EDGE and events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
-        connection_mark(connection, STATE_HANGUP, True, STATE_OPEN, generation)
     if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
         connection_flush(connection, generation, True, connection.trigger != TRIGGER_ONESHOT, &worker.stats)
     while True:

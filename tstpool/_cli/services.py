@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from tstpool import EPOLLOUT, TstHandler, TstPool, TstSocket, TstSockType, TstStat
 from tstpool._cli.wire import BLOCKING_SECONDS, LENGTH, NEWS, ORDER, PART_SIZE, Kind, payload
 
-
-LARGEST_BODY = 1 << 20
+LARGEST_BODY = 1 << 20  # bytes that header_then_body accepts
 
 
 class Echo(TstHandler):
@@ -174,7 +173,8 @@ class Broadcaster(threading.Thread):
     def _wait_for_subscribers(self) -> None:
         deadline = time.monotonic() + 10.0
         while self.books.subscribers() < self.subscribers and time.monotonic() < deadline:
-            self.stop.wait(0.02)
+            if self.stop.wait(0.02):
+                break
 
     def _send_news(self) -> None:
         deadline = time.monotonic() + self.seconds
