@@ -106,7 +106,7 @@ while len(pool):
     [
         (EVERY_METHOD, GO_ON),
         (NOTHING, CLOSE_IT),
-        (NOTHING, PEER_LEAVES),
+        ("client.close()", PEER_LEAVES),
         (OWN_POOL, GO_ON),
         (DROP_IT, GO_ON),
     ],
