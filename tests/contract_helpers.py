@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import random
+import select
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, patient, recv_exact
+from helpers import ROOT, patient, recv_exact, wait_until
 
 from tstpool import EPOLLIN, EPOLLOUT, TstHandler
 
@@ -120,11 +121,15 @@ def exchange(sock, data):
         sender.join()
 
 
+def open_sockets(pool, count):
+    """The pool's sockets, when all `count` connections have been accepted."""
+    return wait_until(lambda: len(pool.sockets()) == count and pool.sockets())
+
+
 def is_open(sock):
     """True while the peer has neither closed nor reset; waits for nothing."""
-    with contextlib.suppress(BlockingIOError):
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-    return True
+    readable = select.select([sock], [], [], 0)[0]
+    return not readable or sock.recv(1, socket.MSG_PEEK) != b""
 
 
 class Gate:
@@ -186,7 +191,8 @@ class ServerProcess:
     """
 
     PRELUDE = (
-        "import os, sys, time, threading, socket, resource\n"
+        "import os, sys, time, threading, socket, resource, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "import tstpool\n"
         "from tstpool import *\n"
         "class Echo(TstHandler):\n"
@@ -249,6 +255,10 @@ static int number(const char *name) { const char *s = getenv(name); return s ? a
 static int failures, calls, lengths;
 int tst_mods;  /* read by the tests through ctypes */
 
+static int interrupted(const char *call) {  /* only what signal(7) says may be */
+    return !strcmp(call, "recv") || !strcmp(call, "send") || !strcmp(call, "accept4") || !strcmp(call, "epoll_wait");
+}
+
 static int fails(const char *call) {
     static int interrupt = -1, count;
     static const char *failing;
@@ -261,7 +271,10 @@ static int fails(const char *call) {
         errno = number("FAIL_ERRNO");
         return 1;
     }
-    if (interrupt > 0 && __sync_add_and_fetch(&calls, 1) % interrupt == 0) { errno = EINTR; return 1; }
+    if (interrupt > 0 && interrupted(call) && __sync_add_and_fetch(&calls, 1) % interrupt == 0) {
+        errno = EINTR;
+        return 1;
+    }
     return 0;
 }
 

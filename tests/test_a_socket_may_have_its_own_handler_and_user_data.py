@@ -6,7 +6,18 @@ import socket
 import weakref
 
 import pytest
-from contract_helpers import as_function, echo, every_style, every_trigger, handler, ignore, replying, round_trip, serve
+from contract_helpers import (
+    as_function,
+    echo,
+    every_style,
+    every_trigger,
+    handler,
+    ignore,
+    open_sockets,
+    replying,
+    round_trip,
+    serve,
+)
 from helpers import connect, recv_exact, scaled, wait_until
 
 from tstpool import EPOLLIN, TstPool, TstStat
@@ -205,7 +216,7 @@ def test_user_data_is_none_at_first_and_may_be_anything(make_pool, make_client):
     pool = make_pool(handler(on_message=echo))
     for _ in range(2):
         make_client(pool)
-    first, second = wait_until(lambda: len(pool) == 2 and pool.sockets())
+    first, second = open_sockets(pool, 2)
     assert first.user_data is None
     for anything in (0, "text", [1], {}, Thing(), first, None):
         first.user_data = anything

@@ -80,8 +80,19 @@ def test_clients_that_reset_before_they_are_accepted():
         server.finish()
 
 
-@pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
-@pytest.mark.parametrize("fault", [{"SHORT": "1"}, {"EINTR_EVERY": "3"}, {"SHORT": "1", "EINTR_EVERY": "2"}], ids=str)
+@pytest.mark.parametrize(
+    ("trigger", "fault"),
+    [
+        ("level", {"SHORT": "1"}),
+        ("oneshot", {"SHORT": "1"}),  # with "edge" a short count means that there is no more: epoll(7) allows that
+        ("level", {"EINTR_EVERY": "3"}),
+        ("oneshot", {"EINTR_EVERY": "3"}),
+        ("edge", {"EINTR_EVERY": "3"}),
+        ("level", {"SHORT": "1", "EINTR_EVERY": "2"}),
+        ("oneshot", {"SHORT": "1", "EINTR_EVERY": "2"}),
+    ],
+    ids=str,
+)
 def test_short_and_interrupted_calls_change_no_byte(trigger, fault):
     """Defect 8, B08, B27: recv and send of 1 to 3 bytes, EINTR everywhere; -1 is never added to a length."""
     with ServerProcess(SERVER, env={**fault, "TRIGGER": trigger}, preload=faults()) as server:

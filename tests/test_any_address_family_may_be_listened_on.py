@@ -150,7 +150,7 @@ def test_a_port_that_cannot_be_is_refused(pool, port):
         pool.listen("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("arguments", [("127.0.0.1", "http-but-not-really"), (5, 0), ("127.0.0.1", None)])
+@pytest.mark.parametrize("arguments", [("127.0.0.1", "http-but-not-really"), (5, 0), (b"127.0.0.1", 0.5)])
 def test_addresses_of_the_wrong_type_are_refused(pool, arguments):
     """Bad input."""
     with pytest.raises((TypeError, ValueError, OSError)):

@@ -1,14 +1,13 @@
 """S7, S8, defect 6, B58, B59: pool.broadcast."""
 
 import pytest
-from contract_helpers import every_style, handler, ignore, in_threads, round_trip, serve
+from contract_helpers import every_style, handler, ignore, in_threads, open_sockets, round_trip, serve
 from helpers import recv_exact, reset, scaled, wait_until
 
 
 def open_clients(pool, make_client, count):
     clients = [make_client(pool) for _ in range(count)]
-    wait_until(lambda: len(pool) == count)
-    by_peer = {sock.peer: sock for sock in pool.sockets()}
+    by_peer = {sock.peer: sock for sock in open_sockets(pool, count)}
     return clients, [by_peer[client.getsockname()] for client in clients]
 
 

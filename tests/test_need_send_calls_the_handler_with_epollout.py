@@ -3,7 +3,18 @@
 import threading
 
 import pytest
-from contract_helpers import Gate, echo, every_style, every_trigger, handler, ignore, in_threads, round_trip, serve
+from contract_helpers import (
+    Gate,
+    echo,
+    every_style,
+    every_trigger,
+    handler,
+    ignore,
+    in_threads,
+    open_sockets,
+    round_trip,
+    serve,
+)
 from helpers import recv_exact, wait_until
 
 from tstpool import EPOLLIN, EPOLLOUT
@@ -48,7 +59,7 @@ def test_it_waits_while_the_send_buffer_is_full(make_pool, make_client, trigger)
     (full,) = wait_until(pool.sockets)
     full.user_data = "full"
     make_client(pool)
-    free = next(sock for sock in wait_until(lambda: len(pool) == 2 and pool.sockets()) if sock is not full)
+    free = next(sock for sock in open_sockets(pool, 2) if sock is not full)
     free.user_data = "free"
     full.send(b"z" * (16 << 20))
     with pytest.raises(TimeoutError):

@@ -2,7 +2,7 @@
 
 import threading
 
-from contract_helpers import Gate, every_style, every_trigger, in_threads, serve
+from contract_helpers import Gate, every_style, every_trigger, in_threads, open_sockets, serve
 from helpers import scaled, wait_until
 
 
@@ -42,7 +42,7 @@ def test_however_many_events_come_for_it(make_pool, make_client, style, trigger)
         workers=8,
     )
     clients = [make_client(pool) for _ in range(3)]
-    sockets = wait_until(lambda: len(pool) == 3 and pool.sockets())
+    sockets = open_sockets(pool, 3)
     rounds = scaled(200)
 
     def poke():

@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from contract_helpers import as_function, echo, every_style, every_trigger, handler, round_trip, serve
+from contract_helpers import as_function, echo, every_style, every_trigger, handler, open_sockets, round_trip, serve
 from helpers import recv_exact, scaled, wait_until
 
 from tstpool import EPOLLIN, EPOLLOUT, TstData, TstError, TstStat
@@ -246,7 +246,7 @@ def test_read_is_for_the_sockets_own_handler(make_pool, make_client):
 
     pool = make_pool(handler(on_message=peek), workers=2)
     clients = [make_client(pool), make_client(pool)]
-    sockets = wait_until(lambda: len(pool) == 2 and pool.sockets())
+    sockets = open_sockets(pool, 2)
     for read in (sockets[0].read, lambda: sockets[0].read_into(bytearray(4))):
         with pytest.raises(TstError):
             read()

@@ -4,7 +4,17 @@ import array
 import threading
 
 import pytest
-from contract_helpers import echo, every_style, every_trigger, handler, ignore, in_threads, round_trip, serve
+from contract_helpers import (
+    echo,
+    every_style,
+    every_trigger,
+    handler,
+    ignore,
+    in_threads,
+    open_sockets,
+    round_trip,
+    serve,
+)
 from helpers import recv_exact, scaled, wait_until
 
 from tstpool import TstStat
@@ -182,7 +192,7 @@ def test_two_handlers_send_to_each_other_at_once(make_pool, make_client):
 
     pool = make_pool(handler(on_message=cross), workers=4)
     one, two = make_client(pool), make_client(pool)
-    first, second = wait_until(lambda: len(pool) == 2 and pool.sockets())
+    first, second = open_sockets(pool, 2)
     pair.update({first.id: second, second.id: first})
     barrier = threading.Barrier(2)
 

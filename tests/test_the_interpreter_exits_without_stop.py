@@ -124,13 +124,14 @@ class Handler(Echo):
         if data == b"slow":
             time.sleep(0.3)
         sock.send(data)
-threading.Timer(0.0, lambda: (wait(), print(port))).start()
-def wait():
+def tell():
     while True:
         try:
-            return socket.create_connection(("127.0.0.1", port), 10).close()
+            socket.create_connection(("127.0.0.1", port), 10).close()
+            return print(port)
         except ConnectionRefusedError:
             time.sleep(0.001)
+threading.Thread(target=tell).start()
 tstpool.serve(Handler(), host="127.0.0.1", port=port, workers=2)
 print("returned", threading.active_count())
 """

@@ -1,5 +1,6 @@
 """How the commands look: numbers a person can read, tables, and the one place that knows about terminals."""
 
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,10 @@ def report(console: Console, tallies: Sequence[Tally], stats: PoolStats, books: 
     """Print what was served, and the verdict."""
     console.print()
     console.print(clients_table(tallies))
+    cores = len(os.sched_getaffinity(0))
+    console.print(
+        f"p50, p99, slowest: round trips, as clients saw them; {len(tallies) + 1} processes shared {cores} cores"
+    )
     console.print()
     console.print(workers_table(stats))
     console.print()
