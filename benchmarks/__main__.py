@@ -45,9 +45,8 @@ def arguments() -> argparse.Namespace:
         "--write-results", action="store_true", help="also write benchmarks/RESULTS.md, results.json and results.png"
     )
     parser.add_argument("--output", type=Path, default=BUILD, metavar="DIRECTORY", help="default benchmarks/build")
+    parser.add_argument("--force", action="store_true", help="--write-results even if the machine was not quiet")
     options = parser.parse_args()
-    if options.write_results:
-        options.output = HERE
     options.rounds = options.rounds or (3 if options.set == "quick" else 5)
     options.seconds = options.seconds or (3.0 if options.set == "full" else 1.0)
     for name in options.only:
@@ -132,18 +131,24 @@ def main() -> int:
     if not console.is_terminal:
         console = Console(width=120)
     document = results.load(options.report) if options.report else run(options, console)
-    written = [options.output / "results.json"]
+    disturbed = not results.trustworthy(document["samples"])
+    publish = options.write_results and (options.force or not disturbed)
+    output = HERE if publish else options.output
+    written = [output / "results.json"]
     results.save(written[0], document)  # first of all: whatever goes wrong below, the figures are kept
     report.show(document, console)
-    chart = options.output / "results.png"
+    chart = output / "results.png"
     if report.draw(document, chart):
         written.append(chart)
     else:
         console.print("! no chart: matplotlib is not installed", style="yellow")
-    if options.write_results:
-        written.append(options.output / "RESULTS.md")
+    if publish:
+        written.append(output / "RESULTS.md")
         report.write_markdown(document, written[-1], chart if chart in written else None)
     console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
+    if options.write_results and not publish:
+        console.print("! RESULTS.md was not written: the machine was not quiet (--force writes it)", style="red")
+        return 1
     return 1 if any("error" in sample for sample in document["samples"]) else 0
 
 

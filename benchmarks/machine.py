@@ -9,7 +9,6 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,11 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+def _version(module: str) -> str:
+    """As the peers' processes see it: installed, or built in the repository."""
+    command = [sys.executable, "-c", f"import {module}; print({module}.__version__)"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    return done.stdout.strip() or "not available"
 
 
 def _commit() -> str:

@@ -67,7 +67,7 @@ def warnings(document: dict[str, Any]) -> list[str]:
     if count := disturbed(samples):
         found.append(
             f"{count} of {len(samples)} measurements ran while something else used more than {QUIET:.0%} of the "
-            "machine: only the ratios mean something, and those less than usual."
+            "machine: do not believe the figures; measure again when it is quiet."
         )
     steal = sum(s.get("steal", 0) for s in samples) / max(len(samples), 1)
     if steal > 0.02:
@@ -90,7 +90,7 @@ def method(document: dict[str, Any]) -> str:
         else "server and generator free to use all cores"
     )
     return (
-        f"Closed-loop load over loopback, every byte verified; {where}; {settings['rounds']} rounds of "
+        f"Closed-loop load over loopback, every byte verified; {where}; {settings['rounds']} round(s) of "
         f"{settings['seconds']:g} s (after {settings['warm_up']:g} s of warm-up), servers taking turns within a round, "
         "a fresh process each time; ratios within a round, their median, lowest and highest"
     )
@@ -100,9 +100,9 @@ def method(document: dict[str, Any]) -> str:
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    shown = [i for i, (_, always) in enumerate(COLUMNS) if always or console.width >= 115]
+    shown = [i for i, (_, always) in enumerate(COLUMNS) if always or console.width >= 120]
     for workload, rows in document["summary"].items():
-        table = Table(title=_workload_title(workload), title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=_workload_title(workload), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i in shown:
             table.add_column(COLUMNS[i][0], justify="right" if i else "left", no_wrap=i > 0)
         for peer, figures in _by_rate(rows):
@@ -171,7 +171,7 @@ def draw(document: dict[str, Any], path: Path) -> bool:
     all_axes[-1, 0].set_xlabel("messages/s relative to the level-triggered C loop; whiskers: lowest and highest round")
     title = f"Echo servers, messages per second: C epoll loop = 1\n{one_line(document['machine'])}"
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
-    about = ". ".join([method(document), *warnings(document)[:1], document["machine"]["date"]])
+    about = " ".join([method(document) + ".", *warnings(document)[:1], f"Measured {document['machine']['date']}."])
     figure.supxlabel("\n".join(textwrap.wrap(about, 150)), x=0.02, ha="left", fontsize=7.5, color="#444")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -80,6 +80,11 @@ def disturbed(samples: list[Sample]) -> int:
     return sum(s.get("others", 0) > QUIET for s in samples)
 
 
+def trustworthy(samples: list[Sample]) -> bool:
+    """Few enough disturbed samples for medians to have dropped them."""
+    return disturbed(samples) * 5 <= len(samples)
+
+
 def save(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(document | {"samples": "@"}, indent=1)

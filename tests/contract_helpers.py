@@ -3,6 +3,7 @@ and a library of failing system calls to preload into it."""
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import os
 import random
@@ -128,7 +129,7 @@ def open_sockets(pool, count):
 
 def is_open(sock):
     """True while the peer has neither closed nor reset; waits for nothing."""
-    readable = select.select([sock], [], [], 0)[0]
+    readable, _, _ = select.select([sock], [], [], 0)
     return not readable or sock.recv(1, socket.MSG_PEEK) != b""
 
 
@@ -176,7 +177,9 @@ def in_threads(*functions, timeout=30):
         thread.start()
     for thread in threads:
         thread.join(patient(timeout))
-        assert not thread.is_alive(), "a thread hangs"
+        if thread.is_alive():
+            faulthandler.dump_traceback(sys.__stderr__)  # shows where
+            raise AssertionError(f"a thread hangs: {thread}")
     if errors:
         raise errors[0]
     return results

@@ -159,13 +159,12 @@ def test_four_threads_disturb_fifty_clients(make_pool, trigger):
 
 
 def visitor(address, over):
-    """A client that takes the end of the server as it comes."""
-    with contextlib.suppress(OSError, EOFError):
-        while not over.is_set():
-            with connect(address) as sock:
-                number = RECORD.unpack(recv_exact(sock, RECORD.size))[1]
-                sock.sendall(record(number))
-                sock.recv(100)
+    """A client that takes every end of its connections as it comes."""
+    while not over.is_set():
+        with contextlib.suppress(ConnectionError, EOFError), connect(address) as sock:
+            number = RECORD.unpack(recv_exact(sock, RECORD.size))[1]
+            sock.sendall(record(number))
+            sock.recv(100)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -175,8 +174,8 @@ def test_stop_in_the_middle_of_it(make_pool, seed):
     address, over = server.pool.addresses[0], threading.Event()
 
     def stop():
-        wait_until(lambda: server.connects > 20)
         try:
+            wait_until(lambda: server.connects > 20)
             return server.pool.stop(drain=patient(5))
         finally:
             over.set()

@@ -53,6 +53,7 @@ from tstpool._turn cimport (
 import atexit
 import inspect
 import logging
+import operator
 import os
 import socket
 import threading
@@ -844,7 +845,7 @@ cdef class TstPool:
         number = TstSockType(type)
         binding = None if handler is None else bind(handler, {})
         if not isinstance(sock, socket.socket):
-            sock = socket.socket(fileno=sock)
+            sock = socket.socket(fileno=operator.index(sock))
         if sock.fileno() < 0:
             raise ValueError("the socket is closed")
         if number == TYPE_LISTEN:
@@ -1676,6 +1677,7 @@ cdef class Worker:
         if stat == 3:
             return reconnect(sock)
         if stat > 2:
+            connection_transfer(connection, self.clock)
             connection_begin_close(connection)
             return 0
         if stat == 2 or connection.send != NULL:

@@ -27,7 +27,7 @@ import tstpool
 from tstpool import PoolStats, TstPool
 from tstpool._cli import show
 from tstpool._cli.services import Books, Broadcaster, Echo
-from tstpool._cli.wire import GREETING, Kind, Plan, Tally
+from tstpool._cli.wire import BLOCKING_SECONDS, GREETING, Kind, Plan, Tally
 
 CONNECTIONS = {
     Kind.PING_PONG: 20,
@@ -38,7 +38,6 @@ CONNECTIONS = {
     Kind.BLOCKING: 3,
     Kind.CLIENT: 4,
 }
-PING_PONG_LIMIT = 0.1  # seconds, 99th percentile; above it, handlers that sleep (three times that) held others up
 CLIENTS_GRACE = 25.0  # seconds beyond the talking that clients get to start, to give up and to report
 CLOSING_GRACE = 5.0  # seconds for the last connections to be gone once all clients have left
 WATCHDOG_GRACE = 60.0  # seconds beyond the talking after which the whole process is ended
@@ -210,12 +209,16 @@ class Demo:
             self.failures.append(f"the pool's count is off: {show.balance(stats, self.books)}")
 
     def check_latency(self) -> None:
-        """Handlers that block must have blocked their own connections, and nobody else's."""
-        fast = self.tally(Kind.PING_PONG).percentile_99
-        if fast is not None and fast > PING_PONG_LIMIT:
+        """Handlers that block must have blocked their own connections, and nobody else's.
+
+        Whoever waits for one of them waits about as long as it sleeps. A lower limit would be nicer to look at, but a
+        machine that is busy with other things breaks it too: 160 ms were seen, with nothing wrong.
+        """
+        slow = self.tally(Kind.PING_PONG).percentile_99
+        if slow is not None and slow >= BLOCKING_SECONDS:
             self.failures.append(
-                f"ping-pong: one round trip in a hundred took {show.duration(fast)} or more, over the"
-                f" {show.duration(PING_PONG_LIMIT)} allowed: handlers that block hold others up"
+                f"ping-pong: one round trip in a hundred took {show.duration(slow)} or more, as if it had waited for"
+                f" the handlers that sleep {show.duration(BLOCKING_SECONDS)}"
             )
 
     def check_broadcast(self) -> None:

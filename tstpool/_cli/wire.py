@@ -14,7 +14,7 @@ LENGTH = struct.Struct("!I")  # header, then body: how long the body is
 ORDER = struct.Struct("!II")  # slow reader asks: my connection number, how many parts
 NEWS = struct.Struct("!II")  # broadcast begins: message number, size; size 0 says that it was the last
 PART_SIZE = 256 * 1024  # one part of a large reply
-BLOCKING_SECONDS = 0.3  # how long the blocking handler sleeps
+BLOCKING_SECONDS = 0.5  # how long the blocking handler sleeps
 
 
 class Kind(str, Enum):
