@@ -159,12 +159,21 @@ def test_four_threads_disturb_fifty_clients(make_pool, trigger):
 
 
 def visitor(address, over):
-    """A client that takes every end of its connections as it comes."""
+    """A client that takes every end of its connections as it comes.
+
+    Connecting at the very moment when the listener closes, Linux now and then leaves a client connected to nobody, with
+    neither FIN nor RST (seen with two plain sockets, too, once in some thousand tries): a time-out is allowed then.
+    """
     while not over.is_set():
-        with contextlib.suppress(ConnectionError, EOFError), connect(address) as sock:
-            number = RECORD.unpack(recv_exact(sock, RECORD.size))[1]
-            sock.sendall(record(number))
-            sock.recv(100)
+        try:
+            with connect(address, timeout=2) as sock:
+                number = RECORD.unpack(recv_exact(sock, RECORD.size))[1]
+                sock.sendall(record(number))
+                sock.recv(100)
+        except TimeoutError:
+            assert over.is_set()
+        except (ConnectionError, EOFError):
+            pass
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -3,10 +3,10 @@
 See `TstPool` for a start; README.md and ARCHITECTURE.md for the rest.
 """
 
-import sys
+import sys as _sys
 
-if not sys.platform.startswith("linux"):
-    raise ImportError(f"tstpool runs on Linux only: its engine is built on epoll, which {sys.platform} does not have")
+if not _sys.platform.startswith("linux"):
+    raise ImportError(f"tstpool runs on Linux only: its engine is built on epoll, which {_sys.platform} does not have")
 
 try:
     from tstpool._core import (

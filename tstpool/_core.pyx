@@ -11,7 +11,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EAGAIN, EBUSY, EINVAL, ENOMEM, ENOTCONN, errno
+from libc.errno cimport EAGAIN, EBUSY, EINVAL, ENOMEM, ENOSYS, ENOTCONN, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -24,7 +24,7 @@ from tstpool._data cimport (
     data_make, data_request, data_requested, data_resize, data_set_done, input_consume, input_free, input_keep, input_unread)
 from tstpool._libc cimport (
     ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
-    O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, add32, add64, close, epoll_create1, eventfd, fcntl,
+    O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1, eventfd, fcntl,
     gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
     pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
     shutdown, store32, store64, store_pointer, sub32)
@@ -80,7 +80,7 @@ cdef enum:
     READ_CHUNK = 65536                 # most that one read() without a size takes from the kernel
 
 cdef dict TRIGGERS = {"level": TRIGGER_LEVEL, "oneshot": TRIGGER_ONESHOT, "edge": TRIGGER_EDGE}
-cdef str MADE_BY_POOL = "a {} is made by its pool, not by hand"
+cdef object POOLS_KEY = object()       # who does not have it can't make a TstSocket or TstData
 
 cdef extern from "<pythread.h>" nogil:
     unsigned long PyThread_get_thread_ident()
@@ -141,8 +141,9 @@ cdef class TstData:
     `pool.need_send(sock)`.
     """
 
-    def __init__(self):
-        raise TypeError(MADE_BY_POOL.format("TstData"))
+    def __cinit__(self, key=None):
+        if key is not POOLS_KEY:
+            raise TypeError("a TstData is made by its pool, not by hand")
 
     def __dealloc__(self):
         free(self.data.s)
@@ -235,7 +236,7 @@ cdef class TstData:
 
 
 cdef TstData new_transfer(size_t s_len):
-    cdef TstData transfer = TstData.__new__(TstData)
+    cdef TstData transfer = TstData.__new__(TstData, POOLS_KEY)
     transfer.data.s_len = s_len
     return transfer
 
@@ -250,8 +251,9 @@ cdef class TstSocket:
     any time, without a lock; read(), read_into() and the fields of `recv_data` belong to the socket's own handler.
     """
 
-    def __init__(self):
-        raise TypeError(MADE_BY_POOL.format("TstSocket"))
+    def __cinit__(self, key=None):
+        if key is not POOLS_KEY:
+            raise TypeError("a TstSocket is made by its pool, not by hand")
 
     cdef uint32_t generation(self) noexcept nogil:
         return generation_of(self.id)
@@ -543,7 +545,7 @@ cdef object contiguous(object data):
 
 cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
     """The Python side of a connection that the caller owns; the slot holds a reference until it is gone."""
-    cdef TstSocket sock = TstSocket.__new__(TstSocket)
+    cdef TstSocket sock = TstSocket.__new__(TstSocket, POOLS_KEY)
     sock.id = connection_id(connection)
     sock.connection = connection
     sock.pool = pool
@@ -898,6 +900,8 @@ cdef class TstPool:
         cdef tst_shard *shard
         if self.opened:
             return 0
+        if accept4(-1, NULL, NULL, 0) < 0 and errno == ENOSYS:
+            raise system_error(ENOSYS, "this kernel has no accept4, which tstpool needs (Linux 2.6.28 or newer)")
         if self.engine.shards == NULL:
             self.engine.shards = <tst_shard *>calloc(self.n_shards, sizeof(tst_shard))
             if self.engine.shards == NULL:
