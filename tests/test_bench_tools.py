@@ -19,7 +19,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "benchmarks" / "c"
-# A sanitizer that is preloaded for tstpool has no business in these programs: LeakSanitizer would change their exit code.
+# A sanitizer that is preloaded for tstpool has no business in these programs: it would change their exit code.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 pytestmark = pytest.mark.skipif(

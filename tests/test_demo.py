@@ -8,7 +8,7 @@ import re
 import signal
 
 import pytest
-from helpers import run_python, wait_until
+from helpers import patient, run_python, wait_until
 from test_cli import Command
 
 KINDS = [
@@ -103,7 +103,8 @@ services.SERVICES[Kind.SLOW_READER] = Service(TalksTooMuch(), first_request=8)
 
 
 def test_a_server_that_does_not_answer_is_given_up():
-    complaints = run_with("services.SERVICES[Kind.CLIENT] = Service(TstHandler()); demo.CLIENTS_GRACE = 3.0")
+    grace = min(patient(3.0), 8.0)  # clients themselves give up after 10 s
+    complaints = run_with(f"services.SERVICES[Kind.CLIENT] = Service(TstHandler()); demo.CLIENTS_GRACE = {grace}")
     assert complaints == ["  client mode: did not finish in time and was ended"]
 
 

@@ -43,7 +43,7 @@ from libc.string cimport memset
 
 from tstpool._data cimport tst_data, tst_input
 from tstpool._libc cimport (
-    ACQ_REL, ACQUIRE, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
     load_pointer, store64, tst_bug)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport queue_append, queue_size, tst_queue
@@ -228,7 +228,8 @@ cdef inline int connection_acquire(tst_connection *connection, uint32_t generati
 
 
 cdef inline bint connection_release(tst_connection *connection, uint64_t pending) noexcept nogil:
-    """OWNED -> IDLE, leaving `pending` behind with what others have left. True: the caller must push it as a request."""
+    """OWNED -> IDLE, leaving `pending` behind with what others have left. True: the caller must push it as a
+    request."""
     cdef uint64_t word = load64(&connection.state, RELAXED)
     cdef uint64_t idle
     cdef bint push

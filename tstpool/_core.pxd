@@ -92,7 +92,7 @@ cdef class TstPool:
     cdef int begin_stop(self, uint64_t drain) except -1
     cdef bint wait_ended(self, double drain) except -1
     cdef int cut_off(self) except -1
-    cdef int close(self) except -1
+    cdef int close_down(self) except -1
     cdef void close_descriptors(self) noexcept
     cdef void free_memory(self) noexcept
     cdef tst_connection *find(self, object which, uint32_t *generation) except? NULL

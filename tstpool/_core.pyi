@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Final, final
+from typing import Any, Final, TypeAlias, final
 
 from typing_extensions import Buffer
 
@@ -18,9 +18,9 @@ EPOLLHUP: Final[int]
 EPOLLET: Final[int]
 EPOLLONESHOT: Final[int]
 
-_Verdict = TstStat | None
-_Handler = TstHandler | Callable[[TstSocket], _Verdict]
-_Which = TstSocket | int
+_Verdict: TypeAlias = TstStat | None
+_Handler: TypeAlias = "TstHandler | Callable[[TstSocket], _Verdict]"
+_Which: TypeAlias = "TstSocket | int"
 
 class Raw: ...
 

@@ -2,8 +2,8 @@
 # cython: freethreading_compatible=True, embedsignature=True, always_allow_keywords=True
 """tstpool's classes: the thin layer between the engine (the .pxd headers, which know no Python) and its users.
 
-From top to bottom: errors, transfers (TstData), sockets (TstSocket), handlers (TstHandler, Binding), the pool (TstPool),
-the worker's loop (Worker). ARCHITECTURE.md says how they fit.
+From top to bottom: errors, transfers (TstData), sockets (TstSocket), handlers (TstHandler, Binding), the pool
+(TstPool), the worker's loop (Worker). ARCHITECTURE.md says how they fit.
 """
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
@@ -17,17 +17,18 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
-    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED,
-    TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
-    generation_of, table_chunk, table_find, table_open, tst_connection)
+    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED,
+    TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is,
+    connection_mark, generation_of, table_chunk, table_find, table_open, tst_connection)
 from tstpool._data cimport (
-    data_make, data_request, data_requested, data_resize, data_set_done, input_consume, input_free, input_keep, input_unread)
+    data_make, data_request, data_requested, data_resize, data_set_done, input_consume, input_free, input_keep,
+    input_unread)
 from tstpool._libc cimport (
-    ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL, F_SETFL,
-    O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1, eventfd, fcntl,
-    gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
-    pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
-    shutdown, store32, store64, store_pointer, sub32)
+    ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL,
+    F_SETFL, O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1,
+    eventfd, fcntl, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
+    pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
+    pthread_mutex_destroy, pthread_mutex_init, shutdown, store32, store64, store_pointer)
 from tstpool._libc cimport EPOLLERR as _EPOLLERR
 from tstpool._libc cimport EPOLLET as _EPOLLET
 from tstpool._libc cimport EPOLLHUP as _EPOLLHUP
@@ -38,10 +39,11 @@ from tstpool._libc cimport EPOLLPRI as _EPOLLPRI
 from tstpool._libc cimport EPOLLRDHUP as _EPOLLRDHUP
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_park
-from tstpool._poll cimport TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_recv, sys_wake
-from tstpool._queue cimport queue_drop, queue_size
+from tstpool._poll cimport (
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_recv, sys_wake)
+from tstpool._queue cimport queue_drop
 from tstpool._shard cimport (
-    DO_CONNECT, DO_DISCONNECT, DO_INPUT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING,
+    DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING,
     PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, shard_ask,
     shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport NANOSECOND, clock_now, count, stats_job, tst_stats
@@ -137,8 +139,8 @@ cdef class TstData:
     """One of a socket's two transfer buffers: `recv_data` or `send_data`.
 
     `req_len` bytes are transferred to or from position `req_pos` of the buffer `s`; `com_len` of them are done. Fields
-    may be read on any thread. Assign them inside the socket's handler; another thread may fill `send_data` and then call
-    `pool.need_send(sock)`.
+    may be read on any thread. Assign them inside the socket's handler; another thread may fill `send_data` and then
+    call `pool.need_send(sock)`.
     """
 
     def __cinit__(self, key=None):
@@ -179,8 +181,8 @@ cdef class TstData:
 
     @property
     def s(self):
-        """A writable memoryview of the whole buffer. It stays valid after the connection has closed; resize() is refused
-        while one is held."""
+        """A writable memoryview of the whole buffer. It stays valid after the connection has closed; resize() is
+        refused while one is held."""
         return memoryview(self)
 
     @property
@@ -195,7 +197,8 @@ cdef class TstData:
 
     @req_pos.setter
     def req_pos(self, value):
-        check(data_request(&self.data, size_from(value, "req_pos"), self.data.req_len), "req_pos + req_len exceeds s_len")
+        check(data_request(&self.data, size_from(value, "req_pos"), self.data.req_len),
+              "req_pos + req_len exceeds s_len")
 
     @property
     def req_len(self):
@@ -205,7 +208,8 @@ cdef class TstData:
 
     @req_len.setter
     def req_len(self, value):
-        check(data_request(&self.data, self.data.req_pos, size_from(value, "req_len")), "req_pos + req_len exceeds s_len")
+        check(data_request(&self.data, self.data.req_pos, size_from(value, "req_len")),
+              "req_pos + req_len exceeds s_len")
 
     @property
     def com_len(self):
@@ -229,7 +233,8 @@ cdef class TstData:
     def resize(self, n):
         """Makes the buffer `n` bytes long and keeps its contents; new bytes are zero.
 
-        Raises BufferError while a memoryview of it is held, ValueError when n <= 0 or the current request would not fit.
+        Raises BufferError while a memoryview of it is held, ValueError when n <= 0 or the current request would not
+        fit.
         """
         check(data_resize(&self.data, size_from(n, "n")), "the buffer is held by a memoryview" if self.data.exports
               else "the new size is 0, or below req_pos + req_len")
@@ -247,8 +252,8 @@ cdef TstData new_transfer(size_t s_len):
 cdef class TstSocket:
     """One connection of a pool.
 
-    It stays valid for as long as somebody holds it. send(), close(), pause() and resume() may be called on any thread, at
-    any time, without a lock; read(), read_into() and the fields of `recv_data` belong to the socket's own handler.
+    It stays valid for as long as somebody holds it. send(), close(), pause() and resume() may be called on any thread,
+    at any time, without a lock; read(), read_into() and the fields of `recv_data` belong to the socket's own handler.
     """
 
     def __cinit__(self, key=None):
@@ -344,7 +349,8 @@ cdef class TstSocket:
 
     @property
     def handler(self):
-        """The handler for this socket: a TstHandler or a function. Assigning one overrides the pool's; None goes back."""
+        """The handler for this socket: a TstHandler or a function. Assigning one overrides the pool's; None goes
+        back."""
         with cython.critical_section(self):
             binding = self.binding
         if binding is None:
@@ -412,8 +418,8 @@ cdef class TstSocket:
     def flush(self, timeout=None):
         """Blocks until all that was queued before the call has been handed to the kernel.
 
-        timeout: seconds, None for ever. Inside a handler this blocks the handler's worker, as any blocking call does; other
-        connections go on. Raises TimeoutError, and ConnectionClosed when the connection breaks first.
+        timeout: seconds, None for ever. Inside a handler this blocks the handler's worker, as any blocking call does;
+        other connections go on. Raises TimeoutError, and ConnectionClosed when the connection breaks first.
         """
         cdef uint64_t goal
         cdef uint64_t until = 0 if timeout is None else clock_now() + nanoseconds(timeout, "timeout")
@@ -528,7 +534,8 @@ cdef class TstSocket:
         return True
 
     def pause(self):
-        """No more messages until resume(): TCP holds the peer back. Any thread; a call that runs already is not stopped."""
+        """No more messages until resume(): TCP holds the peer back. Any thread; a call that runs already is not
+        stopped."""
         connection_mark(self.connection, STATE_PAUSED, True, STATE_OPEN, self.generation())
 
     def resume(self):
@@ -587,8 +594,8 @@ cdef class TstHandler:
     """
 
     def on_connect(self, sock):
-        """A connection is there; no message has been handed out yet. It may send. Anything above TstStat.SEND refuses it:
-        what is queued is sent, it is closed, and on_disconnect is not called."""
+        """A connection is there; no message has been handed out yet. It may send. Anything above TstStat.SEND refuses
+        it: what is queued is sent, it is closed, and on_disconnect is not called."""
 
     def on_message(self, sock, data):
         """`data`: bytes of one whole message; with Raw framing, whatever has arrived."""
@@ -597,8 +604,8 @@ cdef class TstHandler:
         """need_send() was asked for and the kernel takes output, or a TstStat.SEND has been handed to it whole."""
 
     def on_disconnect(self, sock, reason):
-        """The connection is over; called once for each on_connect that accepted. reason: None when the peer or this side
-        closed cleanly, else an exception."""
+        """The connection is over; called once for each on_connect that accepted. reason: None when the peer or this
+        side closed cleanly, else an exception."""
 
     def on_idle(self, worker_no):
         """Worker `worker_no` has had nothing to do for the pool's idle_time."""
@@ -679,7 +686,8 @@ _running = weakref.WeakSet()
 
 
 cdef class TstPool:
-    """A TCP server thread pool over epoll: it listens, accepts, reads, calls the handler on a worker thread, sends, frees.
+    """A TCP server thread pool over epoll: it listens, accepts, reads, calls the handler on a worker thread, sends,
+    frees.
 
     handler: a TstHandler, or a function of one socket; may be missing until create() brings it.
     framing: Raw() or None, messages as they arrive.
@@ -789,7 +797,8 @@ cdef class TstPool:
         self.set_hook("on_disconnect", None if f is None else with_arity(f, 1, 2))
 
     def setEventMostElapsed(self, f):
-        """f(sock) or f(sock, seconds) is called when a job took longer than any before on that worker. Before start()."""
+        """f(sock) or f(sock, seconds) is called when a job took longer than any before on that worker. Before
+        start()."""
         self.set_hook("on_most_elapsed", None if f is None else with_arity(f, 1, 2))
 
     def setEventIdle(self, f):
@@ -811,7 +820,6 @@ cdef class TstPool:
         return addresses[0]
 
     cdef object add_listener(self, object listener):
-        cdef TstSocket none
         listener.setblocking(False)
         address = _net.address_of(listener)
         cdef uint64_t id = 0
@@ -969,7 +977,7 @@ cdef class TstPool:
             for thread in self.threads[:started]:
                 thread.join()
             if started == 0:
-                self.close()
+                self.close_down()
             raise
         return 0
 
@@ -988,7 +996,7 @@ cdef class TstPool:
                 self.live_workers -= 1
                 last = self.live_workers == 0
             if last:
-                self.close()
+                self.close_down()
 
     cdef int begin_stop(self, uint64_t drain) except -1:
         """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
@@ -1006,15 +1014,15 @@ cdef class TstPool:
     def stop(self, drain=5.0):
         """Stops: no more clients, running handlers finish, queued output is sent, connections close, workers end.
 
-        drain: seconds that all this may take; what is still open then is cut off. Returns True when everything has ended,
-        False when a handler still runs (its worker ends when the handler does; no thread is ever killed). From a handler:
-        starts the stop and returns. Harmless when repeated, or before start().
+        drain: seconds that all this may take; what is still open then is cut off. Returns True when everything has
+        ended, False when a handler still runs (its worker ends when the handler does; no thread is ever killed). From
+        a handler: starts the stop and returns. Harmless when repeated, or before start().
         """
         cdef uint64_t patience = nanoseconds(drain, "drain")
         self.check_alive()
         with self.mutex:
             if self.ended.is_set():
-                self.close()
+                self.close_down()
                 return True
             self.begin_stop(patience)
             threads = self.threads
@@ -1043,18 +1051,19 @@ cdef class TstPool:
     cdef int cut_off(self) except -1:
         """Nobody may be left to do it: ends every connection's traffic, so that no peer waits for a stuck handler."""
         cdef int chunk, i
+        cdef tst_connection *first
         cdef tst_connection *connection
         for chunk in range(TABLE_CHUNKS):
-            connection = table_chunk(&self.engine.table, chunk)
-            for i in range(TABLE_CHUNK if connection != NULL else 0):
+            first = table_chunk(&self.engine.table, chunk)
+            for i in range(TABLE_CHUNK if first != NULL else 0):
+                connection = first + i
                 spin_lock(&connection.lock)
                 if load64(&connection.state, ACQUIRE) & STATE_OPEN:
                     shutdown(connection.fd, SHUT_RDWR)
                 spin_unlock(&connection.lock)
-                connection += 1
         return 0
 
-    cdef int close(self) except -1:
+    cdef int close_down(self) except -1:
         """Nobody works any more: gives descriptors back. By the last worker, or with the mutex held before a start."""
         for address in self.listeners:
             _net.unlink_socket(address)
@@ -1069,10 +1078,12 @@ cdef class TstPool:
         """Closes what is still open, without a word to anybody: a fork's child, a pool that was never started."""
         cdef int chunk, i
         cdef uint64_t word
+        cdef tst_connection *first
         cdef tst_connection *connection
         for chunk in range(TABLE_CHUNKS):
-            connection = table_chunk(&self.engine.table, chunk)
-            for i in range(TABLE_CHUNK if connection != NULL else 0):
+            first = table_chunk(&self.engine.table, chunk)
+            for i in range(TABLE_CHUNK if first != NULL else 0):
+                connection = first + i
                 word = load64(&connection.state, ACQUIRE)
                 if word & STATE_OPEN:
                     queue_drop(&connection.out)
@@ -1083,7 +1094,6 @@ cdef class TstPool:
                         forget_socket(connection)
                     except BaseException:
                         logger.exception("while closing a connection")
-                connection += 1
         for i in range(self.engine.n_shards):
             close_once(&self.engine.shards[i].epoll_fd)
             close_once(&self.engine.shards[i].event_fd)
@@ -1144,8 +1154,8 @@ cdef class TstPool:
     def create(self, thread_count, bind_ip, bind_port, func, max_recv_size=4096, max_send_size=4096):
         """The original's start: a handler, a listener and the workers in one call.
 
-        thread_count: workers. bind_ip: None or "" for all addresses. bind_port: 0 for no listener. func: function of one
-        socket, or a TstHandler. max_recv_size, max_send_size: bytes in each socket's buffers. Returns True. Raises
+        thread_count: workers. bind_ip: None or "" for all addresses. bind_port: 0 for no listener. func: function of
+        one socket, or a TstHandler. max_recv_size, max_send_size: bytes in each socket's buffers. Returns True. Raises
         OSError with the address in its text; then no thread is left.
         """
         self.check_alive()
@@ -1196,8 +1206,8 @@ cdef class TstPool:
         return connection
 
     def need_send(self, sock_or_sd):
-        """Asks that a worker call the socket's handler with EPOLLOUT, as soon as the kernel takes output for it; what its
-        `send_data` asks for is sent first. Returns False when the connection is gone or closing."""
+        """Asks that a worker call the socket's handler with EPOLLOUT, as soon as the kernel takes output for it; what
+        its `send_data` asks for is sent first. Returns False when the connection is gone or closing."""
         cdef uint32_t generation = 0
         cdef tst_connection *connection = self.find(sock_or_sd, &generation)
         cdef bint closed
@@ -1218,8 +1228,8 @@ cdef class TstPool:
         return True
 
     def broadcast(self, data, exclude=None, where=None):
-        """Sends the same bytes to every connection. exclude: a TstSocket, or several. where: a function of one socket that
-        says whether it is to get them. Returns how many connections it was queued for."""
+        """Sends the same bytes to every connection. exclude: a TstSocket, or several. where: a function of one socket
+        that says whether it is to get them. Returns how many connections it was queued for."""
         if isinstance(exclude, TstSocket):
             exclude = (exclude,)
         left_out = set() if exclude is None else set(exclude)
@@ -1242,11 +1252,13 @@ cdef class TstPool:
     cdef list snapshot(self):
         cdef list found = []
         cdef int chunk, i
+        cdef tst_connection *first
         cdef tst_connection *connection
         cdef PyObject *held
         for chunk in range(TABLE_CHUNKS):
-            connection = table_chunk(&self.engine.table, chunk)
-            for i in range(TABLE_CHUNK if connection != NULL else 0):
+            first = table_chunk(&self.engine.table, chunk)
+            for i in range(TABLE_CHUNK if first != NULL else 0):
+                connection = first + i
                 spin_lock(&connection.lock)
                 held = connection.sock
                 if held != NULL:
@@ -1255,7 +1267,6 @@ cdef class TstPool:
                 if held != NULL:
                     found.append(<object>held)
                     Py_DECREF(<object>held)
-                connection += 1
         return found
 
     def sockets(self):
@@ -1314,8 +1325,9 @@ cdef class TstPool:
             workers.append(self.worker_stats(i))
         return PoolStats(
             connections=len(self), listeners=len(self.listeners), accepted=accepted,
-            added=load64(&self.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in, bytes_out=bytes_out,
-            spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls, workers=tuple(workers))
+            added=load64(&self.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in,
+            bytes_out=bytes_out, spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls,
+            workers=tuple(workers))
 
     cdef object worker_stats(self, int no):
         cdef tst_worker *worker = &self.engine.workers[no]
@@ -1576,7 +1588,8 @@ cdef class Worker:
     cdef bint message_to_pool(self, TstSocket sock, object data) except -1:
         """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler."""
         if self.binding.on_message is not None:
-            self.apply(sock, self.binding, self.call(sock, self.binding, self.binding.on_message, (sock, data)), None, None)
+            verdict = self.call(sock, self.binding, self.binding.on_message, (sock, data))
+            self.apply(sock, self.binding, verdict, None, None)
         return True
 
     cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1:
@@ -1617,7 +1630,8 @@ cdef class Worker:
         sock.connection.events = _EPOLLOUT
         if hook is not None:
             self.apply(sock, binding, self.call(sock, binding, hook, (sock,)),
-                       self.binding.function if self.binding.function is not None else self.binding.on_writable, (sock,))
+                       self.binding.function if self.binding.function is not None else self.binding.on_writable,
+                       (sock,))
         return 0
 
     cdef bint disconnect(self, TstSocket sock, Binding binding) except -1:
@@ -1636,7 +1650,8 @@ cdef class Worker:
         return True
 
     cdef object call(self, TstSocket sock, Binding binding, object hook, object arguments):
-        """Calls a hook, measures it, and deals with what it raises; then the result is DISCONNECT unless on_error says else."""
+        """Calls a hook, measures it, and deals with what it raises; then the result is DISCONNECT unless on_error says
+        else."""
         cdef uint64_t begin = self.clock
         store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
         try:

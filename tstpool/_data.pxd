@@ -46,7 +46,8 @@ cdef struct tst_data:
 
 
 cdef inline int data_make(tst_data *data) noexcept nogil:
-    """Makes s if it is not there yet. Zeroed, so that no byte of an older life of the memory can reach a peer. Lock held."""
+    """Makes s if it is not there yet. Zeroed, so that no byte of an older life of the memory can reach a peer. Lock
+    held."""
     if data.s == NULL:
         data.s = <char *>calloc(data.s_len, 1)
         if data.s == NULL:
@@ -199,7 +200,8 @@ cdef inline void input_free(tst_input *input) noexcept nogil:
 
 
 cdef inline void input_consume(tst_input *input, size_t size) noexcept nogil:
-    """The first `size` unread bytes were handed out. Storage goes back as soon as it is empty: an idle connection has none."""
+    """The first `size` unread bytes were handed out. Storage goes back as soon as it is empty: an idle connection has
+    none."""
     input.view += size
     input.size -= size
     if input.size == 0:

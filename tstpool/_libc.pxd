@@ -176,7 +176,6 @@ cdef extern from * nogil:
         void **place, void **expected, void *value, bint weak, int success, int failure)
 
 
-
 cdef extern from * nogil:
     """
     #ifndef TST_DEBUG

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+from typing import Any
 
 UNIX_PREFIX = "unix:"
 SKIPPED_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -22,7 +23,8 @@ def named(error: OSError, action: str, host: str | None, port: int) -> OSError:
 def listening_sockets(host: str | None, port: int, backlog: int) -> list[socket.socket]:
     """Sockets that listen on every address that `host` stands for; None, "" and "::" are all of this machine's.
 
-    Raises OSError naming the address. An address that this machine does not have is passed over as long as another works.
+    Raises OSError naming the address. An address that this machine does not have is passed over
+    as long as another works.
     """
     try:
         if host is not None and host.startswith(UNIX_PREFIX):
@@ -64,7 +66,7 @@ def _listen_named(host: str | None, port: int, backlog: int) -> list[socket.sock
     return sockets
 
 
-def _listen_on(family: int, address: tuple, backlog: int, dual_stack: bool = False) -> socket.socket:
+def _listen_on(family: int, address: tuple[Any, ...], backlog: int, dual_stack: bool = False) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -146,7 +148,7 @@ def unlink_socket(address: tuple[str, int]) -> None:
 
 
 def text_address(family: int, raw: bytes) -> tuple[str, int] | None:
-    """The address behind the family field of a sockaddr_in or sockaddr_in6, as (host, port); None for other families."""
+    """What follows the family field of a sockaddr_in or sockaddr_in6, as (host, port); None for other families."""
     if family == socket.AF_INET:
         return socket.inet_ntop(family, raw[2:6]), int.from_bytes(raw[:2], "big")
     if family == socket.AF_INET6:

@@ -2,10 +2,10 @@
 """Workers that have no shard: standbys, the watcher among them, and the stall rule.
 
 A worker that is not needed parks here. One of the parked ones is the *watcher*. While any shard runs handlers it wakes
-every millisecond and looks at a counter that each worker bumps when it enters and leaves a handler. If a worker is found
-in the same call at two looks, and it is not on a processor (it sleeps or waits: its handler blocks), the watcher takes
-the shard over. A handler that computes keeps its shard for RUNNING_LOOKS: under a GIL nobody would gain by an earlier
-change, and a thread that was merely descheduled looks the same.
+every millisecond and looks at a counter that each worker bumps when it enters and leaves a handler. If a worker is
+found in the same call at two looks, and it is not on a processor (it sleeps or waits: its handler blocks), the watcher
+takes the shard over. A handler that computes keeps its shard for RUNNING_LOOKS: under a GIL nobody would gain by an
+earlier change, and a thread that was merely descheduled looks the same.
 
 When nothing has run for QUIET_LOOKS the watcher parks too, so an idle pool makes no wake-ups; whoever begins to run
 handlers wakes it (`watcher_asleep`). Standbys and the watcher wait on condition variables of their own: with one for
@@ -16,8 +16,8 @@ from libc.string cimport strrchr
 
 from tstpool._libc cimport (
     ACQUIRE, O_CLOEXEC, O_RDONLY, RELAXED, RELEASE, SEQ_CST, close, load32, load64, open_file, pthread_cond_signal,
-    pthread_cond_t, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, read, store32,
-    store64, timespec)
+    pthread_cond_t, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, read,
+    store32, store64, timespec)
 from tstpool._shard cimport (
     PHASE_ENDING, TOKEN_POLLING, TOKEN_RUNNING, token_move, token_of, tst_batch, tst_engine, tst_shard, tst_worker)
 from tstpool._stats cimport NANOSECOND, clock_now, count
@@ -116,7 +116,8 @@ cdef inline tst_shard *take_free_shard(tst_engine *engine, tst_worker *worker) n
 
 
 cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t idle_at) noexcept nogil:
-    """The watcher's life until it takes a shard over (returned), or there is a reason to look around (NULL). Mutex held."""
+    """The watcher's life until it takes a shard over (returned), or there is a reason to look around (NULL). Mutex
+    held."""
     cdef tst_shard *shard = NULL
     cdef bint running
     cdef int quiet = 0
@@ -139,7 +140,8 @@ cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t id
 
 
 cdef inline int engine_park(tst_engine *engine, tst_worker *worker, tst_shard **shard, bint *taken_over) noexcept nogil:
-    """Parks until there is something to do. Returns PARK_*; with PARK_SHARD, `taken_over` says whether from a stuck worker."""
+    """Parks until there is something to do. Returns PARK_*; with PARK_SHARD, `taken_over` says whether from a stuck
+    worker."""
     cdef uint64_t began = clock_now()
     cdef uint64_t idle_at = began + engine.idle_time if engine.call_idle else 0
     cdef int result = PARK_END

@@ -19,7 +19,8 @@ Some facts about epoll, and what they mean for us:
    EPOLL_CTL_DEL comes first, always.
 
 The mask that the kernel holds stands in connection.armed and changes only together with it under connection.lock.
-Therefore a release that finds input unarmed arms it, whoever silenced it and when: no flag says so, the mask itself does.
+Therefore a release that finds input unarmed arms it, whoever silenced it and when: no flag says so, the mask itself
+does.
 
 All system calls of the engine on connections stand here, each behind one function that returns >= 0 or -errno.
 """
@@ -28,14 +29,15 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from tstpool._conn cimport (
-    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TABLE_CHUNK, connection_id, connection_is, connection_wants_input, generation_of,
-    tst_connection)
+    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TABLE_CHUNK, connection_id, connection_is,
+    connection_wants_input, generation_of, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
-    ACQ_REL, ACQUIRE, RELAXED, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLONESHOT,
-    EPOLLOUT, EPOLLPRI, EPOLLRDHUP, MSG_NOSIGNAL, POLLOUT, RELEASE, SHUT_RDWR, SO_OOBINLINE, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait, eventfd, iovec,
-    load32, load64, store32, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, shutdown, sockaddr, socklen_t, store64, write)
+    ACQUIRE, ACQ_REL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SHUT_RDWR, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, SOL_SOCKET, SO_OOBINLINE, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait,
+    eventfd, iovec, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, shutdown, sockaddr,
+    socklen_t, store32, store64, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_size
 from tstpool._stats cimport count, tst_stats

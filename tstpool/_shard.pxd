@@ -10,8 +10,8 @@ holder polls it, resolves events and acquires connections. The token also says w
                                                                                        | it is stuck in a handler:
                                                        (another, RUNNING) <------------+ one CAS by the watcher
 
-While RUNNING the token may be taken away, so whoever runs handlers finds out by a failing compare-and-swap when it wants
-to poll again. While POLLING it can't be. That is all the locking that polling needs.
+While RUNNING the token may be taken away, so whoever runs handlers finds out by a failing compare-and-swap when it
+wants to poll again. While POLLING it can't be. That is all the locking that polling needs.
 
 A *batch* is what one poll brought, with the memory that it was received into. Its entries move by compare-and-swap, so
 that each is run once and finished once, whoever does it:
@@ -19,18 +19,20 @@ that each is run once and finished once, whoever does it:
         QUEUED ----> RUNNING ----> RAN ----> DONE
                runner         runner    whoever finishes: the runner after its handlers, or the thread that took over
 
-An entry owns its connection (OWNED) from the moment it is made until it is DONE. A thread that takes a shard over runs the
-QUEUED entries, finishes the RAN ones, and leaves the RUNNING one to the stuck thread, which finishes it when it returns.
+An entry owns its connection (OWNED) from the moment it is made until it is DONE. A thread that takes a shard over runs
+the QUEUED entries, finishes the RAN ones, and leaves the RUNNING one to the stuck thread, which finishes it when it
+returns.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from tstpool._conn cimport (
-    STATE_DETACHED, STATE_OWNED, STATE_QUEUED, connection_ask, connection_mark, generation_of, tst_connection, tst_table)
+    STATE_DETACHED, STATE_OWNED, STATE_QUEUED, connection_ask, connection_mark, generation_of, tst_connection,
+    tst_table)
 from tstpool._libc cimport (
-    ACQ_REL, ACQUIRE, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
-    compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_t,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
+    compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer,
+    pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport connection_flush, sys_wake
 from tstpool._stats cimport tst_stats
@@ -69,7 +71,7 @@ cdef struct tst_entry:
     uint32_t state             # atomic
     uint32_t what              # DO_*; written by the runner
     uint32_t generation
-    tst_connection *connection # borrowed: owned by this entry until it is DONE
+    tst_connection *connection  # borrowed; OWNED by this entry until it is DONE
 
 
 cdef struct tst_batch:
@@ -203,7 +205,8 @@ cdef inline bint entry_move(tst_entry *entry, uint32_t old, uint32_t fresh) noex
 
 
 cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil:
-    """The shard was taken from a stuck thread: what its handler has sent goes out now, what it sends later will not wait."""
+    """The shard was taken from a stuck thread: what its handler has sent goes out now, what it sends later will not
+    wait."""
     cdef int i
     cdef tst_entry *entry
     for i in range(batch.n_entries):

@@ -16,26 +16,28 @@ from libc.string cimport memcpy, memset
 from tstpool._conn cimport (
     ACQUIRED, BUSY, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DEAD, STATE_OPEN,
     STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, connection_acquire, connection_is,
-    connection_is_paused, connection_takes_messages, table_chunk,
-    connection_release, connection_wants_input, generation_of, slot_of, table_open, table_slot, tst_connection)
+    connection_is_paused, connection_release, connection_takes_messages, connection_wants_input, generation_of,
+    slot_of, table_chunk, table_open, table_slot, tst_connection)
 from tstpool._data cimport (
-    data_complete, data_done, data_fill, data_make, data_pin, data_requested, data_unpin, input_consume, input_reserve,
-    tst_data)
+    data_complete, data_done, data_fill, data_make, data_pin, data_requested, data_unpin, input_consume,
+    input_reserve, tst_data)
 from tstpool._libc cimport (
-    ACQ_REL, ACQUIRE, AF_INET, AF_INET6, epoll_event, store_pointer, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE,
-    SEQ_CST, add32, close, fetch_and64, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
-    pthread_mutex_lock, pthread_mutex_unlock, sockaddr, sockaddr_storage, socklen_t, store32, store64, sub32)
+    ACQUIRE, ACQ_REL, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED,
+    RELEASE, SEQ_CST, add32, close, epoll_event, fetch_and64, load32, load64, load_pointer, pthread_cond_broadcast,
+    pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock, sockaddr, sockaddr_storage, socklen_t, store32,
+    store64, store_pointer, sub32)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
-    connection_retire, connection_silence, flush_arm, flush_result, input_mask, sys_accept, sys_drain, sys_oob_inline,
-    sys_recv, sys_wait, sys_writable)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush,
+    connection_free, connection_retire, connection_silence, flush_arm, flush_result, input_mask, sys_accept,
+    sys_drain, sys_oob_inline, sys_recv, sys_wait, sys_writable)
 from tstpool._queue cimport queue_append, queue_size
 from tstpool._shard cimport (
     BATCH_ENTRIES, BATCH_EVENTS, DO_CONNECT, DO_DISCONNECT, DO_INPUT, DO_RETIRE, DO_WRITABLE, ENTRY_DONE, ENTRY_RAN,
-    PHASE_DRAINING, PHASE_ENDING, SCRATCH_LEAST, SCRATCH_SIZE, TOKEN_POLLING, TOKEN_RUNNING, batch_add, connection_bytes_sent,
-    entry_move, shard_ask, shard_drain_enter, shard_drain_add, shard_drain_remove, shard_drain_unlink, shard_push, shard_take_requests, token_move,
-    token_of, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    PHASE_DRAINING, PHASE_ENDING, SCRATCH_LEAST, SCRATCH_SIZE, TOKEN_POLLING, TOKEN_RUNNING, batch_add,
+    connection_bytes_sent, entry_move, shard_ask, shard_drain_add, shard_drain_enter, shard_drain_remove,
+    shard_drain_unlink, shard_push, shard_take_requests, token_move, token_of, tst_batch, tst_engine, tst_entry,
+    tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tst_stats
 
 cdef enum:
@@ -93,8 +95,8 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
     cdef tst_connection *connection
     cdef tst_shard *home
     cdef uint64_t id
-    cdef int fd, n
-    for n in range(ACCEPTS_PER_TURN):
+    cdef int fd, _n
+    for _n in range(ACCEPTS_PER_TURN):
         if batch.n_entries == BATCH_ENTRIES:
             return
         size = sizeof(address)
@@ -173,7 +175,8 @@ cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_conn
 
 # --------------------------------------------------------------------------------------------------- input
 
-cdef inline ssize_t receive_in_place(tst_connection *connection, tst_data *data, uint64_t now, size_t *room) noexcept nogil:
+cdef inline ssize_t receive_in_place(tst_connection *connection, tst_data *data, uint64_t now,
+                                     size_t *room) noexcept nogil:
     """Receives into a large transfer directly. `room` 0: there is none, nothing was done."""
     cdef char *place = NULL
     cdef ssize_t n
@@ -266,7 +269,8 @@ cdef inline void connection_drop_output(tst_connection *connection) noexcept nog
 
 cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_worker *worker, bint event,
                             uint64_t now) noexcept nogil:
-    """Receives if the kernel has something (`event`, or it is known from before) and the handler wants it. Owner only."""
+    """Receives if the kernel has something (`event`, or it is known from before) and the handler wants it. Owner
+    only."""
     cdef ssize_t n
     cdef int broken = <int>load32(&connection.out_error, RELAXED)
     if not event and not connection.readable and not broken:
@@ -418,7 +422,8 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
 
 cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                uint64_t id, uint32_t events, uint64_t now) noexcept nogil:
-    """Resolves one event to its connection and acquires it; an event of a connection that is gone is counted and dropped."""
+    """Resolves one event to its connection and acquires it; an event of a connection that is gone is counted and
+    dropped."""
     cdef tst_connection *connection
     cdef uint32_t generation = generation_of(id)
     cdef uint64_t pending = 0
@@ -453,7 +458,8 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
 
 cdef inline bint leave_to_owner(tst_connection *connection, uint32_t generation, uint32_t events,
                                 tst_stats *stats) noexcept nogil:
-    """An event came for a connection that a stuck worker owns: silence it, its release will arm it. False: it is free now."""
+    """An event came for a connection that a stuck worker owns: silence it, its release will arm it. False: it is free
+    now."""
     cdef bint owned
     spin_lock(&connection.lock)
     owned = connection_is(connection, generation) and load64(&connection.state, ACQUIRE) & STATE_OWNED != 0
@@ -471,7 +477,8 @@ cdef inline bint leave_to_owner(tst_connection *connection, uint32_t generation,
 
 cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                  tst_connection *connection, uint64_t now) noexcept nogil:
-    """Serves a connection that came from the stack of requests: flushes it at once, acquires it if anything else is wanted."""
+    """Serves a connection that came from the stack of requests: flushes it at once, acquires it if anything else is
+    wanted."""
     cdef uint64_t word = fetch_and64(&connection.state, ~<uint64_t>STATE_QUEUED, SEQ_CST)
     cdef uint64_t pending = 0
     if word & STATE_DEAD:
@@ -509,7 +516,8 @@ cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shar
 
 cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                uint64_t now) noexcept nogil:
-    """Makes entries of requests and events, until there are no more or the batch is full; the rest waits for the next turn.
+    """Makes entries of requests and events, until there are no more or the batch is full; the rest waits for the next
+    turn.
 
     They take turns in going first, so that neither a flood of events nor connections that ask for themselves again and
     again (S14) can keep the others out.
@@ -599,18 +607,17 @@ cdef inline void shard_close_all(tst_engine *engine, tst_shard *shard, bint abor
     """Asks every connection of the shard to close; with `abort`, without sending what is queued."""
     cdef int chunk, i
     cdef uint64_t word
+    cdef tst_connection *first
     cdef tst_connection *connection
     for chunk in range(TABLE_CHUNKS):
-        connection = table_chunk(&engine.table, chunk)
-        if connection == NULL:
-            continue
-        for i in range(TABLE_CHUNK):
+        first = table_chunk(&engine.table, chunk)
+        for i in range(TABLE_CHUNK if first != NULL else 0):
+            connection = first + i
             word = load64(&connection.state, ACQUIRE)
             if word & STATE_OPEN and load_pointer(&connection.shard, ACQUIRE) == shard:
                 if abort and connection.type != TYPE_LISTEN:
                     connection_drop_output(connection)
                 shard_ask(connection, generation_of(word), PEND_CLOSE)
-            connection += 1
 
 
 cdef inline bint shard_drain(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
@@ -743,7 +750,8 @@ cdef inline void shard_enter_running(tst_engine *engine, tst_worker *worker, tst
 
 cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                            bint ran) noexcept nogil:
-    """Turns without the interpreter until it is needed: see the head of this file. `ran`: the batch's handlers have run.
+    """Turns without the interpreter until it is needed: see the head of this file. `ran`: the batch's handlers have
+    run.
 
     Returns TURN_*, or -errno when epoll itself fails.
     """
