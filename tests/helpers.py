@@ -38,6 +38,17 @@ def patient(seconds):
     return seconds * PATIENCE
 
 
+@contextlib.contextmanager
+def quick_switches(seconds=1e-4):
+    """The interpreter changes threads so often that a thread which never blocks can't starve the others."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def wait_until(cond, timeout=10, message=None):
     """Call `cond()` until it returns something true, and return that; AssertionError after `timeout` seconds.
 

@@ -96,7 +96,7 @@ def check_descriptor_reuse(make_pool, rounds, **options):
 
     Every byte carries the id of the connection that it belongs to; a mismatch anywhere is an error.
     """
-    errors, stale, over = [], [], threading.Event()
+    errors, stale, over, spoken = [], [], threading.Event(), threading.Event()
 
     def on_connect(sock):
         sock.recv_data.req_len = MESSAGE.size
@@ -112,9 +112,12 @@ def check_descriptor_reuse(make_pool, rounds, **options):
             sock.send(MESSAGE.pack(sock.id, victim))
         stale.append(sock)
         del stale[:-20]
+        spoken.set()
 
     def disturb():
         while not over.is_set():
+            spoken.wait(0.1)
+            spoken.clear()
             for sock in list(stale):
                 pool.need_send(sock.id)
                 if sock.closed:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from contract_helpers import as_function, echo, every_style, handler, round_trip, serve
-from helpers import wait_until
+from helpers import quick_switches, wait_until
 
 from tstpool import PoolStats, WorkerStats
 
@@ -187,8 +187,9 @@ def test_stats_from_many_threads_under_load(make_pool, make_client):
     for asker in askers:
         asker.start()
     try:
-        for _ in range(300):
-            round_trip(client, b"x")
+        with quick_switches():
+            for _ in range(300):
+                round_trip(client, b"x")
     finally:
         over.set()
         for asker in askers:

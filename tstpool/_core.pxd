@@ -23,6 +23,7 @@ cdef class TstSocket:
     cdef TstPool pool                      # keeps the table alive
     cdef int type_number                   # TstSockType
     cdef tst_address peer_address
+    cdef str peer_path                 # "unix:..." of a socket that was connected here, else None
     cdef object data                       # sock.user_data; guarded by the object's critical section
     cdef Binding binding                   # of sock.handler, None: the pool's; guarded likewise
     cdef TstData recv_transfer             # made when first asked for; guarded likewise

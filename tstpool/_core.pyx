@@ -111,15 +111,15 @@ cdef int check(ssize_t result, str what) except -1:
 
 
 cdef size_t size_from(object value, str name) except? 0:
-    """A size that a user gave: an integer from 0 up."""
-    number = int(value)
+    """A size that a user gave: an integer from 0 up. TypeError for what is no integer."""
+    number = operator.index(value)
     if number < 0 or number > 0x7fffffffffffffff:
         raise ValueError(f"{name} must not be negative, or beyond 2**63: {number}")
     return number
 
 
 cdef object positive(object value, str name):
-    number = int(value)
+    number = operator.index(value)
     if number <= 0 or number > 0x7fffffff:
         raise ValueError(f"{name} must be a positive number below 2**31: {number}")
     return number
@@ -322,7 +322,10 @@ cdef class TstSocket:
 
     @property
     def peer(self):
-        """(host, port) of the other side, known after the close too; for a unix socket its path or None."""
+        """(host, port) of the other side, known after the close too; for a unix socket "unix:path", or None where it has
+        no name."""
+        if self.peer_path is not None:
+            return self.peer_path
         return _net.text_address(self.peer_address.family, self.peer_address.bytes[:sizeof(self.peer_address.bytes)])
 
     @property
@@ -873,8 +876,9 @@ cdef class TstPool:
             if connection == NULL:
                 close(fd)
                 raise MemoryError("no slot for the socket")
-            read_peer(connection)
+            path = read_peer(connection)
             sock = new_socket(self, connection)
+            sock.peer_path = path
             sock.data = user_data
             sock.binding = binding
         add64(&self.added, 1, RELAXED)
@@ -1369,23 +1373,25 @@ cdef int adopt(object sock) except -1:
     return sock.detach()
 
 
-cdef int read_peer(tst_connection *connection) except -1:
-    """Asks the kernel for the peer of a socket that somebody else connected."""
+cdef object read_peer(tst_connection *connection):
+    """Asks the kernel for the peer of a socket that somebody else connected. Returns a unix socket's "unix:path"."""
     cdef bytes raw
     try:
         with socket.socket(fileno=os.dup(connection.fd)) as copy:
             family, address = copy.family, copy.getpeername()
     except OSError:
-        return 0
+        return None
+    if family == socket.AF_UNIX:
+        return _net.UNIX_PREFIX + os.fsdecode(address) if address else None
     if family == socket.AF_INET:
         raw = address[1].to_bytes(2, "big") + socket.inet_pton(family, address[0])
     elif family == socket.AF_INET6:
         raw = address[1].to_bytes(2, "big") + bytes(4) + socket.inet_pton(family, address[0].partition("%")[0])
     else:
-        return 0
+        return None
     connection.peer.family = family
     memcpy(connection.peer.bytes, <const char *>raw, <size_t>len(raw))
-    return 0
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import socket
 import stat
@@ -20,12 +21,21 @@ def named(error: OSError, action: str, host: str | None, port: int) -> OSError:
     return renamed
 
 
+def check_address(host: str | None, port: int) -> None:
+    """TypeError or ValueError for what can't be an address. getaddrinfo() alone would take a port of 65536 for 0."""
+    if host is not None and not isinstance(host, str):
+        raise TypeError(f"host must be a string or None, not {type(host).__name__}")
+    if not 0 <= operator.index(port) <= 65535:
+        raise ValueError(f"port must be from 0 to 65535: {port}")
+
+
 def listening_sockets(host: str | None, port: int, backlog: int) -> list[socket.socket]:
     """Sockets that listen on every address that `host` stands for; None, "" and "::" are all of this machine's.
 
     Raises OSError naming the address. An address that this machine does not have is passed over
     as long as another works.
     """
+    check_address(host, port)
     try:
         if host is not None and host.startswith(UNIX_PREFIX):
             return [_listen_unix(host[len(UNIX_PREFIX) :], backlog)]
@@ -122,6 +132,7 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
 
 def connected_socket(host: str, port: int, timeout: float | None) -> socket.socket:
     """Connects, in the calling thread. Raises OSError naming the address."""
+    check_address(host, port)
     try:
         if host.startswith(UNIX_PREFIX):
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
