@@ -322,8 +322,8 @@ cdef class TstSocket:
 
     @property
     def peer(self):
-        """(host, port) of the other side, known after the close too; for a unix socket "unix:path", or None where it has
-        no name."""
+        """(host, port) of the other side, known after the close too; for a unix socket "unix:path", None if it has no
+        name."""
         if self.peer_path is not None:
             return self.peer_path
         return _net.text_address(self.peer_address.family, self.peer_address.bytes[:sizeof(self.peer_address.bytes)])
