@@ -1,9 +1,9 @@
 # cython: language_level=3
-"""A spin lock of four bytes, for sections of a few dozen instructions without a system call.
+"""A spin lock of four bytes, for sections of a few dozen instructions.
 
 Why not a pthread mutex: there is one lock for each connection and it is taken once for each `send`; four bytes instead
-of forty and one atomic exchange instead of two are worth having there. Sections under it never block, never allocate
-more than one chunk and never attach to the interpreter, so whoever spins waits for a memcpy; if the holder was
+of forty and one atomic exchange instead of two are worth having there. Sections under it never block, make no system call
+but epoll_ctl, and never attach to the interpreter, so whoever spins waits for a memcpy at most; if the holder was
 descheduled in the middle, the waiter gives its time slice away.
 """
 from libc.stdint cimport uint32_t
