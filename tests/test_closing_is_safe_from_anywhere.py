@@ -1,10 +1,23 @@
 """S27, S28: closesocket, sock.close, TstStat.DISCONNECT."""
 
+import contextlib
+import threading
 import time
 
 import pytest
-from contract_helpers import Gate, every_style, every_trigger, handler, ignore, in_threads, replying, round_trip, serve
-from helpers import recv_until_eof, scaled, wait_until
+from contract_helpers import (
+    Gate,
+    echo,
+    every_style,
+    every_trigger,
+    handler,
+    ignore,
+    in_threads,
+    replying,
+    round_trip,
+    serve,
+)
+from helpers import connect, patient, recv_until_eof, scaled, wait_until
 
 from tstpool import ConnectionClosed, TstStat
 
@@ -194,3 +207,28 @@ def test_closing_while_the_handler_of_the_socket_runs_elsewhere(make_pool, make_
         assert recv_until_eof(client) in (b"", b"late")
         wait_until(lambda: outcome)
     wait_until(lambda: len(pool) == 0)
+
+
+def test_a_request_that_crosses_the_last_close_leaks_no_descriptor(make_pool):
+    """B05: a connection that ends while another thread's request for it is still in the stack is closed all the same.
+
+    The leak check around every test sees it.
+    """
+    for _ in range(scaled(100)):
+        over = threading.Event()
+        pool = make_pool(handler(on_message=echo), workers=1)
+        with contextlib.ExitStack() as clients:
+            for _ in range(8):
+                round_trip(clients.enter_context(connect(pool)), b"x")
+            socks = pool.sockets()
+
+            def ask(over=over, socks=socks, pool=pool):
+                while not over.is_set():
+                    for sock in socks:
+                        pool.need_send(sock)
+
+            asker = threading.Thread(target=ask)
+            asker.start()
+            assert pool.stop(patient(5)) is True
+            over.set()
+            asker.join(10)

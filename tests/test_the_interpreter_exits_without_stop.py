@@ -131,8 +131,10 @@ def tell():
             return print(port)
         except ConnectionRefusedError:
             time.sleep(0.001)
-threading.Thread(target=tell).start()
+teller = threading.Thread(target=tell)
+teller.start()
 tstpool.serve(Handler(), host="127.0.0.1", port=port, workers=2)
+teller.join()
 print("returned", threading.active_count())
 """
 

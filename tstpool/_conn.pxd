@@ -80,6 +80,7 @@ cdef struct tst_connection:
     int epoll_fd               # fixed while OPEN
     tst_connection *next_request   # owned by the stack of requests, while QUEUED
     void *shard                # borrowed; fixed while OPEN
+    uint32_t *shard_open       # borrowed, atomic: the shard's count of descriptors that are not closed yet
     uint8_t type               # TstSockType; fixed while OPEN
     uint8_t trigger            # TRIGGER_*; fixed while OPEN
 

@@ -37,7 +37,7 @@ from tstpool._libc cimport (
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SHUT_RDWR, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, SO_OOBINLINE, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait,
     eventfd, iovec, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, shutdown, sockaddr,
-    socklen_t, store32, store64, write)
+    socklen_t, store32, store64, sub32, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_size
 from tstpool._stats cimport count, tst_stats
@@ -282,11 +282,12 @@ cdef inline void connection_free(tst_connection *connection, tst_stats *stats) n
     """Frees the slot and closes the descriptor, once the last of {owner, flusher, request queue} has let go.
 
     Called by each of them when it is the last as far as it can see; whoever takes a DEAD connection from the stack of
-    requests calls it again.
+    requests calls it again. The shard's count goes down last of all: a shard may end when it is 0.
     """
     cdef uint64_t word = load64(&connection.state, ACQUIRE)
     cdef uint64_t dead
     cdef int fd = connection.fd
+    cdef uint32_t *shard_open = connection.shard_open
     while word & STATE_QUEUED:
         dead = (word & ~<uint64_t>(STATE_OPEN | PEND_ANY)) | STATE_DEAD
         if compare_exchange64(&connection.state, &word, dead, True, ACQ_REL, ACQUIRE):
@@ -299,7 +300,8 @@ cdef inline void connection_free(tst_connection *connection, tst_stats *stats) n
     word = load64(&connection.state, ACQUIRE)
     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
     spin_unlock(&connection.lock)
-    close(fd)
+    close(fd)                              # from store64 on, the slot may belong to somebody else
+    sub32(shard_open, 1, RELEASE)
 
 
 cdef inline void connection_retire(tst_connection *connection, tst_stats *stats) noexcept nogil:

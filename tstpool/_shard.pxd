@@ -105,7 +105,7 @@ cdef struct tst_shard:
     uint64_t token             # atomic: 0, or (worker + 1) << 8 | TOKEN_*
     void *requests             # atomic: stack of connections that somebody wants something of
     uint32_t sleeping          # atomic: the holder is in epoll_wait, or about to be
-    uint32_t open              # atomic: connections that live here
+    uint32_t open              # atomic: connections and listeners whose descriptors are not closed yet
     int no
     int epoll_fd               # owned
     int event_fd               # owned

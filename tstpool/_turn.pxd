@@ -25,7 +25,7 @@ from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED,
     RELEASE, SEQ_CST, add32, close, epoll_event, fetch_and64, load32, load64, load_pointer, pthread_cond_broadcast,
     pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock, sockaddr, sockaddr_storage, socklen_t, store32,
-    store64, store_pointer, sub32)
+    store64, store_pointer)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush,
@@ -44,6 +44,7 @@ cdef enum:
     ACCEPTS_PER_TURN = 16                  # so that a flood of clients does not starve the clients that are there
     ACCEPT_PAUSE = 100000000               # nanoseconds to wait after the process ran out of descriptors or memory
     DRAIN_TIME = 5000000000                # nanoseconds that a closing connection may take to send what is queued
+    DRAIN_LOOK = 20000000                  # nanoseconds between two looks whether all is closed, while stopping
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
     READ_MORE = 65536                      # room made behind unread input
     DIRECT_LEAST = 16384                   # bytes to come from which a transfer is received straight into place
@@ -75,6 +76,7 @@ cdef inline void connection_settle_in(tst_connection *connection, tst_engine *en
                                       int type) noexcept nogil:
     """A fresh connection, which nobody else can touch yet, moves into its shard."""
     store_pointer(&connection.shard, shard, RELEASE)
+    connection.shard_open = &shard.open
     connection.epoll_fd = shard.epoll_fd
     connection.type = <unsigned char>type
     connection.trigger = TRIGGER_LEVEL if type == TYPE_LISTEN else engine.trigger
@@ -160,7 +162,6 @@ cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_conn
             place = &place[0].drain_next
         if place[0] == listener:
             place[0] = listener.drain_next
-        sub32(&shard.open, 1, RELEASE)
         connection_retire(listener, &worker.stats)
         return
     if pending & PEND_CONNECT:
@@ -540,7 +541,6 @@ cdef inline void entry_retire(tst_worker *worker, tst_connection *connection) no
     cdef tst_shard *shard = <tst_shard *>connection.shard
     shard_drain_remove(shard, connection)
     count(&worker.stats.closed, 1)
-    sub32(&shard.open, 1, RELEASE)
     connection_retire(connection, &worker.stats)
 
 
@@ -695,8 +695,9 @@ cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now
     if engine.call_idle:
         timeout = milliseconds_until(now + engine.idle_time, now, timeout)
     timeout = milliseconds_until(shard.accept_again, now, timeout)
-    if shard.draining and not shard.aborted:
-        timeout = milliseconds_until(load64(&engine.drain_until, ACQUIRE), now, timeout)
+    if shard.draining:
+        # Another thread's flush() may be the last to let go of a connection, and it wakes nobody.
+        timeout = milliseconds_until(now + DRAIN_LOOK, now, timeout)
     pthread_mutex_lock(&shard.mutex)
     due = shard.drain_first.drain_until if shard.drain_first != NULL else 0
     pthread_mutex_unlock(&shard.mutex)
