@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -193,3 +194,30 @@ def test_exit_under_load(rounds):
             [sys.executable, "-c", code], cwd=ROOT, timeout=patient(10), capture_output=True, text=True
         )
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_in_the_middle_of_start_leaves_no_worker(monkeypatch):
+    """B49: Ctrl-C while the second worker is being started; also one that begins only after the pool has given up."""
+    held, begun = threading.Event(), []
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread.name.endswith("-1"):
+            run = thread.run
+            thread.run = lambda: (held.wait(10), run())  # it exists, but has not come to the pool's code yet
+            real(thread)
+            begun.append(thread)
+            threading.Timer(0.05, held.set).start()
+            raise KeyboardInterrupt
+        real(thread)
+
+    pool = tstpool.TstPool(lambda sock: None, workers=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(KeyboardInterrupt):
+            pool.start()
+    assert not begun[0].is_alive()
+    assert not pool.running
+    address = pool.listen("127.0.0.1", 0)
+    with pool, connect(address):
+        pass

@@ -23,7 +23,7 @@ cdef class TstSocket:
     cdef TstPool pool                      # keeps the table alive
     cdef int type_number                   # TstSockType
     cdef tst_address peer_address
-    cdef str peer_path                 # "unix:..." of a socket that was connected here, else None
+    cdef str peer_path                     # "unix:..." of a socket that was connected here, else None
     cdef object data                       # sock.user_data; guarded by the object's critical section
     cdef Binding binding                   # of sock.handler, None: the pool's; guarded likewise
     cdef TstData recv_transfer             # made when first asked for; guarded likewise
@@ -67,7 +67,8 @@ cdef class TstPool:
     cdef bint dead                         # in a forked child
     cdef int n_workers
     cdef int n_shards
-    cdef int live_workers                  # under `mutex`
+    cdef int live_workers                  # under WORKERS_END
+    cdef int launch                        # under WORKERS_END: start() and the end of its workers count it up
     cdef size_t max_recv_size
     cdef size_t max_send_size
     cdef uint64_t slow_handler             # nanoseconds
@@ -89,7 +90,7 @@ cdef class TstPool:
     cdef int begin(self, uint64_t id) except -1
     cdef int open(self) except -1
     cdef int start_locked(self) except -1
-    cdef int start_threads(self) except -1
+    cdef int give_up(self, list threads) except -1
     cdef int begin_stop(self, uint64_t drain) except -1
     cdef bint wait_ended(self, double drain) except -1
     cdef int cut_off(self) except -1

@@ -959,36 +959,46 @@ cdef class TstPool:
         self.binding = bind(self.binding.handler, self.hooks)
         self.engine.call_idle = self.binding.on_idle is not None
         self.fault = None
-        self.ended.clear()
-        self.live_workers = self.n_workers
-        store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
-        self.threads = [threading.Thread(target=self.work, args=(no,), name=f"{self.name}-{no}", daemon=False)
-                        for no in range(self.n_workers)]
-        self.start_threads()
-        _running.add(self)
-        return 0
-
-    cdef int start_threads(self) except -1:
-        """All of the threads, or, when one can't be had, none."""
-        cdef int started = 0
+        self.live_workers = 0
+        threads = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
+                   for no in range(self.n_workers)]
         try:
-            for thread in self.threads:
+            self.ended.clear()
+            self.threads = threads
+            _running.add(self)
+            store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
+            for thread in threads:
                 thread.start()
-                started += 1
         except BaseException:
-            self.live_workers -= self.n_workers - started
-            self.begin_stop(0)
-            for thread in self.threads[:started]:
-                thread.join()
-            if started == 0:
-                self.close_down()
+            self.give_up(threads)
             raise
         return 0
 
-    def work(self, no):
-        """A worker thread's life. Not for users."""
+    cdef int give_up(self, list threads) except -1:
+        """A thread can't be had, or Ctrl-C came in the middle: ends those that run, and lets none begin late."""
+        with WORKERS_END:
+            self.launch += 1
+            none = self.live_workers == 0
+        if none:
+            self.close_down()
+        else:
+            self.begin_stop(0)
+        for thread in threads:
+            while thread in threading.enumerate():     # listed from start() on; join() takes it only once it runs
+                try:
+                    thread.join()
+                except RuntimeError:
+                    time.sleep(0.001)
+        return 0
+
+    def work(self, no, launch):
+        """A worker thread's life. Not for users. `launch`: the start() that it belongs to; it may come too late."""
         cdef Worker worker
         cdef bint last
+        with WORKERS_END:
+            if launch != self.launch:
+                return
+            self.live_workers += 1
         try:
             worker = new_worker(self, no)
             worker.run()
@@ -999,6 +1009,8 @@ cdef class TstPool:
             with WORKERS_END:
                 self.live_workers -= 1
                 last = self.live_workers == 0
+                if last:
+                    self.launch += 1
             if last:
                 self.close_down()
 
