@@ -43,6 +43,11 @@ assert client.recv(5) == b"hello"
         ("import atexit; atexit.register(lambda: pool.broadcast(b'bye'))", 0),
         ("threading.Thread(target=lambda: time.sleep(0.1)).start()", 0),
         ("threading.Thread(target=pool.serve_forever, daemon=True).start()", 0),
+        (
+            "class Late:\n    def __del__(self):\n        pool.serve_forever()\nsys.late = Late(); import atexit\n"
+            "atexit.register(pool.serve_forever)",
+            0,
+        ),
         ("sys.mypool = pool; sys.mysocks = pool.sockets()", 0),
         ("class Bye:\n    def __del__(self):\n        pool.stats(); pool.stop()\nsys.bye = Bye()", 0),
         ("pool.sockets()[0].user_data = pool; pool.sockets()[0].handler = Echo()", 0),

@@ -965,7 +965,10 @@ cdef class TstPool:
         try:
             self.ended.clear()
             self.threads = threads
-            _running.add(self)
+            with WORKERS_END:
+                _running.add(self)
+                if interpreter_ends:
+                    raise TstError("the interpreter is shutting down")
             store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
             for thread in threads:
                 thread.start()
@@ -1147,8 +1150,10 @@ cdef class TstPool:
     def serve_forever(self, drain=5.0):
         """Starts if need be, and blocks until stop(). On KeyboardInterrupt it stops, then raises it on.
 
-        Raises the OSError that ended the engine, if one did.
+        Raises the OSError that ended the engine, if one did. Returns at once when the interpreter is shutting down.
         """
+        if interpreter_ends:
+            return
         if not self.running:
             self.start()
         try:
@@ -1367,7 +1372,9 @@ class Raw:
         return "Raw()"
 
 
+# Guards the pools' counts of live workers, and `interpreter_ends`.
 WORKERS_END = threading.Lock()
+cdef bint interpreter_ends = False
 
 
 cdef void close_once(int *fd) noexcept:
@@ -1795,8 +1802,12 @@ cdef int reconnect(TstSocket sock) except -1:
 # ------------------------------------------------------------------------------------------- end and forks
 
 def _stop_all():
-    """The interpreter ends: workers must go before it waits for its threads."""
-    for pool in list(_running):
+    """The interpreter ends: workers must go before it waits for its threads, and none may come after that."""
+    global interpreter_ends
+    with WORKERS_END:
+        interpreter_ends = True
+        pools = list(_running)
+    for pool in pools:
         pool.stop(1.0)
 
 
