@@ -106,7 +106,7 @@ cdef struct tst_connection:
     uint8_t has_read           # owner: the handler took some input with read() in this call
     int reason                 # owner: errno that ended it, 0 for a clean end
     int thread_no              # owner: the worker that ran it last
-    uint32_t events            # owner: epoll bits shown to the handler
+    uint32_t events            # owner, read by anybody (atomic): epoll bits shown to the handler
     uint64_t send_mark         # owner: value of out.sent at which the running SEND is done
     tst_input input            # owner
     tst_data *recv             # borrowed from the TstSocket; atomic pointer, NULL until the handler asks for it

@@ -21,8 +21,8 @@ from tstpool._conn cimport (
     TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is,
     connection_mark, generation_of, table_chunk, table_find, table_open, tst_connection)
 from tstpool._data cimport (
-    data_make, data_request, data_requested, data_resize, data_set_done, input_consume, input_free, input_keep,
-    input_unread)
+    data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
+    input_free, input_keep, input_unread)
 from tstpool._libc cimport (
     ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL,
     F_SETFL, O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1,
@@ -173,7 +173,7 @@ cdef class TstData:
         spin_unlock(&self.data.lock)
 
     def __len__(self):
-        return self.data.s_len
+        return data_read(&self.data, &self.data.s_len)
 
     def __repr__(self):
         return (f"<TstData s_len={self.s_len} req_pos={self.req_pos} req_len={self.req_len} com_len={self.com_len} "
@@ -188,12 +188,12 @@ cdef class TstData:
     @property
     def s_len(self):
         """Size of the buffer in bytes. Its memory is taken when the buffer is first used."""
-        return self.data.s_len
+        return data_read(&self.data, &self.data.s_len)
 
     @property
     def req_pos(self):
         """Where in the buffer the transfer begins. ValueError, and nothing changed, when it would run over the end."""
-        return self.data.req_pos
+        return data_read(&self.data, &self.data.req_pos)
 
     @req_pos.setter
     def req_pos(self, value):
@@ -204,7 +204,7 @@ cdef class TstData:
     def req_len(self):
         """How many bytes are to be transferred; assigning it begins a new transfer (com_len = 0). 0: none. ValueError,
         and nothing changed, when it would run over the end of the buffer."""
-        return self.data.req_len
+        return data_read(&self.data, &self.data.req_len)
 
     @req_len.setter
     def req_len(self, value):
@@ -214,7 +214,7 @@ cdef class TstData:
     @property
     def com_len(self):
         """How many bytes of the transfer are done; of a sending one, how many the engine has taken over."""
-        return self.data.com_len
+        return data_read(&self.data, &self.data.com_len)
 
     @com_len.setter
     def com_len(self, value):
@@ -223,12 +223,12 @@ cdef class TstData:
     @property
     def checked_len(self):
         """Bytes that wait to be read with sock.read(), when the handler is called with req_len == 0."""
-        return self.data.checked_len
+        return data_read(&self.data, &self.data.checked_len)
 
     @property
     def trans_time(self):
         """Seconds between the first and the last byte of the transfer that finished last."""
-        return self.data.trans_time / 1e9
+        return data_read(&self.data, &self.data.trans_time) / 1e9
 
     def resize(self, n):
         """Makes the buffer `n` bytes long and keeps its contents; new bytes are zero.
@@ -311,7 +311,7 @@ cdef class TstSocket:
     @property
     def events(self):
         """The epoll bits (EPOLLIN, EPOLLOUT ...) that the running handler call is about."""
-        return self.connection.events if connection_is(self.connection, self.generation()) else 0
+        return load32(&self.connection.events, RELAXED) if connection_is(self.connection, self.generation()) else 0
 
     @property
     def thread_no(self):
@@ -373,7 +373,7 @@ cdef class TstSocket:
             if self.recv_transfer is None:
                 self.recv_transfer = new_transfer(self.pool.max_recv_size)
                 if self.in_handler():
-                    self.recv_transfer.data.checked_len = self.connection.input.size
+                    data_set_unread(&self.recv_transfer.data, self.connection.input.size)
                 self.publish(<void **>&self.connection.recv, &self.recv_transfer.data)
             return self.recv_transfer
 
@@ -1581,7 +1581,7 @@ cdef class Worker:
         """Hands out the whole messages that are there, up to a fair share."""
         cdef int n = 0
         while n < MESSAGES_PER_TURN and connection_cut(sock.connection):
-            sock.connection.events = (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN
+            store32(&sock.connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
             if not self.message(sock, binding):
                 break
             n += 1
@@ -1621,7 +1621,7 @@ cdef class Worker:
         """A message for a function, which reads it itself. False: it did not, so it is to be called again."""
         cdef tst_connection *connection = sock.connection
         if connection.recv != NULL:
-            connection.recv.checked_len = 0 if whole else connection.input.size
+            data_set_unread(connection.recv, 0 if whole else connection.input.size)
         result = self.call(sock, binding, binding.function, (sock,))
         if binding is not self.binding and is_run(result):
             if self.binding.function is None:
@@ -1652,7 +1652,7 @@ cdef class Worker:
 
     cdef int writable(self, TstSocket sock, Binding binding) except -1:
         cdef object hook = binding.function if binding.function is not None else binding.on_writable
-        sock.connection.events = _EPOLLOUT
+        store32(&sock.connection.events, _EPOLLOUT, RELAXED)
         if hook is not None:
             self.apply(sock, binding, self.call(sock, binding, hook, (sock,)),
                        self.binding.function if self.binding.function is not None else self.binding.on_writable,

@@ -42,7 +42,7 @@ cdef struct tst_data:
     size_t com_len
     size_t checked_len     # bytes that wait unread when the handler is called with req_len == 0
     uint64_t begin_time    # of the running transfer, monotonic nanoseconds; 0: none has begun
-    uint64_t trans_time    # nanoseconds that the last finished transfer took
+    size_t trans_time      # nanoseconds that the last finished transfer took
 
 
 cdef inline int data_make(tst_data *data) noexcept nogil:
@@ -161,6 +161,21 @@ cdef inline void data_unpin(tst_data *data, ssize_t received, uint64_t now) noex
     data.exports -= 1
     if received > 0 and <size_t>received <= data.req_len - data.com_len:   # else the request was changed meanwhile
         data_done(data, <size_t>received, now)
+    spin_unlock(&data.lock)
+
+
+cdef inline size_t data_read(tst_data *data, const size_t *field) noexcept nogil:
+    """One of the transfer's numbers, for whoever may look while another thread works on it."""
+    cdef size_t number
+    spin_lock(&data.lock)
+    number = field[0]
+    spin_unlock(&data.lock)
+    return number
+
+
+cdef inline void data_set_unread(tst_data *data, size_t size) noexcept nogil:
+    spin_lock(&data.lock)
+    data.checked_len = size
     spin_unlock(&data.lock)
 
 

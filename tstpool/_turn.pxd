@@ -394,7 +394,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
     """Makes the entry of a connection that was just acquired: what requests and events ask for becomes DO_ bits."""
     cdef uint32_t what = 0
     cdef bint arrived = events & (input_mask() | EPOLLERR | EPOLLHUP) != 0
-    connection.events = events
+    store32(&connection.events, events, RELAXED)
     if pending & PEND_CLOSE or (shard.draining and pending & PEND_CONNECT):
         connection_begin_close(connection)
     if load32(&connection.out_error, RELAXED):
