@@ -1,0 +1,535 @@
+# cython: language_level=3, freethreading_compatible=True
+"""The engine's header layers, one thin Python class for each, so that tests can drive them without a pool.
+
+Methods return what the C functions return (>= 0, or -errno). Nothing here is part of the package.
+"""
+from libc.errno cimport errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from tstpool._conn cimport (
+    ACQUIRED, TABLE_CHUNK, TABLE_CHUNKS, connection_acquire, connection_append, connection_ask,
+    connection_close_output, connection_is, connection_mark, connection_release, generation_of, table_find,
+    table_open, table_slot, tst_connection, tst_table)
+from tstpool._conn cimport (
+    PEND_CLOSE, PEND_IN, PEND_OUT, STATE_DEAD, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED)
+from tstpool._data cimport (
+    data_complete, data_fill, data_pin, data_request, data_resize, data_set_done, data_unpin, input_consume,
+    input_free, input_is_stored, input_keep, input_reserve, input_unread, tst_data, tst_input)
+from tstpool._libc cimport (
+    ACQUIRE, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, RELEASE, SEQ_CST, add64, close, epoll_create1, epoll_event,
+    eventfd, iovec, load32, load64, pthread_mutex_init, read, sched_yield, store32, store64)
+from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._poll cimport (
+    connection_arm, connection_fired, connection_flush, connection_retire, connection_silence, sys_recv, sys_wait)
+from tstpool._queue cimport (
+    QUEUE_PIECES, queue_append, queue_consume, queue_drop, queue_pieces, queue_size, tst_chunk, tst_queue)
+from tstpool._shard cimport (
+    ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, TOKEN_POLLING, TOKEN_RUNNING, entry_move, shard_ask,
+    shard_push, shard_take_requests, token_held, token_move, token_of, tst_entry, tst_shard)
+from tstpool._stats cimport stats_job, tst_stats
+
+OPEN, OWNED, PAUSED, QUEUED = STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED
+DETACHED, DEAD = STATE_DETACHED, STATE_DEAD
+WANT_IN, WANT_OUT, WANT_CLOSE = PEND_IN, PEND_OUT, PEND_CLOSE
+ENTRY_STATES = (ENTRY_QUEUED, ENTRY_RUNNING, ENTRY_RAN, ENTRY_DONE)
+CHUNK = TABLE_CHUNK
+SLOTS = TABLE_CHUNK * TABLE_CHUNKS
+PIECES = QUEUE_PIECES
+
+
+# -------------------------------------------------------------------------------------------- lock, counters
+
+cdef class Counter:
+    """A plain number that only a spin lock protects."""
+
+    cdef uint32_t lock
+    cdef uint64_t number
+
+    def add(self, int times):
+        """Adds one `times` times, in two steps that another thread would tear apart."""
+        cdef int i
+        cdef uint64_t seen
+        with nogil:
+            for i in range(times):
+                spin_lock(&self.lock)
+                seen = self.number
+                if i % 64 == 0:
+                    sched_yield()
+                self.number = seen + 1
+                spin_unlock(&self.lock)
+
+    @property
+    def value(self):
+        return self.number
+
+
+cdef class Jobs:
+    cdef tst_stats stats
+
+    def enter(self, uint64_t begin, uint64_t end):
+        return stats_job(&self.stats, begin, end)
+
+    @property
+    def seen(self):
+        return self.stats.exec_count, self.stats.sum_time, self.stats.most_elapsed
+
+
+# ------------------------------------------------------------------------------------------------- transfers
+
+cdef class Transfer:
+    """A tst_data of `s_len` bytes."""
+
+    cdef tst_data data
+
+    def __cinit__(self, size_t s_len):
+        self.data.s_len = s_len
+
+    def __dealloc__(self):
+        free(self.data.s)
+
+    def request(self, size_t req_pos, size_t req_len):
+        return data_request(&self.data, req_pos, req_len)
+
+    def set_done(self, size_t com_len):
+        return data_set_done(&self.data, com_len)
+
+    def resize(self, size_t s_len):
+        return data_resize(&self.data, s_len)
+
+    def fill(self, bytes piece, uint64_t now=1):
+        return data_fill(&self.data, piece, <size_t>len(piece), now)
+
+    def receive(self, size_t least, bytes piece, uint64_t now=1, resize_meanwhile=None):
+        """What a direct receive does: pin, write into place, unpin. Returns (room, what resize said meanwhile)."""
+        cdef char *place = NULL
+        cdef size_t room = data_pin(&self.data, least, &place)
+        said = None
+        if room:
+            if resize_meanwhile is not None:
+                said = data_resize(&self.data, resize_meanwhile)
+            assert <size_t>len(piece) <= room
+            memcpy(place, <const char *>piece, <size_t>len(piece))
+            data_unpin(&self.data, len(piece), now)
+        return room, said
+
+    @property
+    def complete(self):
+        return bool(data_complete(&self.data))
+
+    @property
+    def numbers(self):
+        """(s_len, req_pos, req_len, com_len)"""
+        return self.data.s_len, self.data.req_pos, self.data.req_len, self.data.com_len
+
+    @property
+    def trans_time(self):
+        return self.data.trans_time
+
+    @property
+    def contents(self):
+        """The buffer's bytes, None when it was not made yet."""
+        return None if self.data.s == NULL else self.data.s[:self.data.s_len]
+
+
+cdef class Input:
+    """A tst_input, and the scratch buffer that it borrows from."""
+
+    cdef tst_input input
+    cdef bytes scratch
+
+    def __dealloc__(self):
+        input_free(&self.input)
+
+    def arrive(self, bytes data):
+        """As received into the scratch buffer, which is only done when nothing is unread."""
+        assert self.input.size == 0
+        self.scratch = data
+        self.input.view = data
+        self.input.size = <size_t>len(data)
+
+    def arrive_behind(self, bytes data, size_t room):
+        """As received behind what is unread."""
+        cdef char *place
+        assert <size_t>len(data) <= room
+        place = input_reserve(&self.input, room)
+        assert place != NULL
+        memcpy(place, <const char *>data, <size_t>len(data))
+        self.input.size += <size_t>len(data)
+
+    def consume(self, size_t size):
+        taken = self.input.view[:size]
+        input_consume(&self.input, size)
+        return taken
+
+    def unread(self, bytes data):
+        return input_unread(&self.input, data, <size_t>len(data))
+
+    def keep(self):
+        """The turn ends: the scratch buffer is somebody else's from here on."""
+        result = input_keep(&self.input)
+        self.scratch = None
+        return result
+
+    @property
+    def waiting(self):
+        return self.input.view[:self.input.size]
+
+    @property
+    def stored(self):
+        return bool(input_is_stored(&self.input))
+
+    @property
+    def capacity(self):
+        return self.input.capacity
+
+
+# ----------------------------------------------------------------------------------------------------- queue
+
+cdef class Queue:
+    cdef tst_queue queue
+
+    def __dealloc__(self):
+        queue_drop(&self.queue)
+
+    def append(self, bytes data):
+        return queue_append(&self.queue, data, <size_t>len(data))
+
+    def consume(self, size_t size):
+        queue_consume(&self.queue, size)
+
+    def drop(self):
+        queue_drop(&self.queue)
+
+    def pieces(self):
+        """What one sendmsg would be given, and the total that goes with it."""
+        cdef iovec pieces[QUEUE_PIECES]
+        cdef size_t total = 0
+        cdef int i, n = queue_pieces(&self.queue, pieces, &total)
+        return [(<char *>pieces[i].iov_base)[:pieces[i].iov_len] for i in range(n)], total
+
+    @property
+    def size(self):
+        return queue_size(&self.queue)
+
+    @property
+    def counts(self):
+        return self.queue.queued, self.queue.sent
+
+    @property
+    def chunks(self):
+        cdef tst_chunk *chunk = self.queue.head
+        cdef int n = 0
+        while chunk != NULL:
+            n += 1
+            chunk = chunk.next
+        return n
+
+
+# --------------------------------------------------------------------------------- table, connections, shard
+
+cdef class Engine:
+    """A table and one shard with its epoll set and eventfd, without a pool or a worker."""
+
+    cdef tst_table *table
+    cdef tst_shard shard
+    cdef tst_stats stats
+
+    def __cinit__(self):
+        self.table = <tst_table *>calloc(1, sizeof(tst_table))
+        if self.table == NULL:
+            raise MemoryError
+        pthread_mutex_init(&self.shard.mutex, NULL)
+        self.shard.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        self.shard.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.shard.epoll_fd < 0 or self.shard.event_fd < 0:
+            raise OSError(errno, "no descriptor")
+
+    def __dealloc__(self):
+        cdef int i
+        if self.table == NULL:
+            return
+        for i in range(TABLE_CHUNKS):
+            free(self.table.chunks[i])
+        free(self.table)
+        self.close()
+
+    def close(self):
+        """Gives its descriptors back."""
+        if self.shard.epoll_fd >= 0:
+            close(self.shard.epoll_fd)
+            close(self.shard.event_fd)
+        self.shard.epoll_fd = -1
+
+    def open(self, int fd, uint64_t flags=0, int trigger=0):
+        """A Connection on the slot of `fd`; None when the table refuses."""
+        cdef uint64_t id = 0
+        cdef Connection made
+        cdef tst_connection *connection = table_open(self.table, fd, flags, &id)
+        if connection == NULL:
+            return None
+        connection.shard = &self.shard
+        connection.shard_open = &self.shard.open
+        connection.epoll_fd = self.shard.epoll_fd
+        connection.trigger = <unsigned char>trigger
+        self.shard.open += 1
+        made = Connection.__new__(Connection)
+        made.engine = self
+        made.connection = connection
+        made.id = id
+        return made
+
+    def finds(self, uint64_t id):
+        """The descriptor of the connection that an id, or a bare descriptor, stands for; None."""
+        cdef tst_connection *connection = table_find(self.table, id)
+        return None if connection == NULL else connection.fd
+
+    def has_slot(self, uint64_t slot):
+        return table_slot(self.table, slot) != NULL
+
+    def poll(self):
+        """{descriptor: epoll bits} of what epoll reports now."""
+        cdef epoll_event events[64]
+        cdef int i, n = sys_wait(self.shard.epoll_fd, events, 64, 0)
+        assert n >= 0
+        return {<int><uint32_t>events[i].data.u64: events[i].events for i in range(n)}
+
+    # -- requests
+
+    def sleep(self, bint sleeping=True):
+        store32(&self.shard.sleeping, sleeping, SEQ_CST)
+
+    @property
+    def wakes(self):
+        """Writes to the eventfd since the last look."""
+        cdef uint64_t number = 0
+        return number if read(self.shard.event_fd, &number, sizeof(number)) == sizeof(number) else 0
+
+    def take(self):
+        """Descriptors in the stack of requests, oldest first; the requests are taken."""
+        cdef tst_connection *connection
+        shard_take_requests(&self.shard)
+        found = []
+        while self.shard.todo != NULL:
+            connection = self.shard.todo
+            self.shard.todo = connection.next_request
+            connection_mark(connection, STATE_QUEUED, False, 0, generation_of(load64(&connection.state, ACQUIRE)))
+            found.append(connection.fd)
+        return found
+
+    @property
+    def n_open(self):
+        return load32(&self.shard.open, ACQUIRE)
+
+    @property
+    def controls(self):
+        """epoll_ctl calls so far."""
+        return self.stats.controls
+
+    @property
+    def bytes_out(self):
+        return self.stats.bytes_out
+
+    # -- token
+
+    def token(self, old, fresh):
+        """Moves the token; each is None or (worker, "polling" | "running")."""
+        return bool(token_move(&self.shard, number_of(old), number_of(fresh)))
+
+    def holds(self, int worker):
+        return bool(token_held(&self.shard, worker))
+
+
+cdef uint64_t number_of(object token) except? 99:
+    if token is None:
+        return 0
+    worker, activity = token
+    return token_of(worker, TOKEN_RUNNING if activity == "running" else TOKEN_POLLING)
+
+
+cdef class Connection:
+    cdef Engine engine
+    cdef tst_connection *connection
+    cdef readonly uint64_t id
+
+    cdef uint32_t generation(self):
+        return generation_of(self.id)
+
+    @property
+    def state(self):
+        return <uint32_t>load64(&self.connection.state, ACQUIRE)
+
+    def acquire(self):
+        """(ACQUIRED 1 | BUSY 0 | GONE -1, the pending bits)"""
+        cdef uint64_t pending = 0
+        cdef int got = connection_acquire(self.connection, self.generation(), &pending)
+        return got, pending
+
+    def release(self, uint64_t pending=0):
+        return bool(connection_release(self.connection, pending))
+
+    def ask(self, uint64_t pending):
+        return connection_ask(self.connection, self.generation(), pending)
+
+    def request(self, uint64_t pending):
+        """ask, with the push and the wake-up that it may need."""
+        return shard_ask(self.connection, self.generation(), pending)
+
+    def mark(self, uint64_t flag, bint on=True, uint64_t needed=0):
+        return bool(connection_mark(self.connection, flag, on, needed, self.generation()))
+
+    def append(self, bytes data):
+        """(bytes that wait or -errno, whether somebody must be asked to flush)"""
+        cdef bint flush = False
+        cdef ssize_t n = connection_append(self.connection, self.generation(), data, <size_t>len(data), &flush)
+        return n, bool(flush)
+
+    def close_output(self):
+        return connection_close_output(self.connection, self.generation())
+
+    def flush(self, bint writable=False, bint arm=True):
+        cdef int result
+        with nogil:
+            result = connection_flush(self.connection, generation_of(self.id), writable, arm, &self.engine.stats)
+        return result
+
+    def pretend_flushing(self, bint on):
+        """As if another thread were inside send() for it."""
+        self.connection.flushing = on
+
+    def arm(self, bint want_in, bint want_room=False):
+        cdef int result
+        spin_lock(&self.connection.lock)
+        self.connection.want_room = want_room
+        result = connection_arm(self.connection, want_in, &self.engine.stats)
+        spin_unlock(&self.connection.lock)
+        return result
+
+    def silence(self):
+        cdef int result
+        spin_lock(&self.connection.lock)
+        result = connection_silence(self.connection, &self.engine.stats)
+        spin_unlock(&self.connection.lock)
+        return result
+
+    def fired(self):
+        connection_fired(self.connection)
+
+    def retire(self):
+        """The owner lets go for ever; the descriptor is closed unless a flusher or a request still has it."""
+        connection_retire(self.connection, &self.engine.stats)
+
+    @property
+    def armed(self):
+        return self.connection.armed
+
+    @property
+    def want_out(self):
+        return bool(self.connection.want_out)
+
+    @property
+    def alive(self):
+        return bool(connection_is(self.connection, self.generation()))
+
+    def receive(self, size_t size):
+        """sys_recv: bytes, or -errno."""
+        cdef bytes buffer = bytes(size)
+        cdef ssize_t n = sys_recv(self.connection.fd, <char *>buffer, size)
+        return n if n < 0 else buffer[:n]
+
+
+cdef class Hammer:
+    """Threads without the interpreter on one connection: askers leave requests, servers own it and serve them.
+
+    `asked` counts requests; a server that owns the connection and was told of one notes how many there are by then. No
+    request is lost if, when all is quiet, the note equals the count.
+    """
+
+    cdef Engine engine
+    cdef Connection target
+    cdef uint64_t asked
+    cdef uint64_t served
+    cdef uint64_t owners
+    cdef readonly uint64_t torn
+    cdef uint64_t askers
+
+    def __cinit__(self, Engine engine, Connection target, int askers):
+        self.engine = engine
+        self.target = target
+        self.askers = <uint64_t>askers
+
+    def ask(self, int times):
+        cdef int _i
+        with nogil:
+            for _i in range(times):
+                add64(&self.asked, 1, SEQ_CST)
+                shard_ask(self.target.connection, generation_of(self.target.id), PEND_OUT)
+            add64(&self.askers, <uint64_t>-1, SEQ_CST)
+
+    def serve(self, bint holder):
+        """The holder of the shard takes requests from the stack; others only acquire and release, as events do."""
+        cdef bint last = False
+        with nogil:
+            while True:
+                last = load64(&self.askers, SEQ_CST) == 0
+                if not holder:
+                    self.own_once()
+                elif self.engine.shard.requests != NULL:
+                    shard_take_requests(&self.engine.shard)
+                    while self.engine.shard.todo != NULL:
+                        self.engine.shard.todo = self.engine.shard.todo.next_request
+                        connection_mark(self.target.connection, STATE_QUEUED, False, 0, generation_of(self.target.id))
+                        self.own_once()
+                if last and (not holder or load64(&self.served, SEQ_CST) == load64(&self.asked, SEQ_CST)
+                             or self.engine.shard.requests == NULL):
+                    break
+
+    cdef void own_once(self) noexcept nogil:
+        cdef uint64_t pending = 0
+        if connection_acquire(self.target.connection, generation_of(self.target.id), &pending) != ACQUIRED:
+            return
+        if add64(&self.owners, 1, SEQ_CST) != 1:
+            self.torn += 1
+        if pending:
+            store64(&self.served, load64(&self.asked, SEQ_CST), SEQ_CST)
+        add64(&self.owners, <uint64_t>-1, SEQ_CST)
+        if connection_release(self.target.connection, 0):
+            shard_push(&self.engine.shard, self.target.connection)
+
+    @property
+    def counts(self):
+        return self.asked, self.served
+
+
+# --------------------------------------------------------------------------------------------------- entries
+
+cdef class Entries:
+    """Batch entries that several threads move at once."""
+
+    cdef tst_entry *entries
+    cdef int n
+
+    def __cinit__(self, int n):
+        self.n = n
+        self.entries = <tst_entry *>calloc(<size_t>n, sizeof(tst_entry))
+
+    def __dealloc__(self):
+        free(self.entries)
+
+    def move(self, uint32_t old, uint32_t fresh):
+        """Moves whatever still is in `old`. Returns how many this thread moved."""
+        cdef int i, moved = 0
+        with nogil:
+            for i in range(self.n):
+                moved += entry_move(&self.entries[i], old, fresh)
+        return moved
+
+    def states(self):
+        return [self.entries[i].state for i in range(self.n)]
+
+
+def clear(Connection connection):
+    """Forgets a connection's slot without closing its descriptor, which the test owns."""
+    memset(connection.connection, 0, sizeof(tst_connection))
+    store64(&connection.connection.state, <uint64_t>(generation_of(connection.id) + 1) << 32, RELEASE)
