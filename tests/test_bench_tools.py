@@ -150,7 +150,7 @@ def test_generator_detects_replies_that_change_places(programs: dict[str, Path])
 
 
 def test_generator_detects_a_lost_reply(programs: dict[str, Path]) -> None:
-    with python_echo(lambda data, offset: data if offset < 64_000 else b"") as port:
+    with python_echo(lambda data, offset: data if offset < 640 else b"") as port:
         code, result = generate(programs, port)
     assert code == 1
     assert "had not come" in result["error"] or "no reply" in result["error"]
@@ -164,7 +164,7 @@ def test_generator_detects_bytes_too_many(programs: dict[str, Path]) -> None:
 
 
 def test_generator_detects_a_closed_connection(programs: dict[str, Path]) -> None:
-    with python_echo(lambda data, offset: data if offset < 64_000 else None) as port:
+    with python_echo(lambda data, offset: data if offset < 640 else None) as port:
         code, result = generate(programs, port)
     assert code == 1
     assert "connection 0" in result["error"]
