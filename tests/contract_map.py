@@ -1,7 +1,7 @@
 """Which tests prove which promise: reads it off the tests' docstrings and writes tests/CONTRACT.md.
 
-A test names the rows that it proves in its docstring: "S12", "S36", "defect 4". Run `python tests/contract_map.py` after
-changing one; tests/test_contract_map.py fails until the page is up to date.
+A test names the rows that it proves in its docstring: "S12", "S36", "defect 4". Run `python tests/contract_map.py`
+after changing one; tests/test_contract_map.py fails until the page is up to date.
 """
 
 import ast
@@ -90,8 +90,8 @@ def render():
     lines = [
         "# What is promised, and which tests prove it",
         "",
-        "S1 to S40 are the promises of the C++ class that tstpool began as; the ten defects are what it did wrong. This page",
-        "is made from the tests' docstrings by `python tests/contract_map.py`; a test checks that it is up to date.",
+        "S1 to S40 are the promises of the C++ class that tstpool began as; the ten defects are what it did wrong.",
+        "This page is made from the tests' docstrings by `python tests/contract_map.py`; a test checks it.",
         "",
         "| row | in short | tests |",
         "|---|---|---|",

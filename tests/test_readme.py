@@ -1,0 +1,51 @@
+"""README.md: its server runs, its commands and its links exist."""
+
+import re
+import signal
+import socket
+
+import pytest
+from contract_helpers import ServerProcess, round_trip
+from helpers import ROOT, connect
+
+README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+
+# These tests read the repository; a copy of the tree that a sanitizer's build is tested in has only a part of it.
+pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="not the whole repository")
+
+
+def test_the_thirty_second_server_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    assert "port=20001" in code
+    tell = (
+        "def tell():\n"
+        "    while True:\n"
+        "        try:\n"
+        f"            socket.create_connection(('127.0.0.1', {port}), 10).close()\n"
+        f"            return print({port})\n"
+        "        except ConnectionRefusedError:\n"
+        "            time.sleep(0.001)\n"
+        "threading.Thread(target=tell).start()\n"
+    )
+    with ServerProcess(tell + code.replace("port=20001", f"port={port}")) as server, connect(server.addr) as client:
+        assert round_trip(client, b"hello") == b"hello"
+        server.process.send_signal(signal.SIGINT)
+        assert client.recv(1) == b""
+        server.finish()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_knows_every_command_that_is_named(page):
+    targets = re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text(), re.M)
+    known = {name for line in targets for name in line.split()}
+    commands = set(re.findall(r"(?:`|^    )make ([a-z-]+)", (ROOT / page).read_text(), re.M))
+    assert commands <= known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / link).exists(), link
