@@ -31,6 +31,12 @@ def pytest_configure(config):
         pytest.exit(f"these tests are for {ROOT / 'tstpool'}, but {found} was imported", returncode=3)
 
 
+def pytest_collection_finish():
+    """What is there by now stays until the end: looking through it around each test would take most of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield

@@ -211,7 +211,8 @@ def test_the_table_finds_by_descriptor(make_pool, make_client):
     """S3: pool[sd], len(pool), sockets(); listeners are not in it."""
     pool = make_pool(handler(on_message=ignore))
     clients = [make_client(pool) for _ in range(5)]
-    wait_until(lambda: len(pool) == 5)
+    wait_until(lambda: len(pool.sockets()) == 5)
+    assert len(pool) == 5
     snapshot = pool.sockets()
     assert {sock.peer for sock in snapshot} == {client.getsockname() for client in clients}
     assert all(pool[sock.sd] is sock for sock in snapshot)

@@ -166,9 +166,12 @@ pool.stop()
 """
 
 
-@pytest.mark.parametrize(("trigger", "least", "most"), [("level", 0, 10), ("edge", 0, 10), ("oneshot", 200, 220)])
+@pytest.mark.parametrize(("trigger", "least", "most"), [("level", 0, 10), ("edge", 0, 10), ("oneshot", 199, 220)])
 def test_each_trigger_rearms_as_often_as_it_must(make_client, trigger, least, most):
-    """S29, B04: oneshot is one EPOLL_CTL_MOD per event, level and edge need none for an echo."""
+    """S29, B04: oneshot is one EPOLL_CTL_MOD per event, level and edge need none for an echo.
+
+    The last of the 200 may still be due: the reply goes out before it.
+    """
     with ServerProcess(COUNT_MODS, env={"TRIGGER": trigger}, preload=faults()) as server:
         client = make_client(server.addr)
         for _ in range(200):

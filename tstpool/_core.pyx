@@ -1207,6 +1207,7 @@ cdef class TstPool:
     cdef tst_connection *find(self, object which, uint32_t *generation) except? NULL:
         """The open connection that a TstSocket, an id or a descriptor names; NULL when there is none (any more)."""
         cdef tst_connection *connection
+        cdef bint is_channel
         cdef uint64_t id
         self.check_alive()
         if isinstance(which, TstSocket):
@@ -1221,10 +1222,13 @@ cdef class TstPool:
                 return NULL
             id = number
         connection = table_find(&self.engine.table, id)
-        if connection == NULL or connection.type == TYPE_LISTEN:
+        if connection == NULL:
             return NULL
         generation[0] = generation_of(id) or generation_of(load64(&connection.state, ACQUIRE))
-        return connection
+        spin_lock(&connection.lock)
+        is_channel = connection_is(connection, generation[0]) and connection.type != TYPE_LISTEN
+        spin_unlock(&connection.lock)
+        return connection if is_channel else NULL
 
     def need_send(self, sock_or_sd):
         """Asks that a worker call the socket's handler with EPOLLOUT, as soon as the kernel takes output for it; what

@@ -74,12 +74,14 @@ cdef inline tst_shard *engine_least_loaded(tst_engine *engine) noexcept nogil:
 
 cdef inline void connection_settle_in(tst_connection *connection, tst_engine *engine, tst_shard *shard,
                                       int type) noexcept nogil:
-    """A fresh connection, which nobody else can touch yet, moves into its shard."""
+    """A fresh connection, which nobody else can ask for anything yet, moves into its shard."""
+    spin_lock(&connection.lock)            # somebody may be looking its descriptor up right now
     store_pointer(&connection.shard, shard, RELEASE)
     connection.shard_open = &shard.open
     connection.epoll_fd = shard.epoll_fd
     connection.type = <unsigned char>type
     connection.trigger = TRIGGER_LEVEL if type == TYPE_LISTEN else engine.trigger
+    spin_unlock(&connection.lock)
     add32(&shard.open, 1, RELAXED)
 
 
