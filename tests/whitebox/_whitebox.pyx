@@ -17,6 +17,7 @@ from tstpool._conn cimport (
 from tstpool._data cimport (
     data_complete, data_fill, data_pin, data_request, data_resize, data_set_done, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, input_unread, tst_data, tst_input)
+from tstpool._frame cimport HEADER_MOST, frame_header, frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, RELEASE, SEQ_CST, add64, close, epoll_create1, epoll_event,
     eventfd, iovec, load32, load64, pthread_mutex_init, read, sched_yield, store32, store64)
@@ -183,6 +184,45 @@ cdef class Input:
     @property
     def capacity(self):
         return self.input.capacity
+
+
+# --------------------------------------------------------------------------------------------------- framing
+
+cdef class Framing:
+    cdef tst_framing framing
+
+    def __cinit__(self, int kind, *, fixed=0, delimiter=b"", keep=False, length_size=4, little=False, offset=0,
+                  adjust=0, max_message=2**20):
+        self.framing.kind = <unsigned char>kind
+        self.framing.fixed = fixed
+        self.framing.n_delimiter = <unsigned char>len(delimiter)
+        memcpy(self.framing.delimiter, <const char *>delimiter, self.framing.n_delimiter)
+        self.framing.keep = keep
+        self.framing.length_size = length_size
+        self.framing.little = little
+        self.framing.offset = offset
+        self.framing.adjust = adjust
+        self.framing.max_message = max_message
+
+    def cut(self, bytes data, size_t scanned=0):
+        """(result, message or None, bytes that it took up, bytes needed, scanned)"""
+        cdef tst_frame frame
+        cdef int result
+        memset(&frame, 0, sizeof(frame))
+        # In memory of its own, so that a sanitizer sees a read beyond its end.
+        cdef char *copy = <char *>calloc(1, <size_t>len(data) or 1)
+        memcpy(copy, <const char *>data, <size_t>len(data))
+        result = frame_next(&self.framing, copy, <size_t>len(data), &scanned, &frame)
+        free(copy)
+        if result == 1:
+            return result, data[frame.begin:frame.begin + frame.size], frame.whole, frame.needed, scanned
+        return result, None, 0, frame.needed, scanned
+
+    def header(self, size_t size):
+        """What goes before a body of `size` bytes, or -errno."""
+        cdef unsigned char header[HEADER_MOST]
+        cdef int n = frame_header(&self.framing, size, header)
+        return n if n < 0 else (<char *>header)[:n]
 
 
 # ----------------------------------------------------------------------------------------------------- queue

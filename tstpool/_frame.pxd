@@ -1,0 +1,175 @@
+# cython: language_level=3
+"""Framing: where in the unread input the next whole message lies.
+
+    unread input:   [ header |      body      | delimiter ][ the next message ...
+                    ^        ^                             ^
+                    0      begin ... begin + size        whole
+                             |<- what the handler gets ->|
+
+    Raw             all that is there is a message
+    Fixed           `fixed` bytes
+    Delimited       up to a delimiter, which is dropped unless `keep`
+    LengthPrefixed  `offset` bytes, a length field of `length_size` bytes, a body of length + `adjust` bytes; all before
+                    the body is dropped unless `keep`
+
+Nothing is stored but `scanned`: how far a delimiter was searched for in vain, so that a long message that comes byte by
+byte is searched once and not from its beginning at every byte. Every number that a peer sends is unsigned and compared
+before it is added to anything.
+"""
+from libc.errno cimport EMSGSIZE
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memchr, memcmp
+
+cdef enum:
+    FRAME_RAW = 0
+    FRAME_FIXED = 1
+    FRAME_DELIMITED = 2
+    FRAME_LENGTH = 3
+
+cdef enum:
+    DELIMITER_MOST = 255       # bytes in a delimiter
+    OFFSET_MOST = 65535        # bytes before a length field
+    HEADER_MOST = 65543        # offset and length field
+
+
+cdef struct tst_framing:
+    uint8_t kind               # FRAME_*
+    uint8_t keep               # what is around the body is handed out with it
+    uint8_t little             # the length field is little-endian
+    uint8_t length_size        # bytes in the length field: 1, 2, 3, 4 or 8
+    uint8_t n_delimiter
+    uint32_t offset            # bytes before the length field
+    int64_t adjust             # added to the length field's number
+    uint64_t fixed             # bytes in a message of FRAME_FIXED
+    uint64_t max_message       # bytes in the largest body
+    char delimiter[DELIMITER_MOST]
+
+
+cdef struct tst_frame:
+    size_t begin               # where the message begins
+    size_t size                # its bytes
+    size_t whole               # bytes that it takes up, all around it included
+    size_t needed              # when it is not whole yet: bytes that must be there, as far as is known
+
+
+cdef inline uint64_t frame_length(const tst_framing *framing, const unsigned char *field) noexcept nogil:
+    """The length field's number."""
+    cdef uint64_t number = 0
+    cdef int i
+    for i in range(framing.length_size):
+        number = number << 8 | field[framing.length_size - 1 - i if framing.little else i]
+    return number
+
+
+cdef inline void frame_put_length(const tst_framing *framing, unsigned char *field, uint64_t number) noexcept nogil:
+    cdef int i
+    for i in range(framing.length_size):
+        field[i if framing.little else framing.length_size - 1 - i] = <unsigned char>(number & 0xff)
+        number >>= 8
+
+
+cdef inline int frame_body(const tst_framing *framing, uint64_t number, uint64_t *body) noexcept nogil:
+    """Bytes in the body that a length field of `number` announces. -EMSGSIZE: negative, or beyond the limit."""
+    cdef uint64_t back
+    if framing.adjust < 0:
+        back = <uint64_t>-framing.adjust
+        if number < back:
+            return -EMSGSIZE
+        body[0] = number - back
+    else:
+        if number > framing.max_message or <uint64_t>framing.adjust > framing.max_message - number:
+            return -EMSGSIZE
+        body[0] = number + <uint64_t>framing.adjust
+    return -EMSGSIZE if body[0] > framing.max_message else 0
+
+
+cdef inline const char *find_delimiter(const tst_framing *framing, const char *bytes, size_t size) noexcept nogil:
+    """The first delimiter, or NULL."""
+    cdef const char *place = bytes
+    cdef const char *end = bytes + size
+    while <size_t>(end - place) >= framing.n_delimiter:
+        place = <const char *>memchr(place, framing.delimiter[0], <size_t>(end - place) - framing.n_delimiter + 1)
+        if place == NULL or memcmp(place, framing.delimiter, framing.n_delimiter) == 0:
+            return place
+        place += 1
+    return NULL
+
+
+cdef inline int frame_delimited(const tst_framing *framing, const char *bytes, size_t size, size_t *scanned,
+                                tst_frame *frame) noexcept nogil:
+    cdef size_t overlap = framing.n_delimiter - 1
+    cdef size_t begin = scanned[0] - overlap if scanned[0] > overlap else 0
+    cdef const char *found = find_delimiter(framing, bytes + begin, size - begin)
+    cdef size_t body
+    if found == NULL:
+        scanned[0] = size
+        frame.needed = size + 1
+        # The last `overlap` bytes may be the beginning of a delimiter.
+        return -EMSGSIZE if size > overlap and size - overlap > framing.max_message else 0
+    body = <size_t>(found - bytes)
+    if body > framing.max_message:
+        return -EMSGSIZE
+    scanned[0] = 0
+    frame.begin = 0
+    frame.whole = body + framing.n_delimiter
+    frame.size = frame.whole if framing.keep else body
+    return 1
+
+
+cdef inline int frame_prefixed(const tst_framing *framing, const char *bytes, size_t size,
+                               tst_frame *frame) noexcept nogil:
+    cdef size_t header = <size_t>framing.offset + framing.length_size
+    cdef uint64_t body = 0
+    cdef int result
+    frame.needed = header
+    if size < header:
+        return 0
+    result = frame_body(framing, frame_length(framing, <const unsigned char *>bytes + framing.offset), &body)
+    if result < 0:
+        return result
+    frame.begin = 0 if framing.keep else header
+    frame.size = <size_t>body + header if framing.keep else <size_t>body
+    frame.whole = frame.needed = <size_t>body + header         # max_message < 2**62: this can't wrap
+    return size >= frame.whole
+
+
+cdef inline int frame_next(const tst_framing *framing, const char *bytes, size_t size, size_t *scanned,
+                           tst_frame *frame) noexcept nogil:
+    """Looks for a whole message at the beginning of `bytes`.
+
+    1: `frame` says where it is. 0: more input is needed; `frame.needed` says how much there must be, as far as known.
+    -EMSGSIZE: it is longer than allowed, or its length is nonsense.
+    """
+    if framing.kind == FRAME_LENGTH:
+        return frame_prefixed(framing, bytes, size, frame)
+    if framing.kind == FRAME_DELIMITED:
+        return frame_delimited(framing, bytes, size, scanned, frame)
+    frame.begin = 0
+    frame.size = <size_t>framing.fixed if framing.kind == FRAME_FIXED else size
+    frame.whole = frame.needed = frame.size
+    return size >= frame.whole and size > 0
+
+
+cdef inline int frame_header(const tst_framing *framing, size_t size, unsigned char *header) noexcept nogil:
+    """Writes what goes before a body of `size` bytes. Returns how many bytes that is, or -EMSGSIZE.
+
+    `header` has room for HEADER_MOST bytes. Bytes before the length field are zero.
+    """
+    cdef uint64_t number
+    cdef uint32_t i
+    if size > framing.max_message or (framing.kind == FRAME_FIXED and size != framing.fixed):
+        return -EMSGSIZE
+    if framing.kind != FRAME_LENGTH:
+        return 0
+    if framing.adjust > 0:
+        if size < <uint64_t>framing.adjust:
+            return -EMSGSIZE
+        number = size - <uint64_t>framing.adjust
+    else:
+        number = size + <uint64_t>-framing.adjust
+    if framing.length_size < 8 and number >> (8 * framing.length_size):
+        return -EMSGSIZE
+    for i in range(framing.offset):
+        header[i] = 0
+    frame_put_length(framing, header + framing.offset, number)
+    return <int>framing.offset + framing.length_size
