@@ -42,9 +42,11 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from tstpool._data cimport tst_data, tst_input
+from tstpool._frame cimport (
+    FRAME_DELIMITED, HEADER_MOST, frame_header, tst_frame, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
-    load_pointer, store64, tst_bug)
+    load_pointer, store32, store64, tst_bug)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport queue_append, queue_size, tst_queue
 
@@ -103,12 +105,19 @@ cdef struct tst_connection:
     uint8_t ask_writable       # owner: need_send is waiting for room in the kernel's buffer
     uint8_t readable           # owner: the kernel may hold more, and has reported it already
     uint8_t message_ready      # owner: a whole message waits for the handler
+    uint8_t framed             # owner: the message at hand is `frame`
+    uint8_t windowed           # owner: the handler has been given `frame` and may read no further
+    uint8_t too_large          # owner: the peer has announced, or sent, more than a message may have
     uint8_t has_read           # owner: the handler took some input with read() in this call
     int reason                 # owner: errno that ended it, 0 for a clean end
     int thread_no              # owner: the worker that ran it last
     uint32_t events            # owner, read by anybody (atomic): epoll bits shown to the handler
     uint64_t send_mark         # owner: value of out.sent at which the running SEND is done
     tst_input input            # owner
+    const tst_framing *framing     # atomic pointer, written by the owner; borrowed from a Framing. NULL: raw bytes
+    const tst_framing *framed_by   # owner: by which `frame` and `scanned` were made
+    tst_frame frame            # owner
+    size_t scanned             # owner: see frame_next
     tst_data *recv             # borrowed from the TstSocket; atomic pointer, NULL until the handler asks for it
     tst_data *send             # the same
     PyObject *sock             # owned reference to the TstSocket, while OPEN; locked
@@ -295,6 +304,48 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     else:
         result = queue_append(&connection.out, bytes, size)
         if result == 0:
+            result = <ssize_t>queue_size(&connection.out)
+            flush[0] = not connection.want_out and not connection.flushing
+    spin_unlock(&connection.lock)
+    return result
+
+
+cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const char *bytes,
+                            size_t size) noexcept nogil:
+    """Queues a message with what its framing puts around it. -EMSGSIZE: nothing was queued. -ENOMEM: a part may be."""
+    cdef unsigned char header[HEADER_MOST]
+    cdef int n = 0
+    if framing != NULL:
+        n = frame_header(framing, size, header)
+        if n < 0:
+            return n
+        if n and queue_append(queue, <char *>header, <size_t>n) < 0:
+            return -ENOMEM
+    if queue_append(queue, bytes, size) < 0:
+        return -ENOMEM
+    if framing != NULL and framing.kind == FRAME_DELIMITED:
+        return queue_append(queue, framing.delimiter, framing.n_delimiter)
+    return 0
+
+
+cdef inline ssize_t connection_append_message(tst_connection *connection, uint32_t generation,
+                                              const tst_framing *framing, const char *bytes, size_t size,
+                                              bint *flush) noexcept nogil:
+    """As connection_append, for a whole message in its frame; -EMSGSIZE when the framing has no frame for it.
+
+    A frame for which memory runs out in the middle breaks the connection: the peer could make nothing of the rest.
+    """
+    cdef ssize_t result
+    spin_lock(&connection.lock)
+    if connection.out_closed or not connection_is(connection, generation):
+        result = -ENOTCONN
+    else:
+        result = queue_frame(&connection.out, framing, bytes, size)
+        if result == -ENOMEM:
+            connection.out_closed = True
+            store32(&connection.out_error, ENOMEM, RELAXED)
+            flush[0] = True
+        elif result == 0:
             result = <ssize_t>queue_size(&connection.out)
             flush[0] = not connection.want_out and not connection.flushing
     spin_unlock(&connection.lock)

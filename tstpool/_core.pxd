@@ -8,6 +8,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from tstpool._conn cimport tst_address, tst_connection
 from tstpool._data cimport tst_data
+from tstpool._frame cimport tst_framing
 from tstpool._shard cimport tst_batch, tst_engine, tst_entry, tst_shard, tst_worker
 
 
@@ -15,6 +16,30 @@ cdef class TstData:
     cdef tst_data data                     # the transfer; its own lock guards it
 
     cdef void release_export(self) noexcept
+
+
+# How a stream is cut into messages. Never changes once it is made.
+cdef class Framing:
+    cdef tst_framing framing
+    cdef tuple options                     # what it was made from, for repr, comparison and pickling
+
+    cdef int set_limit(self, object max_message, object default) except -1
+
+
+cdef class Raw(Framing):
+    pass
+
+
+cdef class Fixed(Framing):
+    pass
+
+
+cdef class Delimited(Framing):
+    pass
+
+
+cdef class LengthPrefixed(Framing):
+    pass
 
 
 cdef class TstSocket:
@@ -26,6 +51,7 @@ cdef class TstSocket:
     cdef str peer_path                     # "unix:..." of a socket that was connected here, else None
     cdef object data                       # sock.user_data; guarded by the object's critical section
     cdef Binding binding                   # of sock.handler, None: the pool's; guarded likewise
+    cdef Framing own_framing               # None: bytes as they arrive; guarded likewise
     cdef TstData recv_transfer             # made when first asked for; guarded likewise
     cdef TstData send_transfer
     cdef object reason                     # owner: the exception that ends it
@@ -37,7 +63,9 @@ cdef class TstSocket:
     cdef void publish(self, void **place, void *transfer) noexcept
     cdef bint sent_up_to(self, uint64_t goal) except -1
     cdef int check_reading(self) except -1
+    cdef size_t unread(self) noexcept
     cdef void took(self, size_t size) noexcept
+    cdef ssize_t append_message(self, const char *bytes, size_t size) except -1
     cdef ssize_t read_to(self, char *place, size_t size) except -1
 
 
@@ -62,6 +90,7 @@ cdef class Binding:
 cdef class TstPool:
     cdef tst_engine *engine                # owned
     cdef Binding binding                   # of the pool's handler, None until it is known
+    cdef list framings                     # the pool's, then its listeners'; connections borrow them
     cdef dict hooks                        # setEvent...: hook name -> function
     cdef bint opened                       # shards have their descriptors
     cdef bint dead                         # in a forked child
@@ -84,8 +113,8 @@ cdef class TstPool:
 
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1
-    cdef object add_listener(self, object listener)
-    cdef TstSocket add(self, int fd, int type, object binding, object user_data)
+    cdef object add_listener(self, object listener, Framing framing)
+    cdef TstSocket add(self, int fd, int type, object binding, object user_data, Framing framing)
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept
     cdef int begin(self, uint64_t id) except -1
     cdef int open(self) except -1
@@ -119,6 +148,9 @@ cdef class Worker:
     cdef bint connect(self, TstSocket sock) except -1
     cdef int read_messages(self, TstSocket sock, Binding binding, uint32_t events) except -1
     cdef bint message(self, TstSocket sock, Binding binding) except -1
+    cdef bint refuse(self, TstSocket sock, Binding binding) except -1
+    cdef bint hand_out(self, TstSocket sock, Binding binding, bint whole) except -1
+    cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1
     cdef bint message_to_pool(self, TstSocket sock, object data) except -1
     cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1
     cdef object payload(self, TstSocket sock)

@@ -11,18 +11,20 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EAGAIN, EBUSY, EINVAL, ENOMEM, ENOSYS, ENOTCONN, errno
+from libc.errno cimport EAGAIN, EBUSY, EINVAL, EMSGSIZE, ENOMEM, ENOSYS, ENOTCONN, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
     GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED,
-    TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is,
-    connection_mark, generation_of, table_chunk, table_find, table_open, tst_connection)
+    TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_append_message, connection_close_output, connection_id,
+    connection_is, connection_mark, generation_of, table_chunk, table_find, table_open, tst_connection)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_keep, input_unread)
+from tstpool._frame cimport (
+    DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, find_delimiter, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL,
     F_SETFL, O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1,
@@ -63,7 +65,7 @@ import time
 import weakref
 
 from tstpool import _net
-from tstpool._types import ConnectionClosed, PoolStats, TstError, TstSockType, TstStat, WorkerStats
+from tstpool._types import ConnectionClosed, MessageTooLarge, PoolStats, TstError, TstSockType, TstStat, WorkerStats
 
 EPOLLIN = _EPOLLIN
 EPOLLOUT = _EPOLLOUT
@@ -82,6 +84,7 @@ cdef enum:
     READ_CHUNK = 65536                 # most that one read() without a size takes from the kernel
 
 cdef dict TRIGGERS = {"level": TRIGGER_LEVEL, "oneshot": TRIGGER_ONESHOT, "edge": TRIGGER_EDGE}
+cdef object POOLS_FRAMING = object()   # "the pool's", where None means "no framing"
 cdef object POOLS_KEY = object()       # who does not have it can't make a TstSocket or TstData
 
 cdef extern from "<pythread.h>" nogil:
@@ -107,6 +110,8 @@ cdef int check(ssize_t result, str what) except -1:
         raise ValueError(what)
     if result == -EBUSY:
         raise BufferError(what)
+    if result == -EMSGSIZE:
+        raise MessageTooLarge(what)
     raise system_error(<int>-result, what)
 
 
@@ -130,6 +135,138 @@ cdef uint64_t nanoseconds(object seconds, str name) except? 0:
     if not 0.0 <= number <= 1e9:
         raise ValueError(f"{name} must be between 0 and 1e9 seconds: {seconds}")
     return <uint64_t>(<double>number * NANOSECOND)
+
+
+# -------------------------------------------------------------------------------------------------- framing
+
+cdef enum:
+    MAX_MESSAGE = 1048576              # bytes: nginx' limit for a request's body
+
+cdef object number_within(object value, str name, object least, object most):
+    number = operator.index(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be from {least} to {most}: {number}")
+    return number
+
+
+cdef class Framing:
+    """How a stream of bytes is cut into messages. Make one of Raw, Fixed, Delimited, LengthPrefixed; they never change,
+    and one may serve any number of pools and sockets."""
+
+    def __cinit__(self, *args, **kwargs):
+        if type(self) is Framing:
+            raise TypeError("use Raw, Fixed, Delimited or LengthPrefixed")
+        self.framing.object = <void *>self
+
+    @property
+    def max_message(self):
+        """Bytes in the largest message, what is around it not counted. A longer one is a MessageTooLarge."""
+        return self.framing.max_message
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options)})"
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.options == (<Framing>other).options
+
+    def __hash__(self):
+        return hash((type(self), self.options))
+
+    def __reduce__(self):
+        return remake, (type(self), self.options)
+
+    cdef int set_limit(self, object max_message, object default) except -1:
+        """First step of each __init__: there is no second one."""
+        if self.options is not None:
+            raise TypeError("a framing never changes")
+        self.framing.max_message = number_within(default if max_message is None else max_message, "max_message", 1,
+                                                 2**40)
+        return 0
+
+
+def remake(kind, options):
+    """Unpickles a Framing. Not for users."""
+    return kind(**dict(options))
+
+
+@cython.final
+cdef class Raw(Framing):
+    """No framing: a message is whatever has arrived.
+
+    max_message: bytes handed out at once; None for all that is at hand.
+    """
+
+    def __init__(self, max_message=None):
+        self.framing.kind = FRAME_RAW
+        self.set_limit(max_message, 2**40)
+        self.options = () if max_message is None else (("max_message", max_message),)
+
+
+@cython.final
+cdef class Fixed(Framing):
+    """Messages of `size` bytes each."""
+
+    def __init__(self, size, *, max_message=None):
+        self.framing.kind = FRAME_FIXED
+        self.set_limit(max_message, max(MAX_MESSAGE, operator.index(size)))
+        self.framing.fixed = number_within(size, "size", 1, self.framing.max_message)
+        self.options = (("size", size),) + (() if max_message is None else (("max_message", max_message),))
+
+
+@cython.final
+cdef class Delimited(Framing):
+    """Messages that end with a delimiter: lines, for example.
+
+    delimiter: 1 to 255 bytes. keep: hand it out with the message. max_message: bytes before the delimiter, 1 MiB unless
+    given.
+    """
+
+    def __init__(self, delimiter=b"\n", keep=False, *, max_message=None):
+        cdef bytes raw = bytes(memoryview(delimiter))
+        self.framing.kind = FRAME_DELIMITED
+        self.set_limit(max_message, MAX_MESSAGE)
+        self.framing.n_delimiter = <unsigned char>number_within(len(raw), "len(delimiter)", 1, DELIMITER_MOST)
+        memcpy(self.framing.delimiter, PyBytes_AS_STRING(raw), self.framing.n_delimiter)
+        self.framing.keep = bool(keep)
+        self.options = (("delimiter", raw), ("keep", bool(keep)), ("max_message", self.framing.max_message))
+
+
+@cython.final
+cdef class LengthPrefixed(Framing):
+    """Messages with their length in front.
+
+    size: bytes in the length field: 1, 2, 3, 4 or 8. byteorder: "big" or "little". offset: bytes before the length
+    field. adjust: what to add to its number to get the size of the body that follows it; -size if it counts itself.
+    strip: hand out the body alone; else all from the first byte. max_message: bytes in the body, 1 MiB unless given.
+    send_message() writes zeros before the length field.
+    """
+
+    def __init__(self, size=4, byteorder="big", offset=0, adjust=0, strip=True, *, max_message=None):
+        if size not in (1, 2, 3, 4, 8):
+            raise ValueError(f"size must be 1, 2, 3, 4 or 8: {size!r}")
+        if byteorder not in ("big", "little"):
+            raise ValueError(f"byteorder must be 'big' or 'little': {byteorder!r}")
+        self.framing.kind = FRAME_LENGTH
+        self.set_limit(max_message, MAX_MESSAGE)
+        self.framing.length_size = <unsigned char>operator.index(size)
+        self.framing.little = byteorder == "little"
+        self.framing.offset = number_within(offset, "offset", 0, OFFSET_MOST)
+        self.framing.adjust = number_within(adjust, "adjust", -2**40, 2**40)
+        self.framing.keep = not strip
+        self.options = (("size", self.framing.length_size), ("byteorder", byteorder), ("offset", self.framing.offset),
+                        ("adjust", self.framing.adjust), ("strip", bool(strip)),
+                        ("max_message", self.framing.max_message))
+
+
+cdef Framing framing_from(object value):
+    """What a user gave as framing; None for bytes as they arrive."""
+    if value is None or isinstance(value, Framing):
+        return value
+    raise TypeError(f"framing must be None, Raw, Fixed, Delimited or LengthPrefixed: {value!r}")
+
+
+cdef const tst_framing *framing_pointer(Framing framing) noexcept:
+    return NULL if framing is None else &framing.framing
 
 
 # ------------------------------------------------------------------------------------------------ transfers
@@ -367,6 +504,21 @@ cdef class TstSocket:
             self.binding = binding
 
     @property
+    def framing(self):
+        """How this socket's input is cut into messages; None: as it arrives. Assigned inside the socket's own handler
+        it counts from the next message on, for what was read already too. TstError elsewhere."""
+        with cython.critical_section(self):
+            return self.own_framing
+
+    @framing.setter
+    def framing(self, value):
+        framing = framing_from(value)
+        self.check_reading()
+        with cython.critical_section(self):
+            store_pointer(<void **>&self.connection.framing, <void *>framing_pointer(framing), RELEASE)
+            self.own_framing, framing = framing, self.own_framing
+
+    @property
     def recv_data(self):
         """The TstData for receiving."""
         with cython.critical_section(self):
@@ -416,6 +568,43 @@ cdef class TstSocket:
                 PyBuffer_Release(&view)
         if queued < 0:
             check(queued, "no memory to queue output")
+        return queued
+
+    def send_message(self, data):
+        """Queues one message in the frame of the socket's framing; without framing it is send().
+
+        Raises MessageTooLarge when the framing has no frame for so many bytes, ValueError when the message holds the
+        delimiter or is not of the fixed size; else as send(). Any thread.
+        """
+        cdef Py_buffer view
+        cdef ssize_t queued
+        data = contiguous(data)
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            queued = self.append_message(<const char *>view.buf, <size_t>view.len)
+        finally:
+            PyBuffer_Release(&view)
+        return queued
+
+    cdef ssize_t append_message(self, const char *bytes, size_t size) except -1:
+        """Bytes that wait now."""
+        cdef Framing framing
+        cdef const tst_framing *used
+        cdef ssize_t queued
+        cdef bint flush = False
+        with cython.critical_section(self):
+            framing = self.own_framing
+        used = framing_pointer(framing)
+        if used != NULL and used.kind == FRAME_DELIMITED and find_delimiter(used, bytes, size) != NULL:
+            raise ValueError(f"the message holds the delimiter of {framing!r}")
+        if used != NULL and used.kind == FRAME_FIXED and size != used.fixed:
+            raise ValueError(f"{framing!r} has no frame for a message of {size} bytes")
+        queued = connection_append_message(self.connection, self.generation(), used, bytes, size, &flush)
+        if flush:
+            shard_ask(self.connection, self.generation(), 0)
+        if queued < 0:
+            check(queued, "no memory to queue output" if queued == -ENOMEM else
+                  f"{framing!r} has no frame for a message of {size} bytes")
         return queued
 
     def flush(self, timeout=None):
@@ -469,8 +658,10 @@ cdef class TstSocket:
         cdef size_t buffered
         cdef ssize_t more
         self.check_reading()
-        buffered = self.connection.input.size
-        most = buffered + READ_CHUNK if n < 0 else min(size_from(n, "n"), buffered + READ_CHUNK)
+        buffered = self.unread()
+        most = buffered if self.connection.windowed else buffered + READ_CHUNK
+        if n >= 0:
+            most = min(size_from(n, "n"), most)
         if buffered and (n < 0 or buffered >= most):
             buffered = min(buffered, most)
             taken = PyBytes_FromStringAndSize(self.connection.input.view, <Py_ssize_t>buffered)
@@ -495,19 +686,26 @@ cdef class TstSocket:
             raise TstError("reading is for the socket's own handler, while it runs")
         return 0
 
+    cdef size_t unread(self) noexcept:
+        """Bytes at hand: what is left of the message, or, without framing, of what was read ahead."""
+        return self.connection.frame.size if self.connection.windowed else self.connection.input.size
+
     cdef void took(self, size_t size) noexcept:
         input_consume(&self.connection.input, size)
         self.connection.has_read = True
+        if self.connection.windowed:
+            self.connection.frame.size -= size
+            self.connection.frame.whole -= size
 
     cdef ssize_t read_to(self, char *place, size_t size) except -1:
         """Input that was read ahead first, then what the kernel has."""
         cdef tst_connection *connection = self.connection
-        cdef size_t buffered = min(connection.input.size, size)
+        cdef size_t buffered = min(self.unread(), size)
         cdef ssize_t n = 0
         if buffered:
             memcpy(place, connection.input.view, buffered)
             self.took(buffered)
-        if buffered == size or connection.end_of_input:
+        if buffered == size or connection.end_of_input or connection.windowed:
             return <ssize_t>buffered
         with nogil:
             n = sys_recv(connection.fd, place + buffered, size - buffered)
@@ -561,6 +759,8 @@ cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
     sock.pool = pool
     sock.type_number = connection.type
     sock.peer_address = connection.peer
+    if connection.framing != NULL:
+        sock.own_framing = <Framing>connection.framing.object
     Py_INCREF(sock)
     spin_lock(&connection.lock)
     connection.sock = <PyObject *>sock
@@ -601,7 +801,8 @@ cdef class TstHandler:
         it: what is queued is sent, it is closed, and on_disconnect is not called."""
 
     def on_message(self, sock, data):
-        """`data`: bytes of one whole message; with Raw framing, whatever has arrived."""
+        """`data`: bytes of one whole message; without framing, whatever has arrived. Returning bytes sends them as one
+        message."""
 
     def on_writable(self, sock):
         """need_send() was asked for and the kernel takes output, or a TstStat.SEND has been handed to it whole."""
@@ -693,7 +894,8 @@ cdef class TstPool:
     frees.
 
     handler: a TstHandler, or a function of one socket; may be missing until create() brings it.
-    framing: Raw() or None, messages as they arrive.
+    framing: how input is cut into messages, for listeners and sockets that are not told otherwise: Fixed, Delimited,
+    LengthPrefixed; Raw() or None for bytes as they arrive.
     workers: threads; default min(32, cores + 4). Handlers that block hold one each.
     trigger: "level", "oneshot" or "edge": how descriptors are armed. Same results from all three; "level" is fastest.
     max_recv_size, max_send_size: bytes in each socket's recv_data and send_data.
@@ -723,8 +925,7 @@ cdef class TstPool:
             raise TstError("a TstPool is initialised once")
         if trigger not in TRIGGERS:
             raise ValueError(f"trigger must be one of {', '.join(TRIGGERS)}: {trigger!r}")
-        if framing is not None and not isinstance(framing, Raw):
-            raise TypeError(f"framing must be Raw() or None: {framing!r}")
+        self.framings = [framing_from(framing)]
         self.mutex = threading.Lock()
         self.ended = threading.Event()
         self.ended.set()
@@ -810,63 +1011,78 @@ cdef class TstPool:
 
     # -- listening and connecting
 
-    def listen(self, host, port=0, backlog=1024):
+    @property
+    def framing(self):
+        """How input is cut into messages, unless a listener or a socket says otherwise."""
+        return self.framings[0]
+
+    def listen(self, host, port=0, backlog=1024, framing=POOLS_FRAMING):
         """Listens on an address, before or after start(), any number of times.
 
         host: a name or address; None or "::" for all addresses, IPv6 and IPv4 by one listener; "unix:/path" for a unix
         socket. port: 0 lets the system choose. backlog: connections that the kernel holds until they are accepted.
+        framing: of its connections, the pool's unless given.
         Returns the real (host, port). Raises OSError with the address in its text.
         """
         self.check_alive()
+        used = self.framing if framing is POOLS_FRAMING else framing_from(framing)
         sockets = _net.listening_sockets(host, port, backlog)
-        addresses = [self.add_listener(listener) for listener in sockets]
+        addresses = [self.add_listener(listener, used) for listener in sockets]
         return addresses[0]
 
-    cdef object add_listener(self, object listener):
+    cdef object add_listener(self, object listener, Framing framing):
         listener.setblocking(False)
         address = _net.address_of(listener)
         cdef uint64_t id = 0
         cdef int fd
+        cdef tst_connection *connection
         with self.mutex:
             self.open()
+            if framing not in self.framings:
+                self.framings.append(framing)          # connections borrow it: it stays for as long as the pool
+            framing = self.framings[self.framings.index(framing)]
             fd = listener.detach()
-            if self.enter(fd, TYPE_LISTEN, 0, &id) == NULL:
+            connection = self.enter(fd, TYPE_LISTEN, 0, &id)
+            if connection == NULL:
                 close(fd)
                 raise MemoryError("no slot for the listener")
+            connection.framing = framing_pointer(framing)
             self.listeners.append((address[0], address[1], id))
         self.begin(id)
         return address
 
-    def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None):
+    def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
+                framing=POOLS_FRAMING):
         """Connects to a server, in the calling thread, and adds the connection to the pool.
 
         timeout: seconds for connecting. Returns the TstSocket. Raises OSError with the address in its text.
         """
         self.check_alive()
-        return self.addsocket(_net.connected_socket(host, port, timeout), type, handler, user_data)
+        return self.addsocket(_net.connected_socket(host, port, timeout), type, handler, user_data, framing)
 
-    def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None):
+    def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=POOLS_FRAMING):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
 
         sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close.
         type: its TstSockType; LISTEN adopts a listening socket (and returns None). handler: as sock.handler.
-        Returns the TstSocket; on_connect is called for it on a worker.
+        framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect is called on a worker.
         """
         self.check_alive()
         if load32(&self.engine.phase, ACQUIRE) > PHASE_RUNNING:
             raise TstError("the pool is stopping")
         number = TstSockType(type)
         binding = None if handler is None else bind(handler, {})
+        used = self.framing if framing is POOLS_FRAMING else framing_from(framing)
         if not isinstance(sock, socket.socket):
             sock = socket.socket(fileno=operator.index(sock))
         if sock.fileno() < 0:
             raise ValueError("the socket is closed")
         if number == TYPE_LISTEN:
-            self.add_listener(sock)
+            self.add_listener(sock, used)
             return None
-        return self.add(adopt(sock), number, binding, user_data)
+        return self.add(adopt(sock), number, binding, user_data, used)
 
-    cdef TstSocket add(self, int fd, int type, object binding, object user_data):
+    cdef TstSocket add(self, int fd, int type, object binding, object user_data, Framing framing):
         cdef uint64_t id = 0
         cdef tst_connection *connection
         cdef TstSocket sock
@@ -877,6 +1093,7 @@ cdef class TstPool:
                 close(fd)
                 raise MemoryError("no slot for the socket")
             path = read_peer(connection)
+            connection.framing = framing_pointer(framing)
             sock = new_socket(self, connection)
             sock.peer_path = path
             sock.data = user_data
@@ -1369,13 +1586,6 @@ cdef class TstPool:
             end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
 
 
-class Raw:
-    """Framing that does none: a message is whatever has arrived."""
-
-    def __repr__(self):
-        return "Raw()"
-
-
 # Guards the pools' counts of live workers, and `interpreter_ends`.
 WORKERS_END = threading.Lock()
 cdef bint interpreter_ends = False
@@ -1594,10 +1804,30 @@ cdef class Worker:
     cdef bint message(self, TstSocket sock, Binding binding) except -1:
         """One message. False: a function left it unread, so it is to be called again, after the others."""
         cdef tst_connection *connection = sock.connection
-        cdef bint whole = connection.recv != NULL and data_requested(connection.recv)
+        cdef bint whole = connection.framed or (connection.recv != NULL and data_requested(connection.recv))
+        cdef bint handed_out
+        if connection.framed and connection.too_large:
+            return self.refuse(sock, binding)
         connection.message_ready = False
         connection.has_read = False
         count(&self.worker.stats.messages, 1)
+        if not connection.framed:
+            return self.hand_out(sock, binding, whole)
+        frame_open(connection)
+        handed_out = self.hand_out(sock, binding, True)
+        frame_close(connection)
+        return handed_out
+
+    cdef bint refuse(self, TstSocket sock, Binding binding) except -1:
+        """The peer sends a message longer than allowed: on_error hears of it, and the connection closes anyway."""
+        input_free(&sock.connection.input)
+        self.failed(sock, binding, MessageTooLarge(f"the peer's message is longer than {sock.own_framing!r} allows"))
+        connection_begin_close(sock.connection)
+        return True
+
+    cdef bint hand_out(self, TstSocket sock, Binding binding, bint whole) except -1:
+        """Gives the message at hand to whoever it is for. `whole`: to be handed out once, read or not."""
+        cdef tst_connection *connection = sock.connection
         if binding.function is None:
             data = self.payload(sock)
             if binding.on_message is not None:
@@ -1607,9 +1837,8 @@ cdef class Worker:
                     return True
                 if self.binding.function is None:
                     return self.message_to_pool(sock, data)
-                if not whole:
-                    check(input_unread(&connection.input, PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data)),
-                          "no memory for input")
+                if not whole or connection.windowed:
+                    give_back(connection, data)
                 return self.function_message(sock, self.binding, whole)
             return True
         return self.function_message(sock, binding, whole)
@@ -1625,11 +1854,11 @@ cdef class Worker:
         """A message for a function, which reads it itself. False: it did not, so it is to be called again."""
         cdef tst_connection *connection = sock.connection
         if connection.recv != NULL:
-            data_set_unread(connection.recv, 0 if whole else connection.input.size)
+            data_set_unread(connection.recv, 0 if whole and not connection.windowed else sock.unread())
         result = self.call(sock, binding, binding.function, (sock,))
         if binding is not self.binding and is_run(result):
             if self.binding.function is None:
-                if whole or connection.input.size:
+                if whole or sock.unread():
                     return self.message_to_pool(sock, self.payload(sock))
             else:
                 return self.function_message(sock, self.binding, whole)
@@ -1645,13 +1874,13 @@ cdef class Worker:
         return False
 
     cdef object payload(self, TstSocket sock):
-        """The message as bytes: the transfer that was asked for, or all that has arrived."""
+        """The message as bytes: of its frame, of the transfer that was asked for, or all that has arrived."""
         cdef tst_connection *connection = sock.connection
-        if connection.recv != NULL and data_requested(connection.recv):
+        if not connection.windowed and connection.recv != NULL and data_requested(connection.recv):
             return PyBytes_FromStringAndSize(connection.recv.s + connection.recv.req_pos,
                                              <Py_ssize_t>connection.recv.req_len)
-        data = PyBytes_FromStringAndSize(connection.input.view, <Py_ssize_t>connection.input.size)
-        input_consume(&connection.input, connection.input.size)
+        data = PyBytes_FromStringAndSize(connection.input.view, <Py_ssize_t>sock.unread())
+        sock.took(sock.unread())
         return data
 
     cdef int writable(self, TstSocket sock, Binding binding) except -1:
@@ -1714,8 +1943,11 @@ cdef class Worker:
         cdef int stat = 0
         cdef int queued
         if result is not None:
+            if type(result) is bytes:
+                return self.reply(sock, binding, result)
             if not isinstance(result, int):
-                self.failed(sock, binding, TypeError(f"a handler returns None or a TstStat, not {result!r}"))
+                wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {result!r:.100}")
+                self.failed(sock, binding, wrong)
                 return 0
             stat = <int>(result if -1 < result < 100 else 4)
         if stat == 1 and binding is not self.binding and hook is not None:
@@ -1737,6 +1969,16 @@ cdef class Worker:
                 if queued == 0:
                     connection.send_mark = 0
                     count(&self.worker.stats.spins, 1)
+        return 0
+
+    cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
+        """A handler has returned bytes: they go out as one message."""
+        try:
+            sock.append_message(PyBytes_AS_STRING(message), <size_t>PyBytes_GET_SIZE(message))
+        except ConnectionClosed:
+            pass               # it was closed meanwhile: nobody waits for the reply
+        except Exception as error:
+            self.failed(sock, binding, error)
         return 0
 
     cdef int failed(self, TstSocket sock, Binding binding, object error) except -1:
@@ -1775,6 +2017,30 @@ cdef class Worker:
             self.complained = time.monotonic()
             logger.warning("%s can't accept: %s", self.pool.name, os.strerror(number))
         return 0
+
+
+cdef void frame_open(tst_connection *connection) noexcept:
+    """The handler is about to be given the message at hand: what is before it is dropped; it may read no further."""
+    input_consume(&connection.input, connection.frame.begin)
+    connection.frame.whole -= connection.frame.begin
+    connection.windowed = True
+
+
+cdef void frame_close(tst_connection *connection) noexcept:
+    """The handler has had its message: what it did not read of it, and what is behind it, is dropped."""
+    input_consume(&connection.input, min(connection.frame.whole, connection.input.size))
+    connection.windowed = connection.framed = False
+    connection.frame.needed = 0
+
+
+cdef int give_back(tst_connection *connection, bytes data) except -1:
+    """A message that was taken as bytes can be read by a function after all."""
+    cdef size_t size = <size_t>PyBytes_GET_SIZE(data)
+    check(input_unread(&connection.input, PyBytes_AS_STRING(data), size), "no memory for input")
+    if connection.windowed:
+        connection.frame.size += size
+        connection.frame.whole += size
+    return 0
 
 
 cdef bint is_run(object result) except -1:

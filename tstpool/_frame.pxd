@@ -6,7 +6,7 @@
                     0      begin ... begin + size        whole
                              |<- what the handler gets ->|
 
-    Raw             all that is there is a message
+    Raw             all that is there is a message, at most `max_message` bytes at a time
     Fixed           `fixed` bytes
     Delimited       up to a delimiter, which is dropped unless `keep`
     LengthPrefixed  `offset` bytes, a length field of `length_size` bytes, a body of length + `adjust` bytes; all before
@@ -43,6 +43,7 @@ cdef struct tst_framing:
     uint64_t fixed             # bytes in a message of FRAME_FIXED
     uint64_t max_message       # bytes in the largest body
     char delimiter[DELIMITER_MOST]
+    void *object               # borrowed: the Framing that this lies in
 
 
 cdef struct tst_frame:
@@ -145,7 +146,9 @@ cdef inline int frame_next(const tst_framing *framing, const char *bytes, size_t
     if framing.kind == FRAME_DELIMITED:
         return frame_delimited(framing, bytes, size, scanned, frame)
     frame.begin = 0
-    frame.size = <size_t>framing.fixed if framing.kind == FRAME_FIXED else size
+    frame.size = <size_t>framing.fixed
+    if framing.kind == FRAME_RAW:
+        frame.size = size if size < framing.max_message else <size_t>framing.max_message
     frame.whole = frame.needed = frame.size
     return size >= frame.whole and size > 0
 

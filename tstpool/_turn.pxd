@@ -21,6 +21,7 @@ from tstpool._conn cimport (
 from tstpool._data cimport (
     data_complete, data_done, data_fill, data_make, data_pin, data_requested, data_unpin, input_consume,
     input_reserve, tst_data)
+from tstpool._frame cimport frame_next, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED,
     RELEASE, SEQ_CST, add32, close, epoll_event, fetch_and64, load32, load64, load_pointer, pthread_cond_broadcast,
@@ -128,6 +129,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
         if address.ss_family == AF_INET or address.ss_family == AF_INET6:
             sys_oob_inline(fd)
         connection_settle_in(connection, engine, home, TYPE_SUB)
+        store_pointer(<void **>&connection.framing, <void *>listener.framing, RELEASE)
         if home == shard:
             batch_add(batch, connection, DO_CONNECT)
         else:
@@ -193,6 +195,20 @@ cdef inline ssize_t receive_in_place(tst_connection *connection, tst_data *data,
     return n
 
 
+cdef inline bint connection_input_full(tst_connection *connection) noexcept nogil:
+    """Enough is read ahead. The bytes that a message still needs are always read: its framing limits them."""
+    if connection.input.size < INPUT_LIMIT:
+        return False
+    return connection.framed_by == NULL or connection.input.size >= connection.frame.needed
+
+
+cdef inline size_t connection_room(tst_connection *connection) noexcept nogil:
+    """How much to receive behind unread input: what a long message still needs, exactly, so that it gets one buffer."""
+    if connection.framed_by != NULL and connection.frame.needed > connection.input.size + READ_MORE:
+        return connection.frame.needed - connection.input.size
+    return READ_MORE
+
+
 cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *batch, tst_worker *worker,
                                        uint64_t now) noexcept nogil:
     """Receives once: into a large transfer, behind input that is still unread, or into the batch's scratch buffer.
@@ -214,7 +230,7 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
                 batch.scratch_used += <size_t>n
                 connection.input.view = place
         else:
-            room = READ_MORE
+            room = connection_room(connection)
             place = input_reserve(&connection.input, room)
             if place == NULL:
                 return -ENOMEM
@@ -227,10 +243,28 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
     return n
 
 
+cdef inline void connection_cut_frame(tst_connection *connection, const tst_framing *framing) noexcept nogil:
+    """Looks for a message at the beginning of unread input. Owner only."""
+    cdef int result
+    if connection.message_ready and connection.framed and connection.framed_by == framing:
+        return                 # found before, and not handed out yet
+    if connection.framed_by != framing:
+        connection.framed_by = framing
+        connection.scanned = connection.frame.needed = 0
+    connection.framed = framing != NULL
+    if framing == NULL:
+        connection.message_ready = connection.input.size > 0
+        return
+    result = frame_next(framing, connection.input.view, connection.input.size, &connection.scanned, &connection.frame)
+    connection.too_large = result < 0
+    connection.message_ready = result != 0
+
+
 cdef inline bint connection_cut(tst_connection *connection) noexcept nogil:
     """True: a whole message is ready for the handler. Moves unread input into the transfer that was asked for.
 
-    Whole means: the transfer is complete (req_len > 0), or, with none asked for, that anything at all has arrived.
+    Whole means: the transfer is complete (req_len > 0); or, with none asked for, that the framing has found a message,
+    or that it never will (too_large); or, with no framing, that anything at all has arrived.
     """
     cdef tst_data *data
     cdef ssize_t used
@@ -238,9 +272,9 @@ cdef inline bint connection_cut(tst_connection *connection) noexcept nogil:
         return False
     data = <tst_data *>load_pointer(<void **>&connection.recv, ACQUIRE)
     if data == NULL or not data_requested(data):
-        connection.message_ready = connection.input.size > 0
-    elif not connection.message_ready or not data_complete(data):
-        connection.message_ready = False
+        connection_cut_frame(connection, <const tst_framing *>load_pointer(<void **>&connection.framing, ACQUIRE))
+    elif connection.framed or not connection.message_ready or not data_complete(data):
+        connection.message_ready = connection.framed = False
         if connection.input.size:
             used = data_fill(data, connection.input.view, connection.input.size, clock_now())
             if used < 0:
@@ -279,10 +313,10 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
     if not event and not connection.readable and not broken:
         return
     if broken and not connection.end_of_input and (
-            connection_is_paused(connection) or connection.input.size >= INPUT_LIMIT):
+            connection_is_paused(connection) or connection_input_full(connection)):
         connection_break(connection, broken)       # nobody will make room for what may still be there
         return
-    if not connection_wants_input(connection) or connection.input.size >= INPUT_LIMIT:
+    if not connection_wants_input(connection) or connection_input_full(connection):
         if event:
             connection.readable = True     # an edge will not be reported twice
             if connection.trigger == TRIGGER_LEVEL:
@@ -576,7 +610,7 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
         entry_retire(worker, connection)
         return
     pending = entry_left_over(worker, connection, entry.generation, now)
-    want_input = connection_wants_input(connection) and connection.input.size < INPUT_LIMIT
+    want_input = connection_wants_input(connection) and not connection_input_full(connection)
     want_room = connection.ask_writable
     pushed = connection_release(connection, pending)
     spin_lock(&connection.lock)
