@@ -76,7 +76,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "virtual": "hypervisor" in Path("/proc/cpuinfo").read_text(),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],  # what follows is the distributor's
         "python": platform.python_version() + (" free-threaded" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""),
         "implementation": sys.implementation.name,
         "compiler": compiler.partition("\n")[0],

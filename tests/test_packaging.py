@@ -18,7 +18,8 @@ import tstpool._core
 
 PUBLIC = {
     *("TstPool", "TstHandler", "TstSocket", "TstData", "TstStat", "TstSockType", "PoolStats", "WorkerStats"),
-    *("Raw", "serve", "TstError", "ConnectionClosed", "MessageTooLarge", "SendQueueFull"),
+    *("Raw", "Fixed", "Delimited", "LengthPrefixed"),
+    *("serve", "TstError", "ConnectionClosed", "MessageTooLarge", "SendQueueFull"),
     *("EPOLLIN", "EPOLLOUT", "EPOLLPRI", "EPOLLRDHUP", "EPOLLERR", "EPOLLHUP", "EPOLLET", "EPOLLONESHOT"),
 }
 
