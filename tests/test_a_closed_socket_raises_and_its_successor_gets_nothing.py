@@ -19,7 +19,7 @@ def test_sending_on_a_closed_socket_raises_connection_closed(make_pool, make_cli
     (sock,) = wait_until(pool.sockets)
     peer = sock.peer
     client.close()
-    wait_until(lambda: sock.closed)
+    wait_until(lambda: sock.closed and sock not in pool.sockets())
     for _ in range(3):
         with pytest.raises(ConnectionClosed):
             sock.send(b"x")

@@ -1374,7 +1374,9 @@ cdef class TstPool:
         if not self.running:
             self.start()
         try:
-            self.ended.wait()
+            # In slices: a signal between CPython's last look for one and its wait would be noticed only with the next.
+            while not self.ended.wait(0.1):
+                pass
         except BaseException:
             self.stop(drain)
             raise
