@@ -79,7 +79,7 @@ def test_start_twice_is_an_error_and_the_pool_goes_on(make_pool, make_client):
     before = native_threads()
     with pytest.raises(TstError):
         pool.start()
-    assert native_threads() == before
+    assert native_threads() <= before
     assert round_trip(make_client(pool), b"hello") == b"hello"
 
 
@@ -122,7 +122,7 @@ def test_a_stopped_pool_may_start_again(make_pool, make_client):
 def test_start_and_stop_on_the_same_port_many_times(make_client, rounds):
     """B43: no EADDRINUSE, no descriptor and no thread more than before."""
     port = free_port()
-    fds, threads = len(open_fds()), len(native_threads())
+    fds, threads = open_fds().keys(), native_threads()
     pool = TstPool(handler(on_message=echo), workers=4)
     for _ in range(scaled(rounds)):
         pool.listen("127.0.0.1", port)
@@ -130,21 +130,23 @@ def test_start_and_stop_on_the_same_port_many_times(make_client, rounds):
         with connect(("127.0.0.1", port)) as client:
             assert round_trip(client, b"hello") == b"hello"
         assert pool.stop() is True
-    wait_until(lambda: (len(open_fds()), len(native_threads())) == (fds, threads))
+    # Fewer is right as well: a thread of the test before may still have been ending at the start.
+    wait_until(lambda: open_fds().keys() <= fds and native_threads() <= threads)
 
 
 @pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_create_and_destroy_on_the_same_port_many_times(rounds):
     """B43, in the original's style."""
     port = free_port()
-    fds, threads = len(open_fds()), len(native_threads())
+    fds, threads = open_fds().keys(), native_threads()
     pool = TstPool()
     for _ in range(scaled(rounds)):
         pool.create(4, "127.0.0.1", port, as_function(echo))
         with connect(("127.0.0.1", port)) as client:
             assert round_trip(client, b"hello") == b"hello"
         assert pool.destroy() is True
-    wait_until(lambda: (len(open_fds()), len(native_threads())) == (fds, threads))
+    # Fewer is right as well: a thread of the test before may still have been ending at the start.
+    wait_until(lambda: open_fds().keys() <= fds and native_threads() <= threads)
 
 
 def test_stop_inside_a_handler_starts_the_stop_and_returns_at_once(make_pool, make_client):

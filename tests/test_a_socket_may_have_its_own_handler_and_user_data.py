@@ -3,6 +3,7 @@
 import gc
 import os
 import socket
+import threading
 import weakref
 
 import pytest
@@ -157,7 +158,7 @@ def test_something_that_is_no_handler_is_a_type_error(make_pool, make_client, wr
 @every_trigger
 def test_reconnected_serves_the_fresh_connection_under_the_same_descriptor(make_pool, make_client, style, trigger):
     """S40, SPEC: after dup2 the handler returns RECONNECTED; what belonged to the old one is forgotten."""
-    fresh, got = [], []
+    fresh, got, replaced = [], [], threading.Event()
 
     def answer(sock, data):
         got.append(data)
@@ -166,6 +167,7 @@ def test_reconnected_serves_the_fresh_connection_under_the_same_descriptor(make_
             return None
         sock.send(b"never sent")
         os.dup2(fresh[0], sock.sd)
+        replaced.set()
         return TstStat.RECONNECTED
 
     pool = serve(make_pool, style, answer, trigger=trigger)
@@ -177,6 +179,7 @@ def test_reconnected_serves_the_fresh_connection_under_the_same_descriptor(make_
         client = make_client(pool)
         client.sendall(b"reconnect")
         assert client.recv(20) == b""  # nobody has the old connection open any more
+        assert replaced.wait(10)  # dup2 has also returned: it must not run beside the close of what it copies
         theirs.close()
         (sock,) = pool.sockets()
         for _ in range(3):
