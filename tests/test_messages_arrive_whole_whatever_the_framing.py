@@ -103,6 +103,23 @@ def test_any_split_gives_the_same_messages(make_pool, framing):
     check()
 
 
+def test_unfinished_messages_of_many_connections_are_not_mixed_up(make_pool, make_client):
+    """The first half of each connection's message waits while others receive into the same scratch buffer."""
+    pool = make_pool(handler(on_message=lambda sock, data: data), framing=LengthPrefixed(4), workers=2)
+    clients = [make_client(pool) for _ in range(20)]
+    bodies = [bytes([number]) * 10 for number in range(len(clients))]
+    for n in range(1, 13):
+        received = pool.stats().bytes_in
+        for client, body in zip(clients, bodies, strict=True):
+            client.sendall((len(body).to_bytes(4, "big") + body)[:n])
+            wait_until(lambda before=received, n=n: pool.stats().bytes_in == before + n)
+            received += n
+        for client, body in zip(clients, bodies, strict=True):
+            client.sendall((len(body).to_bytes(4, "big") + body)[n:])
+        for client, body in zip(clients, bodies, strict=True):
+            assert recv_exact(client, 14) == len(body).to_bytes(4, "big") + body
+
+
 @pytest.mark.parametrize("framing", FRAMINGS, ids=repr)
 @pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
 def test_a_reply_is_framed_like_the_message(make_pool, make_client, framing, trigger):

@@ -19,7 +19,7 @@ from tstpool._conn cimport (
     connection_is_paused, connection_release, connection_takes_messages, connection_wants_input, generation_of,
     slot_of, table_chunk, table_open, table_slot, tst_connection)
 from tstpool._data cimport (
-    data_complete, data_done, data_fill, data_make, data_pin, data_requested, data_unpin, input_consume,
+    data_complete, data_done, data_fill, data_make, data_pin, data_requested, data_unpin, input_consume, input_keep,
     input_reserve, tst_data)
 from tstpool._frame cimport frame_next, tst_framing
 from tstpool._libc cimport (
@@ -454,6 +454,9 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             take_input(connection, batch, worker,
                        arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN), now)
             what |= connection_due(connection)
+            if what == 0 and input_keep(&connection.input) < 0:    # no handler runs: nobody else would keep it
+                connection_break(connection, ENOMEM)
+                what = connection_due(connection)
     batch_add(batch, connection, what)
 
 
