@@ -17,6 +17,7 @@ import tstpool
 import tstpool._core
 
 PUBLIC = {
+    *("TstNogilHandler", "get_include"),
     *("TstPool", "TstHandler", "TstSocket", "TstData", "TstStat", "TstSockType", "PoolStats", "WorkerStats"),
     *("Raw", "Fixed", "Delimited", "LengthPrefixed"),
     *("serve", "TstError", "ConnectionClosed", "MessageTooLarge", "SendQueueFull"),

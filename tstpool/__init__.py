@@ -3,6 +3,7 @@
 See `TstPool` for a start; README.md and ARCHITECTURE.md for the rest.
 """
 
+import os as _os
 import sys as _sys
 
 if not _sys.platform.startswith("linux"):
@@ -24,6 +25,7 @@ try:
         Raw,
         TstData,
         TstHandler,
+        TstNogilHandler,
         TstPool,
         TstSocket,
     )
@@ -49,6 +51,12 @@ from tstpool._types import (
 
 __version__ = "0.1.0"
 
+
+def get_include() -> str:
+    """The directory in which Cython finds `tstpool/__init__.pxd`, for `cythonize(..., include_path=[...])`."""
+    return _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
+
+
 __all__ = [
     "EPOLLERR",
     "EPOLLET",
@@ -69,11 +77,13 @@ __all__ = [
     "TstData",
     "TstError",
     "TstHandler",
+    "TstNogilHandler",
     "TstPool",
     "TstSockType",
     "TstSocket",
     "TstStat",
     "WorkerStats",
     "__version__",
+    "get_include",
     "serve",
 ]

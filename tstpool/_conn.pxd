@@ -36,14 +36,13 @@ connection.lock held); `owner` (only by the worker that set OWNED; the compare-a
 the next owner's reads).
 """
 from cpython.object cimport PyObject
-from libc.errno cimport EBUSY, ECONNRESET, EMFILE, ENOMEM, ENOTCONN
+from libc.errno cimport EINVAL, ENOMEM, ENOTCONN
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from tstpool._data cimport tst_data, tst_input
-from tstpool._frame cimport (
-    FRAME_DELIMITED, HEADER_MOST, frame_header, tst_frame, tst_framing)
+from tstpool._frame cimport FRAME_DELIMITED, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
     load_pointer, store32, store64, tst_bug)
@@ -67,6 +66,19 @@ cdef enum:
 cdef enum:
     TABLE_CHUNK = 256          # connections in one chunk
     TABLE_CHUNKS = 8192        # 2,097,152 descriptors: twice the usual fs.nr_open
+
+
+# What the engine knows of a compiled handler (TstNogilHandler): functions that are called without the interpreter.
+ctypedef int (*tst_received)(void *handler, void *sock, const char *data, size_t size) noexcept nogil
+ctypedef int (*tst_notified)(void *handler, void *sock) noexcept nogil
+
+
+cdef struct tst_compiled:
+    void *handler              # borrowed: the TstNogilHandler; NULL: there is none
+    tst_notified connected
+    tst_received received
+    tst_notified writable
+    tst_notified disconnected
 
 
 # Room for an IPv6 address; an AF_UNIX peer of a server has no name.
@@ -109,12 +121,16 @@ cdef struct tst_connection:
     uint8_t windowed           # owner: the handler has been given `frame` and may read no further
     uint8_t too_large          # owner: the peer has announced, or sent, more than a message may have
     uint8_t has_read           # owner: the handler took some input with read() in this call
+    uint8_t passed_on          # owner: the compiled handler has passed on what is at hand: it is Python's
+    uint32_t rebind            # atomic: sock.handler was assigned; the owner is to look it up anew
     int reason                 # owner: errno that ended it, 0 for a clean end
+    const tst_compiled *compiled   # owner; borrowed from a Binding. NULL: its handler is Python's alone
+    uint64_t report            # owner: nanoseconds of a job that on_slow or on_most_elapsed is to hear of
     int thread_no              # owner: the worker that ran it last
     uint32_t events            # owner, read by anybody (atomic): epoll bits shown to the handler
     uint64_t send_mark         # owner: value of out.sent at which the running SEND is done
     tst_input input            # owner
-    const tst_framing *framing     # atomic pointer, written by the owner; borrowed from a Framing. NULL: raw bytes
+    const tst_framing *framing     # locked, written by the owner; borrowed from a Framing. NULL: bytes as they arrive
     const tst_framing *framed_by   # owner: by which `frame` and `scanned` were made
     tst_frame frame            # owner
     size_t scanned             # owner: see frame_next
@@ -312,26 +328,33 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
 
 cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const char *bytes,
                             size_t size) noexcept nogil:
-    """Queues a message with what its framing puts around it. -EMSGSIZE: nothing was queued. -ENOMEM: a part may be."""
+    """Queues a message with what its framing puts around it.
+
+    -EMSGSIZE: the framing has no frame for so many bytes, -EINVAL: the message holds the delimiter; then nothing was
+    queued. -ENOMEM: a part may be.
+    """
     cdef unsigned char header[HEADER_MOST]
-    cdef int n = 0
-    if framing != NULL:
-        n = frame_header(framing, size, header)
-        if n < 0:
-            return n
-        if n and queue_append(queue, <char *>header, <size_t>n) < 0:
-            return -ENOMEM
+    cdef int n
+    if framing == NULL:
+        return queue_append(queue, bytes, size)
+    n = frame_header(framing, size, header)
+    if n < 0:
+        return n
+    if framing.kind == FRAME_DELIMITED and find_delimiter(framing, bytes, size) != NULL:
+        return -EINVAL
+    if n and queue_append(queue, <char *>header, <size_t>n) < 0:
+        return -ENOMEM
     if queue_append(queue, bytes, size) < 0:
         return -ENOMEM
-    if framing != NULL and framing.kind == FRAME_DELIMITED:
+    if framing.kind == FRAME_DELIMITED:
         return queue_append(queue, framing.delimiter, framing.n_delimiter)
     return 0
 
 
-cdef inline ssize_t connection_append_message(tst_connection *connection, uint32_t generation,
-                                              const tst_framing *framing, const char *bytes, size_t size,
-                                              bint *flush) noexcept nogil:
-    """As connection_append, for a whole message in its frame; -EMSGSIZE when the framing has no frame for it.
+cdef inline ssize_t connection_append_message(tst_connection *connection, uint32_t generation, const char *bytes,
+                                              size_t size, bint *flush) noexcept nogil:
+    """As connection_append, for a whole message in the frame of the connection's framing; -EMSGSIZE and -EINVAL when it
+    has none for it.
 
     A frame for which memory runs out in the middle breaks the connection: the peer could make nothing of the rest.
     """
@@ -340,7 +363,7 @@ cdef inline ssize_t connection_append_message(tst_connection *connection, uint32
     if connection.out_closed or not connection_is(connection, generation):
         result = -ENOTCONN
     else:
-        result = queue_frame(&connection.out, framing, bytes, size)
+        result = queue_frame(&connection.out, connection.framing, bytes, size)
         if result == -ENOMEM:
             connection.out_closed = True
             store32(&connection.out_error, ENOMEM, RELAXED)
@@ -371,7 +394,9 @@ cdef inline bint connection_is_paused(tst_connection *connection) noexcept nogil
 
 cdef inline bint connection_takes_messages(tst_connection *connection) noexcept nogil:
     """The handler may be called for input. Owner only."""
-    return not (connection.closing or connection.hold_input or connection_is_paused(connection))
+    if connection.closing or connection.hold_input:
+        return False
+    return not load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_CLOSE)
 
 
 cdef inline bint connection_wants_input(tst_connection *connection) noexcept nogil:

@@ -1,15 +1,44 @@
 # cython: language_level=3
 """The classes of tstpool, for `cimport`. Read this first: it is the public contract in types.
 
+Public, by `from tstpool cimport ...`: TstStat and its TST_ constants, TstNogilHandler, the tst_ functions, and of the
+other classes what is marked so. All else is for the engine's own use, may change with each version, and stands here
+because the compiler must know how large the objects are.
+
 A `TstSocket` stays valid for as long as somebody holds it, open or closed; a `TstData` keeps its buffer for as long as
 somebody holds it or a memoryview of it. Nothing here may be constructed by hand except TstPool and TstHandler.
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from tstpool._conn cimport tst_address, tst_connection
+from tstpool._conn cimport tst_address, tst_compiled, tst_connection, tst_notified
 from tstpool._data cimport tst_data
 from tstpool._frame cimport tst_framing
 from tstpool._shard cimport tst_batch, tst_engine, tst_entry, tst_shard, tst_worker
+
+
+# What a handler returns; the numbers are those of Python's TstStat.
+ctypedef enum TstStat:
+    TST_SUSPEND = 0        # wait for the next message
+    TST_RUN = 1            # pass what is at hand on to the Python hook of the same handler
+    TST_SEND = 2           # send what `send_data` asks for, then call `writable`
+    TST_RECONNECTED = 3    # a fresh connection is under the descriptor: forget the old one's bytes
+    TST_DISCONNECT = 4     # send what is queued, then close
+
+
+# Any thread, with the GIL or without. They return 0 or more, or a negative errno: -ENOTCONN when the socket is closed,
+# -ENOMEM. Inside the socket's own hooks the bytes go out, in one piece, when its messages of this turn are handled.
+
+# Queues a copy of `size` bytes. Returns how many bytes of this connection wait now for the kernel to take them.
+cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil
+
+# The same for one message in the frame of the socket's framing. -EMSGSIZE: the framing has no frame for it.
+cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noexcept nogil
+
+# Closes the connection once what is queued has been sent. 1: this call began it, 0: it was closing already.
+cdef int tst_close(TstSocket sock) noexcept nogil
+
+# Has the handler's `writable` called as soon as the kernel takes output for it.
+cdef int tst_need_send(TstSocket sock) noexcept nogil
 
 
 cdef class TstData:
@@ -43,7 +72,9 @@ cdef class LengthPrefixed(Framing):
 
 
 cdef class TstSocket:
-    cdef readonly uint64_t id              # generation << 32 | descriptor; never used twice
+    cdef readonly uint64_t id              # public. generation << 32 | descriptor; never used twice
+    cdef void *state                       # public. owned: the TstNogilHandler's struct for this connection, else NULL
+    cdef TstNogilHandler state_handler     # whose `release` is called with it
     cdef tst_connection *connection        # shared: the slot; holds another connection once the generation differs
     cdef TstPool pool                      # keeps the table alive
     cdef int type_number                   # TstSockType
@@ -51,6 +82,7 @@ cdef class TstSocket:
     cdef str peer_path                     # "unix:..." of a socket that was connected here, else None
     cdef object data                       # sock.user_data; guarded by the object's critical section
     cdef Binding binding                   # of sock.handler, None: the pool's; guarded likewise
+    cdef Binding active                    # owner: the binding that `connection.compiled` points into
     cdef Framing own_framing               # None: bytes as they arrive; guarded likewise
     cdef TstData recv_transfer             # made when first asked for; guarded likewise
     cdef TstData send_transfer
@@ -59,18 +91,58 @@ cdef class TstSocket:
 
     cdef uint32_t generation(self) noexcept nogil
     cdef ssize_t append(self, const char *bytes, size_t size) noexcept nogil
+    cdef ssize_t append_message(self, const char *bytes, size_t size) noexcept nogil
     cdef bint in_handler(self) noexcept
     cdef void publish(self, void **place, void *transfer) noexcept
     cdef bint sent_up_to(self, uint64_t goal) except -1
     cdef int check_reading(self) except -1
     cdef size_t unread(self) noexcept
     cdef void took(self, size_t size) noexcept
-    cdef ssize_t append_message(self, const char *bytes, size_t size) except -1
+    cdef int raise_unsent(self, ssize_t result, size_t size) except -1
     cdef ssize_t read_to(self, char *place, size_t size) except -1
 
 
 cdef class TstHandler:
     cdef object __weakref__
+
+
+# A handler in C: subclass it, override what you need, give an instance to a TstPool. No hook holds the GIL or may take
+# it; one that blocks is treated like any other that does. Hooks of one connection never run at the same time; those of
+# different connections run on as many threads as the pool has shards, so what they share needs a lock of its own.
+#
+#     cdef class Echo(TstNogilHandler):
+#         cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+#             tst_send(sock, data, size)
+#             return TST_SUSPEND
+cdef class TstNogilHandler(TstHandler):
+    # Bytes of C state for each connection, set in __cinit__: `sock.state` points to them, zeroed, from before
+    # `connected` until `release` has returned.
+    cdef size_t state_size
+    # Shrinks by one when a version breaks the ABI in another way than by its size: what was compiled against an older
+    # one then fails at import with a ValueError instead of crashing later.
+    cdef long long _abi_fuse[4]
+
+    # Before the first message. Above TST_SEND refuses the connection. TST_RUN (as all of these unless overridden):
+    # Python's on_connect decides.
+    cdef TstStat connected(self, TstSocket sock) noexcept nogil
+    # One whole message of the socket's framing; without framing, what has arrived. DANGER: `data` is valid only inside
+    # the call. TST_RUN: Python's on_message gets it.
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil
+    # The kernel takes output after tst_need_send, or all of a TST_SEND has been handed to it. TST_RUN: on_writable.
+    cdef TstStat writable(self, TstSocket sock) noexcept nogil
+    # The end of each connection that was not refused, once. Python's on_disconnect is called after it.
+    cdef void disconnected(self, TstSocket sock) noexcept nogil
+    # The last use of a connection's state: free what it points to, not the state itself. Once for each state.
+    cdef void release(self, void *state) noexcept nogil
+    # Room for hooks to come: a subclass that was compiled before them keeps working.
+    cdef void _reserved_0(self) noexcept nogil
+    cdef void _reserved_1(self) noexcept nogil
+    cdef void _reserved_2(self) noexcept nogil
+    cdef void _reserved_3(self) noexcept nogil
+    cdef void _reserved_4(self) noexcept nogil
+    cdef void _reserved_5(self) noexcept nogil
+    cdef void _reserved_6(self) noexcept nogil
+    cdef void _reserved_7(self) noexcept nogil
 
 
 # A handler whose hooks have been looked up once.
@@ -85,6 +157,7 @@ cdef class Binding:
     cdef object on_slow
     cdef object on_error
     cdef object on_most_elapsed
+    cdef tst_compiled compiled             # of a TstNogilHandler; else its handler is NULL
 
 
 cdef class TstPool:
@@ -96,11 +169,11 @@ cdef class TstPool:
     cdef bint dead                         # in a forked child
     cdef int n_workers
     cdef int n_shards
+    cdef int shards_wanted                 # 0: the pool chooses
     cdef int live_workers                  # under WORKERS_END
     cdef int launch                        # under WORKERS_END: start() and the end of its workers count it up
     cdef size_t max_recv_size
     cdef size_t max_send_size
-    cdef uint64_t slow_handler             # nanoseconds
     cdef uint64_t added                    # atomic: by addsocket
     cdef uint64_t bytes_outside            # atomic: sent by flush() on threads that are not workers
     cdef object mutex                      # threading.Lock: start, stop, listeners
@@ -117,6 +190,7 @@ cdef class TstPool:
     cdef TstSocket add(self, int fd, int type, object binding, object user_data, Framing framing)
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept
     cdef int begin(self, uint64_t id) except -1
+    cdef int shards_to_open(self) except -1
     cdef int open(self) except -1
     cdef int start_locked(self) except -1
     cdef int give_up(self, list threads) except -1
@@ -137,28 +211,32 @@ cdef class Worker:
     cdef Binding binding                   # its own copy, so that workers do not share reference counts
     cdef tst_engine *engine                # borrowed from the pool
     cdef tst_worker *worker                # borrowed from the engine
-    cdef uint64_t clock                    # end of the last job
     cdef double complained                 # when accept's failure was last logged
 
     cdef int run(self) except -1
     cdef int serve(self, tst_shard *shard, bint taken_over) except -1
     cdef tst_batch *resume(self, tst_shard *shard) except? NULL
     cdef int run_batch(self, tst_shard *shard, tst_batch *batch) except -1
+    cdef bint run_one(self, tst_entry *entry) except -1
     cdef int run_entry(self, tst_entry *entry) except -1
+    cdef Binding binding_of(self, TstSocket sock)
+    cdef int adopt_binding(self, TstSocket sock) except -1
     cdef bint connect(self, TstSocket sock) except -1
-    cdef int read_messages(self, TstSocket sock, Binding binding, uint32_t events) except -1
+    cdef int notify(self, TstSocket sock, tst_notified hook) except -1
+    cdef int read_messages(self, TstSocket sock, uint32_t events) except -1
+    cdef bint run_compiled_messages(self, TstSocket sock) except -1
     cdef bint message(self, TstSocket sock, Binding binding) except -1
     cdef bint refuse(self, TstSocket sock, Binding binding) except -1
     cdef bint hand_out(self, TstSocket sock, Binding binding, bint whole) except -1
-    cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1
     cdef bint message_to_pool(self, TstSocket sock, object data) except -1
     cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1
     cdef object payload(self, TstSocket sock)
-    cdef int writable(self, TstSocket sock, Binding binding) except -1
-    cdef bint disconnect(self, TstSocket sock, Binding binding) except -1
-    cdef object call(self, TstSocket sock, Binding binding, object hook, object arguments)
-    cdef int finished(self, TstSocket sock, uint64_t begin) except -1
-    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object arguments) except -1
+    cdef int writable(self, TstSocket sock) except -1
+    cdef bint disconnect(self, TstSocket sock) except -1
+    cdef object call(self, TstSocket sock, Binding binding, object hook, object argument)
+    cdef int report(self, TstSocket sock) except -1
+    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1
+    cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1
     cdef int failed(self, TstSocket sock, Binding binding, object error) except -1
     cdef int idle(self, tst_shard *shard) except -1
     cdef int complain(self) except -1

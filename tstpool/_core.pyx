@@ -17,20 +17,37 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
-    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED,
-    TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_append_message, connection_close_output, connection_id,
-    connection_is, connection_mark, generation_of, table_chunk, table_find, table_open, tst_connection)
+    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
+    TABLE_CHUNKS, connection_append, connection_append_message, connection_close_output, connection_id, connection_is,
+    connection_mark, generation_of, table_chunk, table_find, table_open, tst_connection, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_keep, input_unread)
+from tstpool._entry cimport (
+    TYPE_LISTEN, batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut,
+    connection_due, connection_reconnect, connection_settle_in)
 from tstpool._frame cimport (
-    DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, find_delimiter, tst_framing)
+    DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
-    ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, F_GETFL,
-    F_SETFL, O_NONBLOCK, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1,
-    eventfd, fcntl, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
-    pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
-    pthread_mutex_destroy, pthread_mutex_init, shutdown, store32, store64, store_pointer)
+    ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED, RELEASE,
+    SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1, eventfd, gettid, load32, load64, load_pointer,
+    poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy, pthread_condattr_init,
+    pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init, shutdown, store32,
+    store64, store_pointer)
+from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._park cimport PARK_END, PARK_IDLE, engine_park
+from tstpool._poll cimport (
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_recv, sys_wake)
+from tstpool._queue cimport queue_drop
+from tstpool._run cimport RUN_BURST, RUN_TIME, run_messages, worker_enter, worker_job, worker_leave
+from tstpool._shard cimport (
+    DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
+    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, shard_ask, shard_push, token_held,
+    tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+from tstpool._stats cimport NANOSECOND, clock_now, count, tst_stats
+from tstpool._turn cimport (
+    TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LOST, TURN_RUN, engine_shard_ended, shard_enter_running,
+    shard_leave_running, shard_turn)
 from tstpool._libc cimport EPOLLERR as _EPOLLERR
 from tstpool._libc cimport EPOLLET as _EPOLLET
 from tstpool._libc cimport EPOLLHUP as _EPOLLHUP
@@ -39,20 +56,6 @@ from tstpool._libc cimport EPOLLONESHOT as _EPOLLONESHOT
 from tstpool._libc cimport EPOLLOUT as _EPOLLOUT
 from tstpool._libc cimport EPOLLPRI as _EPOLLPRI
 from tstpool._libc cimport EPOLLRDHUP as _EPOLLRDHUP
-from tstpool._lock cimport spin_lock, spin_unlock
-from tstpool._park cimport PARK_END, PARK_IDLE, engine_park
-from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_recv, sys_wake)
-from tstpool._queue cimport queue_drop
-from tstpool._shard cimport (
-    DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING,
-    PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, shard_ask,
-    shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
-from tstpool._stats cimport NANOSECOND, clock_now, count, stats_job, tst_stats
-from tstpool._turn cimport (
-    TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LOST, TURN_RUN, TYPE_LISTEN, batch_finish, connection_begin_close,
-    connection_break, connection_cut, connection_due, connection_settle_in, connection_transfer, engine_shard_ended,
-    shard_enter_running, shard_leave_running, shard_turn)
 
 import atexit
 import inspect
@@ -60,12 +63,13 @@ import logging
 import operator
 import os
 import socket
+import sys
 import threading
 import time
 import weakref
 
 from tstpool import _net
-from tstpool._types import ConnectionClosed, MessageTooLarge, PoolStats, TstError, TstSockType, TstStat, WorkerStats
+from tstpool._types import ConnectionClosed, MessageTooLarge, PoolStats, TstError, TstSockType, WorkerStats
 
 EPOLLIN = _EPOLLIN
 EPOLLOUT = _EPOLLOUT
@@ -79,12 +83,11 @@ EPOLLONESHOT = _EPOLLONESHOT
 logger = logging.getLogger("tstpool")
 
 cdef enum:
-    MESSAGES_PER_TURN = 32             # of one connection, then the others get their turn
-    FLUSH_EVERY = 100000               # nanoseconds of handlers after which finished replies go out
     READ_CHUNK = 65536                 # most that one read() without a size takes from the kernel
 
 cdef dict TRIGGERS = {"level": TRIGGER_LEVEL, "oneshot": TRIGGER_ONESHOT, "edge": TRIGGER_EDGE}
 cdef object POOLS_FRAMING = object()   # "the pool's", where None means "no framing"
+cdef object NOTHING = object()         # "no argument", where None is one
 cdef object POOLS_KEY = object()       # who does not have it can't make a TstSocket or TstData
 
 cdef extern from "<pythread.h>" nogil:
@@ -408,6 +411,14 @@ cdef class TstSocket:
             shard_ask(self.connection, self.generation(), 0)
         return result
 
+    cdef ssize_t append_message(self, const char *bytes, size_t size) noexcept nogil:
+        """As append(), for one message in its frame; -EMSGSIZE or -EINVAL when the framing has none for it."""
+        cdef bint flush = False
+        cdef ssize_t result = connection_append_message(self.connection, self.generation(), bytes, size, &flush)
+        if flush:
+            shard_ask(self.connection, self.generation(), 0)
+        return result
+
     cdef bint in_handler(self) noexcept:
         """The calling thread is the worker that is in this socket's handler."""
         cdef int no = <int>load32(<uint32_t *>&self.connection.thread_no, RELAXED)
@@ -502,6 +513,10 @@ cdef class TstSocket:
         binding = None if value is None else bind(value, {})
         with cython.critical_section(self):
             self.binding = binding
+        spin_lock(&self.connection.lock)
+        if connection_is(self.connection, self.generation()):
+            store32(&self.connection.rebind, 1, RELEASE)
+        spin_unlock(&self.connection.lock)
 
     @property
     def framing(self):
@@ -515,7 +530,9 @@ cdef class TstSocket:
         framing = framing_from(value)
         self.check_reading()
         with cython.critical_section(self):
-            store_pointer(<void **>&self.connection.framing, <void *>framing_pointer(framing), RELEASE)
+            spin_lock(&self.connection.lock)           # another thread's send_message() may be reading the old one
+            self.connection.framing = framing_pointer(framing)
+            spin_unlock(&self.connection.lock)
             self.own_framing, framing = framing, self.own_framing
 
     @property
@@ -578,34 +595,30 @@ cdef class TstSocket:
         """
         cdef Py_buffer view
         cdef ssize_t queued
-        data = contiguous(data)
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        try:
-            queued = self.append_message(<const char *>view.buf, <size_t>view.len)
-        finally:
-            PyBuffer_Release(&view)
+        if type(data) is bytes:
+            queued = self.append_message(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data))
+        else:
+            data = contiguous(data)
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            try:
+                queued = self.append_message(<const char *>view.buf, <size_t>view.len)
+            finally:
+                PyBuffer_Release(&view)
+        if queued < 0:
+            self.raise_unsent(queued, len(data))
         return queued
 
-    cdef ssize_t append_message(self, const char *bytes, size_t size) except -1:
-        """Bytes that wait now."""
-        cdef Framing framing
-        cdef const tst_framing *used
-        cdef ssize_t queued
-        cdef bint flush = False
+    cdef int raise_unsent(self, ssize_t result, size_t size) except -1:
+        """Says why append_message() did not take a message of `size` bytes."""
         with cython.critical_section(self):
             framing = self.own_framing
-        used = framing_pointer(framing)
-        if used != NULL and used.kind == FRAME_DELIMITED and find_delimiter(used, bytes, size) != NULL:
+        if result == -EINVAL:
             raise ValueError(f"the message holds the delimiter of {framing!r}")
-        if used != NULL and used.kind == FRAME_FIXED and size != used.fixed:
+        if result == -EMSGSIZE and isinstance(framing, Fixed):
             raise ValueError(f"{framing!r} has no frame for a message of {size} bytes")
-        queued = connection_append_message(self.connection, self.generation(), used, bytes, size, &flush)
-        if flush:
-            shard_ask(self.connection, self.generation(), 0)
-        if queued < 0:
-            check(queued, "no memory to queue output" if queued == -ENOMEM else
-                  f"{framing!r} has no frame for a message of {size} bytes")
-        return queued
+        check(result, "no memory to queue output" if result == -ENOMEM else
+              f"{framing!r} has no frame for a message of {size} bytes")
+        return 0
 
     def flush(self, timeout=None):
         """Blocks until all that was queued before the call has been handed to the kernel.
@@ -751,6 +764,38 @@ cdef object contiguous(object data):
     return view if view.c_contiguous else view.tobytes()
 
 
+cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil:
+    return sock.append(<const char *>data, size)
+
+
+cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noexcept nogil:
+    return sock.append_message(<const char *>data, size)
+
+
+cdef int tst_close(TstSocket sock) noexcept nogil:
+    cdef int began = connection_close_output(sock.connection, sock.generation())
+    if began == GONE:
+        return -ENOTCONN
+    if began:
+        shard_ask(sock.connection, sock.generation(), PEND_CLOSE)
+    return began
+
+
+cdef int tst_need_send(TstSocket sock) noexcept nogil:
+    return connection_need_send(sock.connection, sock.generation())
+
+
+cdef int connection_need_send(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """0, or -ENOTCONN when the connection is gone or closing."""
+    cdef bint closed
+    spin_lock(&connection.lock)
+    closed = connection.out_closed or not connection_is(connection, generation)
+    spin_unlock(&connection.lock)
+    if closed or shard_ask(connection, generation, PEND_OUT) == GONE:
+        return -ENOTCONN
+    return 0
+
+
 cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
     """The Python side of a connection that the caller owns; the slot holds a reference until it is gone."""
     cdef TstSocket sock = TstSocket.__new__(TstSocket, POOLS_KEY)
@@ -781,10 +826,35 @@ cdef int forget_socket(tst_connection *connection) except -1:
         return 0
     sock = <TstSocket>held
     Py_DECREF(sock)
+    free_state(sock)
+    connection.compiled = NULL
+    sock.active = None
     sock.reason = None
     sock.user_data = None
     sock.handler = None
     return 0
+
+
+cdef int make_state(TstSocket sock, TstNogilHandler handler) noexcept:
+    """The C state of a connection that begins. Owner only. -ENOMEM: there is none."""
+    if handler.state_size:
+        sock.state = calloc(1, handler.state_size)
+        if sock.state == NULL:
+            return -ENOMEM
+    sock.state_handler = handler
+    return 0
+
+
+cdef void free_state(TstSocket sock) noexcept:
+    """Ends the life of a connection's C state. Owner only."""
+    cdef TstNogilHandler handler = sock.state_handler
+    cdef void *state = sock.state
+    if state != NULL:
+        with nogil:
+            handler.release(state)
+        sock.state = NULL
+        free(state)
+    sock.state_handler = None
 
 
 # ------------------------------------------------------------------------------------------------- handlers
@@ -821,6 +891,69 @@ cdef class TstHandler:
     def on_error(self, sock, exc):
         """A hook raised `exc`. The socket is disconnected afterwards, unless this returns TstStat.SUSPEND."""
         logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
+
+
+cdef class TstNogilHandler(TstHandler):
+    """A handler whose hooks may be written in Cython, without the GIL: subclass it there, with `cimport tstpool`. What
+    its C hooks pass on with TST_RUN reaches the Python hooks of TstHandler. See _core.pxd for the C hooks."""
+
+    cdef TstStat connected(self, TstSocket sock) noexcept nogil:
+        return TST_RUN
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        return TST_RUN
+
+    cdef TstStat writable(self, TstSocket sock) noexcept nogil:
+        return TST_RUN
+
+    cdef void disconnected(self, TstSocket sock) noexcept nogil:
+        pass
+
+    cdef void release(self, void *state) noexcept nogil:
+        pass
+
+    cdef void _reserved_0(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_1(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_2(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_3(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_4(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_5(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_6(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_7(self) noexcept nogil:
+        pass
+
+
+# The engine calls a TstNogilHandler through these: it knows no classes.
+
+cdef int call_connected(void *handler, void *sock) noexcept nogil:
+    return (<TstNogilHandler>handler).connected(<TstSocket>sock)
+
+
+cdef int call_received(void *handler, void *sock, const char *data, size_t size) noexcept nogil:
+    return (<TstNogilHandler>handler).received(<TstSocket>sock, data, size)
+
+
+cdef int call_writable(void *handler, void *sock) noexcept nogil:
+    return (<TstNogilHandler>handler).writable(<TstSocket>sock)
+
+
+cdef int call_disconnected(void *handler, void *sock) noexcept nogil:
+    (<TstNogilHandler>handler).disconnected(<TstSocket>sock)
+    return 0
 
 
 cdef tuple HOOKS = ("on_connect", "on_message", "on_writable", "on_disconnect", "on_idle", "on_slow", "on_error",
@@ -860,6 +993,12 @@ cdef Binding bind(object handler, dict hooks):
     binding.on_slow = found["on_slow"]
     binding.on_error = found["on_error"]
     binding.on_most_elapsed = found["on_most_elapsed"]
+    if isinstance(handler, TstNogilHandler):
+        binding.compiled.handler = <void *>handler     # borrowed: binding.handler holds it
+        binding.compiled.connected = call_connected
+        binding.compiled.received = call_received
+        binding.compiled.writable = call_writable
+        binding.compiled.disconnected = call_disconnected
     return binding
 
 
@@ -885,6 +1024,10 @@ cdef object with_arity(object function, int least, int most):
 
 # ----------------------------------------------------------------------------------------------------- pool
 
+cdef bint gil_is_on() except -1:
+    return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
 # Pools that have workers, for the interpreter's exit and for forks.
 _running = weakref.WeakSet()
 
@@ -899,7 +1042,8 @@ cdef class TstPool:
     workers: threads; default min(32, cores + 4). Handlers that block hold one each.
     trigger: "level", "oneshot" or "edge": how descriptors are armed. Same results from all three; "level" is fastest.
     max_recv_size, max_send_size: bytes in each socket's recv_data and send_data.
-    shards: epoll sets; default 1.
+    shards: epoll sets, each polled by one worker at a time. Default: 1 under a GIL, one a core on a free-threaded build
+    or with a TstNogilHandler; never more than workers.
     idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
     name: prefix of the threads' names.
 
@@ -933,10 +1077,10 @@ cdef class TstPool:
         self.listeners = []
         self.name = str(name)
         self.n_workers = positive(min(32, (os.cpu_count() or 1) + 4) if workers is None else workers, "workers")
-        self.n_shards = min(positive(1 if shards is None else shards, "shards"), self.n_workers)
+        self.shards_wanted = 0 if shards is None else positive(shards, "shards")
         self.max_recv_size = positive(max_recv_size, "max_recv_size")
         self.max_send_size = positive(max_send_size, "max_send_size")
-        self.slow_handler = nanoseconds(slow_handler, "slow_handler")
+        self.engine.slow_handler = nanoseconds(slow_handler, "slow_handler")
         self.engine.idle_time = max(<uint64_t>1, nanoseconds(idle_time, "idle_time"))
         self.engine.trigger = TRIGGERS[trigger]
         self.engine.watcher = -1
@@ -1123,12 +1267,23 @@ cdef class TstPool:
 
     # -- start and stop
 
+    cdef int shards_to_open(self) except -1:
+        """As many as were asked for; else one where the GIL lets one thread run handlers at a time, or one a core."""
+        if self.engine.shards != NULL:
+            return self.engine.n_shards        # connections may still remember theirs from before a stop()
+        if self.shards_wanted:
+            return min(self.shards_wanted, self.n_workers)
+        if gil_is_on() and not (self.binding is not None and self.binding.compiled.handler != NULL):
+            return 1
+        return min(len(os.sched_getaffinity(0)), self.n_workers)
+
     cdef int open(self) except -1:
         """Makes the shards' descriptors if they are not there. Mutex held."""
         cdef int i
         cdef tst_shard *shard
         if self.opened:
             return 0
+        self.n_shards = self.shards_to_open()
         if accept4(-1, NULL, NULL, 0) < 0 and errno == ENOSYS:
             raise system_error(ENOSYS, "this kernel has no accept4, which tstpool needs (Linux 2.6.28 or newer)")
         if self.engine.shards == NULL:
@@ -1175,6 +1330,7 @@ cdef class TstPool:
             self.engine.workers[no].no = no
         self.binding = bind(self.binding.handler, self.hooks)
         self.engine.call_idle = self.binding.on_idle is not None
+        self.engine.call_longest = self.binding.on_most_elapsed is not None
         self.fault = None
         self.live_workers = 0
         threads = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
@@ -1454,13 +1610,7 @@ cdef class TstPool:
         its `send_data` asks for is sent first. Returns False when the connection is gone or closing."""
         cdef uint32_t generation = 0
         cdef tst_connection *connection = self.find(sock_or_sd, &generation)
-        cdef bint closed
-        if connection == NULL:
-            return False
-        spin_lock(&connection.lock)
-        closed = connection.out_closed or not connection_is(connection, generation)
-        spin_unlock(&connection.lock)
-        return not closed and shard_ask(connection, generation, PEND_OUT) != GONE
+        return connection != NULL and connection_need_send(connection, generation) == 0
 
     def closesocket(self, sock_or_sd):
         """Closes a connection, as TstSocket.close(). Returns True for the call that began it."""
@@ -1678,6 +1828,8 @@ cdef class Worker:
             ran = False
             if turn == TURN_RUN:
                 self.run_batch(shard, batch)
+                if self.worker.accept_errno:
+                    self.complain()
                 ran = True
             elif turn == TURN_LOST:
                 batch_leave(self.engine, batch, 1)     # the token's use goes with the token
@@ -1728,91 +1880,162 @@ cdef class Worker:
     cdef int run_batch(self, tst_shard *shard, tst_batch *batch) except -1:
         """Runs the handlers of the entries that nobody else runs. Replies that wait for long are sent in between."""
         cdef int i
-        cdef tst_entry *entry
+        cdef tst_entry *left = self.worker.left
         cdef uint64_t flushed = clock_now()
-        self.clock = flushed
-        for i in range(batch.n_entries):
-            entry = &batch.entries[i]
-            if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
-                continue
-            try:
-                self.run_entry(entry)
-            finally:
-                self.worker.current = NULL
-                store32(&entry.state, ENTRY_RAN, RELEASE)
+        self.worker.clock = flushed
+        if left != NULL:
+            self.worker.left = NULL
+            self.run_one(left)
             if not token_held(shard, self.worker.no):
                 return 0
-            if self.clock - flushed >= FLUSH_EVERY:
+        for i in range(batch.n_entries):
+            if not self.run_one(&batch.entries[i]):
+                continue
+            if not token_held(shard, self.worker.no):
+                return 0
+            if self.worker.clock - flushed >= RUN_TIME:
                 with nogil:
-                    batch_finish(self.worker, batch, self.clock)
-                flushed = clock_now()
+                    batch_finish(self.worker, batch, self.worker.clock)
+                self.worker.clock = flushed = clock_now()
         return 0
+
+    cdef bint run_one(self, tst_entry *entry) except -1:
+        """False: another thread runs the entry, or has run it, or it has nothing to be run."""
+        if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
+            return False
+        try:
+            self.run_entry(entry)
+        finally:
+            self.worker.current = NULL
+            store32(&entry.state, ENTRY_RAN, RELEASE)
+        return True
 
     cdef int run_entry(self, tst_entry *entry) except -1:
         """All that is due for one connection: connect, writable, messages, disconnect, in this order."""
         cdef tst_connection *connection = entry.connection
         cdef TstSocket sock
-        cdef Binding binding
         cdef uint32_t due = entry.what
         store32(<uint32_t *>&connection.thread_no, <uint32_t>self.worker.no, RELAXED)
         self.worker.current = connection
         sock = <TstSocket>connection.sock if connection.sock != NULL else new_socket(self.pool, connection)
         if due & DO_CONNECT:
+            self.adopt_binding(sock)
             self.connect(sock)
-        with cython.critical_section(sock):
-            binding = sock.binding
-        if binding is None:
-            binding = self.binding
+        if connection.report:
+            self.report(sock)
         if due & DO_WRITABLE and not connection.closing:
-            self.writable(sock, binding)
+            self.writable(sock)
         if not due & DO_CONNECT:
-            self.read_messages(sock, binding, connection.events)
+            self.read_messages(sock, connection.events)
             due = connection_due(connection)
         elif connection.closing:
             due = connection_due(connection)
-        if due & DO_DISCONNECT and self.disconnect(sock, binding):
+        if due & DO_DISCONNECT and self.disconnect(sock):
             entry.what = DO_RETIRE
         elif input_keep(&connection.input) < 0:
             connection_break(connection, ENOMEM)
         return 0
 
+    cdef Binding binding_of(self, TstSocket sock):
+        """The socket's handler as it is now; the pool's as this worker's own copy of it."""
+        if load32(&sock.connection.rebind, RELAXED):
+            self.adopt_binding(sock)
+        return self.binding if sock.active is None else sock.active
+
+    cdef int adopt_binding(self, TstSocket sock) except -1:
+        """The connection is new, or its sock.handler was assigned: from here on that is its handler."""
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding, source
+        store32(&connection.rebind, 0, SEQ_CST)        # before the look: what is assigned later sets it again
+        with cython.critical_section(sock):
+            binding = sock.binding
+        source = self.pool.binding if binding is None else binding
+        if source.compiled.handler != <void *>sock.state_handler:
+            free_state(sock)
+            if source.compiled.handler != NULL and make_state(sock, <TstNogilHandler>source.compiled.handler) < 0:
+                connection_break(connection, ENOMEM)
+                connection_begin_close(connection)
+        connection.compiled = NULL if sock.state_handler is None else &source.compiled
+        sock.active = binding
+        return 0
+
     cdef bint connect(self, TstSocket sock) except -1:
         """on_connect. A connection that is refused closes like any other, but was never connected for on_disconnect."""
-        cdef Binding binding = sock.binding if sock.binding is not None else self.binding
+        cdef Binding binding = self.binding_of(sock)
         cdef object hook = binding.on_connect if binding.on_connect is not None else self.binding.on_connect
+        cdef int stat = TST_RUN
         if sock.connection.closing or load32(&self.engine.phase, ACQUIRE) != PHASE_RUNNING:
             connection_begin_close(sock.connection)
             return False
         sock.connection.connected = True
+        if sock.connection.compiled != NULL:
+            stat = self.notify(sock, sock.connection.compiled.connected)
+        if stat != TST_RUN:
+            hook = None
+            if stat <= TST_SEND:
+                connection_apply(sock.connection, self.worker, stat)
         if hook is not None:
-            result = self.call(sock, binding, hook, (sock,))
-            if result is not None and isinstance(result, int) and result > <int>TstStat.SEND:
-                sock.connection.connected = False
-                connection_begin_close(sock.connection)
-            else:
-                self.apply(sock, binding, result, None, None)
+            result = self.call(sock, binding, hook, NOTHING)
+            stat = <int>result if result is not None and isinstance(result, int) and result > TST_SEND else TST_SUSPEND
+            if stat == TST_SUSPEND:
+                self.apply(sock, binding, result, None, NOTHING)
+        if stat > TST_SEND:
+            sock.connection.connected = False
+            connection_begin_close(sock.connection)
         return True
 
-    cdef int read_messages(self, TstSocket sock, Binding binding, uint32_t events) except -1:
-        """Hands out the whole messages that are there, up to a fair share."""
-        cdef int n = 0
-        while n < MESSAGES_PER_TURN and connection_cut(sock.connection):
-            store32(&sock.connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
-            if not self.message(sock, binding):
-                break
+    cdef int notify(self, TstSocket sock, tst_notified hook) except -1:
+        """Calls a compiled handler's hook other than `received`. Returns its TstStat."""
+        cdef int stat
+        cdef void *handler = sock.connection.compiled.handler
+        with nogil:
+            worker_enter(self.worker)
+            stat = hook(handler, <void *>sock)
+            worker_leave(self.worker)
+            worker_job(self.engine, self.worker, sock.connection, 1)
+        if sock.connection.report:
+            self.report(sock)
+        return stat if stat >= 0 else TST_DISCONNECT
+
+    cdef int read_messages(self, TstSocket sock, uint32_t events) except -1:
+        """Hands out the whole messages that are there, up to a fair share of time."""
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding
+        cdef uint64_t began = self.worker.clock
+        cdef uint64_t n = 0
+        while connection_cut(connection):
+            binding = self.binding_of(sock)
+            if connection.compiled != NULL and not connection.passed_on:
+                if not self.run_compiled_messages(sock):
+                    break
+            connection.passed_on = False
+            store32(&connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
             n += 1
+            if connection.framed and connection.too_large:
+                self.refuse(sock, binding)
+            elif not self.message(sock, binding):
+                break
+            if n % RUN_BURST == 0 and self.worker.clock - began >= RUN_TIME:
+                break
+        count(&self.worker.stats.messages, n)
         return 0
+
+    cdef bint run_compiled_messages(self, TstSocket sock) except -1:
+        """True: there is a message that its compiled handler has passed on, or that is too large for its framing."""
+        cdef bint passed
+        with nogil:
+            passed = run_messages(self.engine, self.worker, sock.connection)
+        if sock.connection.report:
+            self.report(sock)
+        return passed
 
     cdef bint message(self, TstSocket sock, Binding binding) except -1:
         """One message. False: a function left it unread, so it is to be called again, after the others."""
         cdef tst_connection *connection = sock.connection
         cdef bint whole = connection.framed or (connection.recv != NULL and data_requested(connection.recv))
         cdef bint handed_out
-        if connection.framed and connection.too_large:
-            return self.refuse(sock, binding)
         connection.message_ready = False
         connection.has_read = False
-        count(&self.worker.stats.messages, 1)
         if not connection.framed:
             return self.hand_out(sock, binding, whole)
         frame_open(connection)
@@ -1822,6 +2045,7 @@ cdef class Worker:
 
     cdef bint refuse(self, TstSocket sock, Binding binding) except -1:
         """The peer sends a message longer than allowed: on_error hears of it, and the connection closes anyway."""
+        sock.connection.message_ready = False
         input_free(&sock.connection.input)
         self.failed(sock, binding, MessageTooLarge(f"the peer's message is longer than {sock.own_framing!r} allows"))
         connection_begin_close(sock.connection)
@@ -1830,26 +2054,26 @@ cdef class Worker:
     cdef bint hand_out(self, TstSocket sock, Binding binding, bint whole) except -1:
         """Gives the message at hand to whoever it is for. `whole`: to be handed out once, read or not."""
         cdef tst_connection *connection = sock.connection
-        if binding.function is None:
-            data = self.payload(sock)
-            if binding.on_message is not None:
-                result = self.call(sock, binding, binding.on_message, (sock, data))
-                if binding is self.binding or not is_run(result):
-                    self.apply(sock, binding, result, None, None)
-                    return True
-                if self.binding.function is None:
-                    return self.message_to_pool(sock, data)
-                if not whole or connection.windowed:
-                    give_back(connection, data)
-                return self.function_message(sock, self.binding, whole)
+        if binding.function is not None:
+            return self.function_message(sock, binding, whole)
+        data = self.payload(sock)
+        if binding.on_message is None:
             return True
-        return self.function_message(sock, binding, whole)
+        result = self.call(sock, binding, binding.on_message, data)
+        if binding is self.binding or not is_run(result):
+            self.apply(sock, binding, result, None, NOTHING)
+            return True
+        if self.binding.function is None:
+            return self.message_to_pool(sock, data)
+        if not whole or connection.windowed:
+            give_back(connection, data)
+        return self.function_message(sock, self.binding, whole)
 
     cdef bint message_to_pool(self, TstSocket sock, object data) except -1:
         """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler."""
         if self.binding.on_message is not None:
-            verdict = self.call(sock, self.binding, self.binding.on_message, (sock, data))
-            self.apply(sock, self.binding, verdict, None, None)
+            verdict = self.call(sock, self.binding, self.binding.on_message, data)
+            self.apply(sock, self.binding, verdict, None, NOTHING)
         return True
 
     cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1:
@@ -1857,14 +2081,14 @@ cdef class Worker:
         cdef tst_connection *connection = sock.connection
         if connection.recv != NULL:
             data_set_unread(connection.recv, 0 if whole and not connection.windowed else sock.unread())
-        result = self.call(sock, binding, binding.function, (sock,))
+        result = self.call(sock, binding, binding.function, NOTHING)
         if binding is not self.binding and is_run(result):
             if self.binding.function is None:
                 if whole or sock.unread():
                     return self.message_to_pool(sock, self.payload(sock))
             else:
                 return self.function_message(sock, self.binding, whole)
-        self.apply(sock, binding, result, None, None)
+        self.apply(sock, binding, result, None, NOTHING)
         if whole or connection.has_read or connection.closing or connection.hold_input or (
                 connection.recv != NULL and data_requested(connection.recv)):
             return True
@@ -1885,100 +2109,97 @@ cdef class Worker:
         sock.took(sock.unread())
         return data
 
-    cdef int writable(self, TstSocket sock, Binding binding) except -1:
+    cdef int writable(self, TstSocket sock) except -1:
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding = self.binding_of(sock)
         cdef object hook = binding.function if binding.function is not None else binding.on_writable
-        store32(&sock.connection.events, _EPOLLOUT, RELAXED)
+        cdef int stat
+        store32(&connection.events, _EPOLLOUT, RELAXED)
+        if connection.compiled != NULL and not connection.passed_on:
+            stat = self.notify(sock, connection.compiled.writable)
+            if stat != TST_RUN:
+                connection_apply(connection, self.worker, stat)
+                return 0
+        connection.passed_on = False
         if hook is not None:
-            self.apply(sock, binding, self.call(sock, binding, hook, (sock,)),
+            self.apply(sock, binding, self.call(sock, binding, hook, NOTHING),
                        self.binding.function if self.binding.function is not None else self.binding.on_writable,
-                       (sock,))
+                       NOTHING)
         return 0
 
-    cdef bint disconnect(self, TstSocket sock, Binding binding) except -1:
+    cdef bint disconnect(self, TstSocket sock) except -1:
         """on_disconnect, and the end of the TstSocket's life in the table. False: the handler has reconnected it."""
         cdef tst_connection *connection = sock.connection
+        cdef Binding binding = self.binding_of(sock)
         cdef object hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
         reason, sock.reason = sock.reason, None
         if reason is None and connection.reason:
             reason = system_error(connection.reason)
+        if connection.connected and connection.compiled != NULL:
+            self.notify(sock, connection.compiled.disconnected)
         if connection.connected and hook is not None:
-            result = self.call(sock, binding, hook, (sock, reason))
-            if result is not None and isinstance(result, int) and result == <int>TstStat.RECONNECTED:
-                reconnect(sock)
+            result = self.call(sock, binding, hook, reason)
+            if result is not None and isinstance(result, int) and result == TST_RECONNECTED:
+                connection_reconnect(connection)
                 return False
         forget_socket(connection)
         return True
 
-    cdef object call(self, TstSocket sock, Binding binding, object hook, object arguments):
-        """Calls a hook, measures it, and deals with what it raises; then the result is DISCONNECT unless on_error says
-        else."""
-        cdef uint64_t begin = self.clock
-        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+    cdef object call(self, TstSocket sock, Binding binding, object hook, object argument):
+        """Calls hook(sock), or hook(sock, argument), measures it, and deals with what it raises; then the result is
+        None, and the connection closes unless on_error says else."""
+        worker_enter(self.worker)
         try:
-            return hook(*arguments)
+            result = hook(sock) if argument is NOTHING else hook(sock, argument)
         except BaseException as error:
             self.failed(sock, binding, error)
-            return None
-        finally:
-            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
-            self.finished(sock, begin)
+            result = None
+        worker_leave(self.worker)
+        worker_job(self.engine, self.worker, sock.connection, 1)
+        if sock.connection.report:
+            self.report(sock)
+        return result
 
-    cdef int finished(self, TstSocket sock, uint64_t begin) except -1:
-        """Enters the job that has just ended, and reports it if it was long."""
-        cdef uint64_t longest
-        cdef uint64_t elapsed
-        self.clock = clock_now()
-        elapsed = self.clock - begin
-        longest = stats_job(&self.worker.stats, begin, self.clock)
+    cdef int report(self, TstSocket sock) except -1:
+        """on_slow and on_most_elapsed for a job that has ended."""
+        cdef uint64_t elapsed = sock.connection.report
+        sock.connection.report = 0
         try:
-            if longest and self.binding.on_most_elapsed is not None:
+            if elapsed == self.worker.stats.most_elapsed and self.binding.on_most_elapsed is not None:
                 self.binding.on_most_elapsed(sock, elapsed / 1e9)
-            if elapsed >= self.pool.slow_handler and self.binding.on_slow is not None:
+            if elapsed >= self.engine.slow_handler and self.binding.on_slow is not None:
                 self.binding.on_slow(sock, elapsed / 1e9)
         except BaseException:
             logger.exception("on_slow raised")
         return 0
 
-    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object arguments) except -1:
+    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1:
         """Does what a handler's return value says. `hook`: the pool's, for TstStat.RUN from a socket's own handler."""
         cdef tst_connection *connection = sock.connection
-        cdef int stat = 0
-        cdef int queued
-        if result is not None:
-            if type(result) is bytes:
-                return self.reply(sock, binding, result)
-            if not isinstance(result, int):
-                wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {result!r:.100}")
-                self.failed(sock, binding, wrong)
-                return 0
-            stat = <int>(result if -1 < result < 100 else 4)
-        if stat == 1 and binding is not self.binding and hook is not None:
-            return self.apply(sock, self.binding, self.call(sock, self.binding, hook, arguments), None, None)
-        if connection.closing:
+        cdef int stat
+        if result is None:
+            if connection.send != NULL:
+                connection_apply(connection, self.worker, TST_SUSPEND)
             return 0
-        if stat == 3:
-            return reconnect(sock)
-        if stat > 2:
-            connection_transfer(connection, self.clock)
-            connection_begin_close(connection)
+        if type(result) is bytes:
+            return self.reply(sock, binding, result)
+        if not isinstance(result, int):
+            wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {result!r:.100}")
+            self.failed(sock, binding, wrong)
             return 0
-        if stat == 2 or connection.send != NULL:
-            queued = connection_transfer(connection, self.clock)
-            if queued < 0:
-                connection_break(connection, -queued)
-            elif stat == 2:
-                connection.call_writable = connection.hold_input = True
-                if queued == 0:
-                    connection.send_mark = 0
-                    count(&self.worker.stats.spins, 1)
+        stat = <int>(result if -1 < result < 100 else TST_DISCONNECT)
+        if stat == TST_RUN and binding is not self.binding and hook is not None:
+            return self.apply(sock, self.binding, self.call(sock, self.binding, hook, argument), None, NOTHING)
+        connection_apply(connection, self.worker, stat)
         return 0
 
     cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
         """A handler has returned bytes: they go out as one message."""
+        cdef ssize_t queued = sock.append_message(PyBytes_AS_STRING(message), <size_t>PyBytes_GET_SIZE(message))
+        if queued >= 0 or queued == -ENOTCONN:     # closed meanwhile: nobody waits for the reply
+            return 0
         try:
-            sock.append_message(PyBytes_AS_STRING(message), <size_t>PyBytes_GET_SIZE(message))
-        except ConnectionClosed:
-            pass               # it was closed meanwhile: nobody waits for the reply
+            sock.raise_unsent(queued, <size_t>PyBytes_GET_SIZE(message))
         except Exception as error:
             self.failed(sock, binding, error)
         return 0
@@ -1991,7 +2212,7 @@ cdef class Worker:
             verdict = hook(sock, error)
         except BaseException as second:
             logger.error("on_error raised on socket %d", sock.sd, exc_info=second)
-        if verdict is not None and verdict == <int>TstStat.SUSPEND:
+        if verdict is not None and verdict == TST_SUSPEND:
             return 0
         sock.reason = error
         connection_begin_close(sock.connection)
@@ -2047,28 +2268,6 @@ cdef int give_back(tst_connection *connection, bytes data) except -1:
 
 cdef bint is_run(object result) except -1:
     return result is not None and isinstance(result, int) and result == 1
-
-
-cdef int reconnect(TstSocket sock) except -1:
-    """The handler has put another connection under the descriptor: forgets the old one's bytes, registers it anew."""
-    cdef tst_connection *connection = sock.connection
-    input_free(&connection.input)
-    connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
-    connection.call_writable = connection.ask_writable = False
-    connection.reason = 0
-    spin_lock(&connection.lock)
-    if not connection.flushing:
-        queue_drop(&connection.out)
-    sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
-    connection.registered = connection.want_out = connection.want_room = connection.out_closed = False
-    connection.armed = 0
-    store32(&connection.out_error, 0, RELAXED)
-    spin_unlock(&connection.lock)
-    fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK)
-    for transfer in (sock.recv_transfer, sock.send_transfer):
-        if transfer is not None:
-            transfer.req_len = 0
-    return 0
 
 
 # ------------------------------------------------------------------------------------------- end and forks

@@ -15,12 +15,12 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strrchr
 
 from tstpool._libc cimport (
-    ACQUIRE, O_CLOEXEC, O_RDONLY, RELAXED, RELEASE, SEQ_CST, close, load32, load64, open_file, pthread_cond_signal,
-    pthread_cond_t, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, read,
-    store32, store64, timespec)
+    ACQUIRE, O_CLOEXEC, O_RDONLY, RELAXED, SEQ_CST, close, load32, load64, open_file, pthread_cond_signal,
+    pthread_cond_t, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, read, store32,
+    store64, timespec)
 from tstpool._shard cimport (
-    PHASE_ENDING, TOKEN_POLLING, TOKEN_RUNNING, token_move, token_of, tst_batch, tst_engine, tst_shard, tst_worker)
-from tstpool._stats cimport NANOSECOND, clock_now, count
+    PHASE_ENDING, TOKEN_POLLING, TOKEN_RUNNING, token_move, token_of, tst_engine, tst_shard, tst_worker)
+from tstpool._stats cimport NANOSECOND, clock_now
 from tstpool._turn cimport worker_waited
 
 cdef extern from "<stdio.h>" nogil:

@@ -71,6 +71,7 @@ cdef struct tst_entry:
     uint32_t state             # atomic
     uint32_t what              # DO_*; written by the runner
     uint32_t generation
+    bint compiled              # its handler is compiled: it may not need the interpreter
     tst_connection *connection  # borrowed; OWNED by this entry until it is DONE
 
 
@@ -80,7 +81,8 @@ cdef struct tst_batch:
     int n_events
     int next_event             # the first that has no entry yet
     int n_entries
-    int n_python               # entries that need the interpreter
+    int n_compiled             # entries that may not need the interpreter
+    int n_python               # entries that need it
     size_t scratch_used
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
@@ -94,6 +96,8 @@ cdef struct tst_worker:
     int tid
     unsigned long ident        # threading.get_ident() of its thread
     tst_connection *current    # the connection whose handler it is in
+    tst_entry *left            # borrowed: an entry that waits for Python, of a batch that is not its any more
+    uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
     uint64_t looked_calls      # watcher only: `calls` at its last look
     int looks                  # watcher only: looks at which it had not moved
@@ -128,7 +132,9 @@ cdef struct tst_engine:
     uint32_t watcher_asleep    # atomic: whoever begins to run handlers must wake it
     uint64_t drain_until       # atomic: monotonic nanoseconds
     uint64_t idle_time         # nanoseconds
+    uint64_t slow_handler      # nanoseconds from which a job is reported
     bint call_idle             # a handler wants on_idle
+    bint call_longest          # a handler wants on_most_elapsed
     uint8_t trigger
     int n_workers
     int n_shards
@@ -153,7 +159,7 @@ cdef inline bint token_move(tst_shard *shard, uint64_t old, uint64_t fresh) noex
 
 
 cdef inline bint token_held(tst_shard *shard, int worker) noexcept nogil:
-    return load64(&shard.token, ACQUIRE) >> 8 == <uint64_t>worker + 1
+    return load64(&shard.token, SEQ_CST) >> 8 == <uint64_t>worker + 1
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -172,7 +178,7 @@ cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
             return NULL
     batch.next = NULL
     store32(&batch.users, 2, RELEASE)
-    batch.n_events = batch.next_event = batch.n_entries = batch.n_python = 0
+    batch.n_events = batch.next_event = batch.n_entries = batch.n_compiled = batch.n_python = 0
     batch.scratch_used = 0
     return batch
 
@@ -191,15 +197,20 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
     entry.connection = connection
     entry.generation = generation_of(load64(&connection.state, RELAXED))
     entry.what = what
+    entry.compiled = (connection.compiled != NULL and not what & (DO_CONNECT | DO_DISCONNECT)
+                      and not load32(&connection.rebind, ACQUIRE))
     store32(&entry.state, ENTRY_QUEUED if what else ENTRY_RAN, RELEASE)
     batch.n_entries += 1
     if what:
-        batch.n_python += 1
+        if entry.compiled:
+            batch.n_compiled += 1
+        else:
+            batch.n_python += 1
     return entry
 
 
 cdef inline bint entry_move(tst_entry *entry, uint32_t old, uint32_t fresh) noexcept nogil:
-    if load32(&entry.state, ACQUIRE) != old:
+    if load32(&entry.state, SEQ_CST) != old:
         return False
     return compare_exchange32(&entry.state, &old, fresh, False, ACQ_REL, ACQUIRE)
 

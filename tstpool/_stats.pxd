@@ -42,10 +42,11 @@ cdef inline void count(uint64_t *counter, uint64_t amount) noexcept nogil:
     store64(counter, load64(counter, RELAXED) + amount, RELAXED)
 
 
-cdef inline uint64_t stats_job(tst_stats *stats, uint64_t begin, uint64_t end) noexcept nogil:
-    """Enters one job that ran from `begin` to `end`. Returns its length if it was the longest so far, else 0."""
+cdef inline uint64_t stats_job(tst_stats *stats, uint64_t calls, uint64_t begin, uint64_t end) noexcept nogil:
+    """Enters a job of so many handler calls that ran from `begin` to `end`. Returns its length if it was the longest so
+    far, else 0."""
     cdef uint64_t elapsed = end - begin
-    count(&stats.exec_count, 1)
+    count(&stats.exec_count, calls)
     count(&stats.sum_time, elapsed)
     store64(&stats.begin_time, begin, RELAXED)
     store64(&stats.end_time, end, RELAXED)

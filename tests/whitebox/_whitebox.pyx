@@ -70,7 +70,7 @@ cdef class Jobs:
     cdef tst_stats stats
 
     def enter(self, uint64_t begin, uint64_t end):
-        return stats_job(&self.stats, begin, end)
+        return stats_job(&self.stats, 1, begin, end)
 
     @property
     def seen(self):
