@@ -39,15 +39,15 @@ from cpython.object cimport PyObject
 from libc.errno cimport EINVAL, ENOMEM, ENOTCONN
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from tstpool._data cimport tst_data, tst_input
-from tstpool._frame cimport FRAME_DELIMITED, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing
+from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
     load_pointer, store32, store64, tst_bug)
 from tstpool._lock cimport spin_lock, spin_unlock
-from tstpool._queue cimport queue_append, queue_size, tst_queue
+from tstpool._queue cimport queue_append, queue_commit, queue_room, queue_share, queue_size, tst_queue, tst_shared
 
 cdef enum:
     STATE_OPEN = 0x1
@@ -62,6 +62,9 @@ cdef enum:
     PEND_CLOSE = 0x800
     PEND_ARM = 0x1000
     PEND_ANY = 0x1f00
+
+cdef enum:
+    FRAME_WHOLE = 8191         # bytes up to which a message and its header are queued in one step, in one piece
 
 cdef enum:
     TABLE_CHUNK = 256          # connections in one chunk
@@ -301,76 +304,82 @@ cdef inline bint connection_mark(tst_connection *connection, uint64_t flag, bint
 
 cdef inline bint connection_is(tst_connection *connection, uint32_t generation) noexcept nogil:
     """The slot still holds the connection of that generation. Sure only while the lock or the ownership is held."""
-    cdef uint64_t word = load64(&connection.state, ACQUIRE)
+    return word_is(load64(&connection.state, ACQUIRE), generation)
+
+
+cdef inline bint word_is(uint64_t word, uint32_t generation) noexcept nogil:
     return generation_of(word) == generation and word & STATE_OPEN
 
 
 # -------------------------------------------------------------------------------------------------- output
 
-cdef inline ssize_t connection_append(tst_connection *connection, uint32_t generation, const char *bytes, size_t size,
-                                      bint *flush) noexcept nogil:
-    """Queues output, from any thread. Returns the bytes that wait now, -ENOTCONN when it is closed, or -ENOMEM.
+cdef inline bint output_is_left(tst_connection *connection, uint64_t word) noexcept nogil:
+    """Nobody is on the way to send what was just queued. Lock held; `word`: the state as it was read under it.
 
-    `flush` becomes True when nobody is on the way to send it: the caller must connection_ask() for it.
+    An owner that is not DETACHED releases, then takes the lock and looks at the queue: it comes after us, or we would
+    have seen it gone.
     """
-    cdef ssize_t result
-    spin_lock(&connection.lock)
-    if connection.out_closed or not connection_is(connection, generation):
-        result = -ENOTCONN
-    else:
-        result = queue_append(&connection.out, bytes, size)
-        if result == 0:
-            result = <ssize_t>queue_size(&connection.out)
-            flush[0] = not connection.want_out and not connection.flushing
-    spin_unlock(&connection.lock)
-    return result
+    return not connection.want_out and not connection.flushing and word & (STATE_OWNED | STATE_DETACHED) != STATE_OWNED
 
 
-cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const char *bytes,
-                            size_t size) noexcept nogil:
-    """Queues a message with what its framing puts around it.
+cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const char *bytes, size_t size,
+                            tst_shared *shared) noexcept nogil:
+    """Queues a message with what its framing puts around it; `shared`: its bytes need not be copied.
 
     -EMSGSIZE: the framing has no frame for so many bytes, -EINVAL: the message holds the delimiter; then nothing was
     queued. -ENOMEM: a part may be.
     """
     cdef unsigned char header[HEADER_MOST]
-    cdef int n
-    if framing == NULL:
-        return queue_append(queue, bytes, size)
-    n = frame_header(framing, size, header)
-    if n < 0:
-        return n
-    if framing.kind == FRAME_DELIMITED and find_delimiter(framing, bytes, size) != NULL:
-        return -EINVAL
+    cdef char *room
+    cdef int n = 0
+    if framing != NULL:
+        if framing.kind == FRAME_LENGTH and framing.offset == 0 and size <= FRAME_WHOLE:
+            room = queue_room(queue, size + framing.length_size)
+            if room != NULL:
+                n = frame_header(framing, size, <unsigned char *>room)
+                if n >= 0:
+                    memcpy(room + n, bytes, size)
+                    queue_commit(queue, size + <size_t>n)
+                return 0 if n >= 0 else n
+        n = frame_header(framing, size, header)
+        if n < 0:
+            return n
+        if framing.kind == FRAME_DELIMITED and find_delimiter(framing, bytes, size) != NULL:
+            return -EINVAL
     if n and queue_append(queue, <char *>header, <size_t>n) < 0:
         return -ENOMEM
-    if queue_append(queue, bytes, size) < 0:
+    if (queue_share(queue, shared) if shared != NULL else queue_append(queue, bytes, size)) < 0:
         return -ENOMEM
-    if framing.kind == FRAME_DELIMITED:
+    if framing != NULL and framing.kind == FRAME_DELIMITED:
         return queue_append(queue, framing.delimiter, framing.n_delimiter)
     return 0
 
 
-cdef inline ssize_t connection_append_message(tst_connection *connection, uint32_t generation, const char *bytes,
-                                              size_t size, bint *flush) noexcept nogil:
-    """As connection_append, for a whole message in the frame of the connection's framing; -EMSGSIZE and -EINVAL when it
-    has none for it.
+cdef inline ssize_t connection_append(tst_connection *connection, uint32_t generation, const char *bytes, size_t size,
+                                      tst_shared *shared, bint framed, bint *flush) noexcept nogil:
+    """Queues output, from any thread: bytes as they are or, `framed`, as one message of the connection's framing. Bytes
+    that are `shared` are not copied.
 
+    Returns the bytes that wait now, -ENOTCONN when it is closed, -EMSGSIZE or -EINVAL when the framing has no frame for
+    them, or -ENOMEM. `flush` becomes True when nobody is on the way to send it: the caller must connection_ask() for it.
     A frame for which memory runs out in the middle breaks the connection: the peer could make nothing of the rest.
     """
     cdef ssize_t result
+    cdef uint64_t word
     spin_lock(&connection.lock)
-    if connection.out_closed or not connection_is(connection, generation):
+    word = load64(&connection.state, ACQUIRE)
+    if connection.out_closed or not word_is(word, generation):
         result = -ENOTCONN
     else:
-        result = queue_frame(&connection.out, connection.framing, bytes, size)
-        if result == -ENOMEM:
+        connection.out.burst = word & STATE_OWNED != 0
+        result = queue_frame(&connection.out, connection.framing if framed else NULL, bytes, size, shared)
+        if result == -ENOMEM and framed:
             connection.out_closed = True
             store32(&connection.out_error, ENOMEM, RELAXED)
             flush[0] = True
         elif result == 0:
             result = <ssize_t>queue_size(&connection.out)
-            flush[0] = not connection.want_out and not connection.flushing
+            flush[0] = output_is_left(connection, word)
     spin_unlock(&connection.lock)
     return result
 

@@ -13,6 +13,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from tstpool._conn cimport tst_address, tst_compiled, tst_connection, tst_notified
 from tstpool._data cimport tst_data
 from tstpool._frame cimport tst_framing
+from tstpool._queue cimport tst_shared
 from tstpool._shard cimport tst_batch, tst_engine, tst_entry, tst_shard, tst_worker
 
 
@@ -90,15 +91,15 @@ cdef class TstSocket:
     cdef object __weakref__
 
     cdef uint32_t generation(self) noexcept nogil
-    cdef ssize_t append(self, const char *bytes, size_t size) noexcept nogil
-    cdef ssize_t append_message(self, const char *bytes, size_t size) noexcept nogil
+    cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
+    cdef ssize_t append_object(self, object data, bint framed) except? -1
     cdef bint in_handler(self) noexcept
     cdef void publish(self, void **place, void *transfer) noexcept
     cdef bint sent_up_to(self, uint64_t goal) except -1
     cdef int check_reading(self) except -1
     cdef size_t unread(self) noexcept
     cdef void took(self, size_t size) noexcept
-    cdef int raise_unsent(self, ssize_t result, size_t size) except -1
+    cdef int raise_unsent(self, ssize_t result, object data) except -1
     cdef ssize_t read_to(self, char *place, size_t size) except -1
 
 
@@ -199,6 +200,7 @@ cdef class TstPool:
     cdef int cut_off(self) except -1
     cdef int close_down(self) except -1
     cdef void close_descriptors(self) noexcept
+    cdef void drop_all_litter(self) noexcept
     cdef void free_memory(self) noexcept
     cdef tst_connection *find(self, object which, uint32_t *generation) except? NULL
     cdef list snapshot(self)
@@ -224,6 +226,7 @@ cdef class Worker:
     cdef bint connect(self, TstSocket sock) except -1
     cdef int notify(self, TstSocket sock, tst_notified hook) except -1
     cdef int read_messages(self, TstSocket sock, uint32_t events) except -1
+    cdef uint64_t quick_messages(self, TstSocket sock, Binding binding, uint64_t began) except? 0
     cdef bint run_compiled_messages(self, TstSocket sock) except -1
     cdef bint message(self, TstSocket sock, Binding binding) except -1
     cdef bint refuse(self, TstSocket sock, Binding binding) except -1

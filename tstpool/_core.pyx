@@ -13,19 +13,20 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EAGAIN, EBUSY, EINVAL, EMSGSIZE, ENOMEM, ENOSYS, ENOTCONN, errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
     GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
-    TABLE_CHUNKS, connection_append, connection_append_message, connection_close_output, connection_id, connection_is,
-    connection_mark, generation_of, table_chunk, table_find, table_open, tst_connection, tst_notified)
+    TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
+    generation_of, table_chunk, table_find, table_open, tst_connection, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_keep, input_unread)
 from tstpool._entry cimport (
     TYPE_LISTEN, batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut,
-    connection_due, connection_reconnect, connection_settle_in)
+    connection_due, connection_reconnect)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
@@ -38,16 +39,17 @@ from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_park
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_recv, sys_wake)
-from tstpool._queue cimport queue_drop
-from tstpool._run cimport RUN_BURST, RUN_TIME, run_messages, worker_enter, worker_job, worker_leave
+from tstpool._queue cimport (
+    SHARE_LEAST, queue_drop, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
+    tst_stock)
+from tstpool._run cimport RUN_BURST, RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
     DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
-    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, shard_ask, shard_push, token_held,
-    tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
-from tstpool._stats cimport NANOSECOND, clock_now, count, tst_stats
+    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, shard_ask, shard_enter_running,
+    shard_leave_running, shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._turn cimport (
-    TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LOST, TURN_RUN, engine_shard_ended, shard_enter_running,
-    shard_leave_running, shard_turn)
+    TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN, engine_shard_ended, shard_turn)
 from tstpool._libc cimport EPOLLERR as _EPOLLERR
 from tstpool._libc cimport EPOLLET as _EPOLLET
 from tstpool._libc cimport EPOLLHUP as _EPOLLHUP
@@ -403,21 +405,32 @@ cdef class TstSocket:
     cdef uint32_t generation(self) noexcept nogil:
         return generation_of(self.id)
 
-    cdef ssize_t append(self, const char *bytes, size_t size) noexcept nogil:
-        """Queues output and sees to it that somebody sends it. Bytes that wait now, or -errno."""
+    cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
+        """connection_append(), and sees to it that somebody sends it."""
         cdef bint flush = False
-        cdef ssize_t result = connection_append(self.connection, self.generation(), bytes, size, &flush)
+        cdef ssize_t result = connection_append(self.connection, self.generation(), bytes, size, shared, framed, &flush)
         if flush:
             shard_ask(self.connection, self.generation(), 0)
         return result
 
-    cdef ssize_t append_message(self, const char *bytes, size_t size) noexcept nogil:
-        """As append(), for one message in its frame; -EMSGSIZE or -EINVAL when the framing has none for it."""
-        cdef bint flush = False
-        cdef ssize_t result = connection_append_message(self.connection, self.generation(), bytes, size, &flush)
-        if flush:
-            shard_ask(self.connection, self.generation(), 0)
-        return result
+    cdef ssize_t append_object(self, object data, bint framed) except? -1:
+        """append() for whatever has a buffer. Large `bytes` are kept instead of copied: they never change."""
+        cdef Py_buffer view
+        cdef tst_shared *shared
+        cdef ssize_t queued
+        if type(data) is bytes:
+            if PyBytes_GET_SIZE(data) < SHARE_LEAST:
+                return self.append(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data), NULL, framed)
+            shared = share_object(data)
+            queued = self.append(shared.bytes, shared.size, shared, framed)
+            unshare_object(shared)
+            return queued
+        data = contiguous(data)
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            return self.append(<const char *>view.buf, <size_t>view.len, NULL, framed)
+        finally:
+            PyBuffer_Release(&view)
 
     cdef bint in_handler(self) noexcept:
         """The calling thread is the worker that is in this socket's handler."""
@@ -572,17 +585,7 @@ cdef class TstSocket:
         one thread sends keeps its order and is never mixed with another's inside one call. Raises ConnectionClosed,
         TypeError, MemoryError.
         """
-        cdef Py_buffer view
-        cdef ssize_t queued
-        if type(data) is bytes:
-            queued = self.append(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data))
-        else:
-            data = contiguous(data)
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-            try:
-                queued = self.append(<const char *>view.buf, <size_t>view.len)
-            finally:
-                PyBuffer_Release(&view)
+        cdef ssize_t queued = self.append_object(data, False)
         if queued < 0:
             check(queued, "no memory to queue output")
         return queued
@@ -593,23 +596,14 @@ cdef class TstSocket:
         Raises MessageTooLarge when the framing has no frame for so many bytes, ValueError when the message holds the
         delimiter or is not of the fixed size; else as send(). Any thread.
         """
-        cdef Py_buffer view
-        cdef ssize_t queued
-        if type(data) is bytes:
-            queued = self.append_message(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data))
-        else:
-            data = contiguous(data)
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-            try:
-                queued = self.append_message(<const char *>view.buf, <size_t>view.len)
-            finally:
-                PyBuffer_Release(&view)
+        cdef ssize_t queued = self.append_object(data, True)
         if queued < 0:
-            self.raise_unsent(queued, len(data))
+            self.raise_unsent(queued, data)
         return queued
 
-    cdef int raise_unsent(self, ssize_t result, size_t size) except -1:
-        """Says why append_message() did not take a message of `size` bytes."""
+    cdef int raise_unsent(self, ssize_t result, object data) except -1:
+        """Says why append_object() did not take a message."""
+        size = memoryview(data).nbytes
         with cython.critical_section(self):
             framing = self.own_framing
         if result == -EINVAL:
@@ -649,6 +643,7 @@ cdef class TstSocket:
                 PyErr_CheckSignals()
         finally:
             add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
+            self.pool.drop_all_litter()
 
     cdef bint sent_up_to(self, uint64_t goal) except -1:
         cdef bint gone, sent
@@ -758,6 +753,39 @@ cdef class TstSocket:
             shard_ask(self.connection, self.generation(), PEND_ARM)
 
 
+cdef tst_shared *share_object(bytes data) except NULL:
+    """Bytes of an object for queues, used once; the object lives for as long as one of them holds them."""
+    cdef tst_shared *shared = <tst_shared *>malloc(sizeof(tst_shared))
+    if shared == NULL:
+        raise MemoryError("no memory to queue output")
+    Py_INCREF(data)
+    shared.users = 1
+    shared.object = <void *>data
+    shared.next = NULL
+    shared.bytes = PyBytes_AS_STRING(data)
+    shared.size = <size_t>PyBytes_GET_SIZE(data)
+    return shared
+
+
+cdef void unshare_object(tst_shared *shared) noexcept:
+    """Gives the first use back."""
+    cdef tst_stock own
+    memset(&own, 0, sizeof(own))
+    shared_leave(shared, &own)
+    drop_litter(&own)
+
+
+cdef void drop_litter(tst_stock *stock) noexcept:
+    """Lets objects go that were queued and are sent."""
+    cdef tst_shared *shared = stock_take_litter(stock)
+    cdef tst_shared *next
+    while shared != NULL:
+        next = shared.next
+        Py_DECREF(<object>shared.object)
+        free(shared)
+        shared = next
+
+
 cdef object contiguous(object data):
     """An object whose bytes lie in one piece: `data` itself, or a copy. TypeError when it has no buffer."""
     view = memoryview(data)
@@ -765,11 +793,11 @@ cdef object contiguous(object data):
 
 
 cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil:
-    return sock.append(<const char *>data, size)
+    return sock.append(<const char *>data, size, NULL, False)
 
 
 cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noexcept nogil:
-    return sock.append_message(<const char *>data, size)
+    return sock.append(<const char *>data, size, NULL, True)
 
 
 cdef int tst_close(TstSocket sock) noexcept nogil:
@@ -1328,6 +1356,9 @@ cdef class TstPool:
         self.engine.n_workers = self.n_workers
         for no in range(self.n_workers):
             self.engine.workers[no].no = no
+            self.engine.workers[no].ticks.scale = tick_scale()
+            self.engine.workers[no].group = 1
+            self.engine.workers[no].group_most = GROUP_MOST if self.engine.slow_handler > LONG_GROUP else 1
         self.binding = bind(self.binding.handler, self.hooks)
         self.engine.call_idle = self.binding.on_idle is not None
         self.engine.call_longest = self.binding.on_most_elapsed is not None
@@ -1486,6 +1517,7 @@ cdef class TstPool:
                         forget_socket(connection)
                     except BaseException:
                         logger.exception("while closing a connection")
+        self.drop_all_litter()
         for i in range(self.engine.n_shards):
             close_once(&self.engine.shards[i].epoll_fd)
             close_once(&self.engine.shards[i].event_fd)
@@ -1497,6 +1529,12 @@ cdef class TstPool:
             store32(&self.engine.shards[i].open, 0, RELEASE)
         self.opened = False
 
+    cdef void drop_all_litter(self) noexcept:
+        cdef int i
+        for i in range(self.engine.n_shards):
+            if stock_has_litter(&self.engine.shards[i].stock):
+                drop_litter(&self.engine.shards[i].stock)
+
     cdef void free_memory(self) noexcept:
         cdef tst_batch *batch
         cdef int i
@@ -1507,6 +1545,7 @@ cdef class TstPool:
         for i in range(TABLE_CHUNKS):
             free(self.engine.table.chunks[i])
         for i in range(self.engine.n_shards):
+            stock_free(&self.engine.shards[i].stock)
             pthread_mutex_destroy(&self.engine.shards[i].mutex)
         free(self.engine.shards)
         free(self.engine.workers)
@@ -1627,20 +1666,24 @@ cdef class TstPool:
         if isinstance(exclude, TstSocket):
             exclude = (exclude,)
         left_out = set() if exclude is None else set(exclude)
-        payload = bytes(contiguous(data))
-        cdef const char *text = PyBytes_AS_STRING(payload)
-        cdef size_t size = <size_t>PyBytes_GET_SIZE(payload)
+        cdef bytes payload = bytes(contiguous(data))
+        cdef tst_shared *shared = shared_new(PyBytes_AS_STRING(payload), <size_t>PyBytes_GET_SIZE(payload))
         cdef int reached = 0
         cdef ssize_t queued
         self.check_alive()
-        for sock in self.snapshot():
-            if sock in left_out or (where is not None and not where(sock)):
-                continue
-            queued = (<TstSocket>sock).append(text, size)
-            if queued >= 0:
-                reached += 1
-            elif queued != -ENOTCONN:
-                check(queued, "no memory to queue output")
+        if shared == NULL:
+            raise MemoryError("no memory for the broadcast")
+        try:
+            for sock in self.snapshot():
+                if (left_out and sock in left_out) or (where is not None and not where(sock)):
+                    continue
+                queued = (<TstSocket>sock).append(shared.bytes, shared.size, shared, False)
+                if queued >= 0:
+                    reached += 1
+                elif queued != -ENOTCONN:
+                    check(queued, "no memory to queue output")
+        finally:
+            shared_leave(shared, NULL)
         return reached
 
     cdef list snapshot(self):
@@ -1738,6 +1781,34 @@ cdef class TstPool:
             end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
 
 
+cdef uint64_t BEGAN = clock_now()
+cdef uint64_t BEGAN_TICKS = tst_ticks()
+
+
+cdef bint kernel_counts_ticks() noexcept:
+    """The kernel takes its own time from the processor's counter: then it is steady, and the same on each core."""
+    try:
+        with open("/sys/devices/system/clocksource/clocksource0/current_clocksource") as file:
+            return file.read().strip() in ("tsc", "arch_sys_counter")
+    except OSError:
+        return False
+
+
+cdef uint64_t tick_scale() noexcept:
+    """Nanoseconds in a tick, times 2**32; 0 where ticks are not to be trusted."""
+    cdef uint64_t elapsed = clock_now() - BEGAN
+    cdef uint64_t ticks = tst_ticks() - BEGAN_TICKS
+    if ticks == 0 or not TICKS_COUNT:
+        return 0
+    while elapsed < 5000000:       # two readings of the clock, each good to some 50 ns, over 5 ms: an error of 1e-5
+        elapsed = clock_now() - BEGAN
+        ticks = tst_ticks() - BEGAN_TICKS
+    return <uint64_t>(<double>elapsed / <double>ticks * 4294967296.0)
+
+
+cdef bint TICKS_COUNT = kernel_counts_ticks()
+
+
 # Guards the pools' counts of live workers, and `interpreter_ends`.
 WORKERS_END = threading.Lock()
 cdef bint interpreter_ends = False
@@ -1827,6 +1898,8 @@ cdef class Worker:
                 turn = shard_turn(self.engine, self.worker, shard, batch, ran)
             ran = False
             if turn == TURN_RUN:
+                if stock_has_litter(&shard.stock):
+                    drop_litter(&shard.stock)
                 self.run_batch(shard, batch)
                 if self.worker.accept_errno:
                     self.complain()
@@ -1845,6 +1918,8 @@ cdef class Worker:
                 ran = True
             elif turn == TURN_COMPLAIN:
                 self.complain()
+            elif turn == TURN_LITTER:
+                drop_litter(&shard.stock)
             else:
                 self.pool.fault = system_error(-turn, "epoll_wait: " + os.strerror(-turn))
                 logger.critical("%s stops: %s", self.pool.name, self.pool.fault)
@@ -1881,7 +1956,7 @@ cdef class Worker:
         """Runs the handlers of the entries that nobody else runs. Replies that wait for long are sent in between."""
         cdef int i
         cdef tst_entry *left = self.worker.left
-        cdef uint64_t flushed = clock_now()
+        cdef uint64_t flushed = tick_now(&self.worker.ticks)
         self.worker.clock = flushed
         if left != NULL:
             self.worker.left = NULL
@@ -1896,7 +1971,7 @@ cdef class Worker:
             if self.worker.clock - flushed >= RUN_TIME:
                 with nogil:
                     batch_finish(self.worker, batch, self.worker.clock)
-                self.worker.clock = flushed = clock_now()
+                self.worker.clock = flushed = tick_now(&self.worker.ticks)
         return 0
 
     cdef bint run_one(self, tst_entry *entry) except -1:
@@ -2010,15 +2085,61 @@ cdef class Worker:
                     break
             connection.passed_on = False
             store32(&connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
-            n += 1
             if connection.framed and connection.too_large:
                 self.refuse(sock, binding)
+            elif binding is self.binding and is_quick(connection) and binding.on_message is not None:
+                n += self.quick_messages(sock, binding, began)
+                if self.worker.clock - began >= RUN_TIME:
+                    break
+                continue
             elif not self.message(sock, binding):
+                n += 1
                 break
+            n += 1
             if n % RUN_BURST == 0 and self.worker.clock - began >= RUN_TIME:
                 break
         count(&self.worker.stats.messages, n)
         return 0
+
+    cdef uint64_t quick_messages(self, TstSocket sock, Binding binding, uint64_t began) except? 0:
+        """The straight way from the input to the pool's on_message and back, for what most connections do: read_messages
+        without the questions whose answers is_quick knows. Returns how many messages it handed out."""
+        cdef tst_connection *connection = sock.connection
+        cdef tst_worker *worker = self.worker
+        cdef object hook = binding.on_message
+        cdef const char *bytes = NULL
+        cdef size_t size
+        cdef uint64_t n = 0, untimed = 0
+        while True:
+            size = message_at_hand(connection, &bytes)
+            data = PyBytes_FromStringAndSize(bytes, <Py_ssize_t>size)
+            message_take(connection, size)
+            n += 1
+            worker_enter(worker)
+            try:
+                result = hook(sock, data)
+            except BaseException as error:
+                self.failed(sock, binding, error)
+                result = None
+            worker_leave(worker)
+            connection.windowed = False
+            untimed += 1
+            if untimed >= worker.group:
+                worker_job(self.engine, worker, connection, untimed)
+                untimed = 0
+                if connection.report:
+                    self.report(sock)
+            if type(result) is bytes:
+                self.reply(sock, binding, result)
+            elif result is not None or connection.send != NULL:
+                self.apply(sock, binding, result, None, NOTHING)
+            if n % RUN_BURST == 0 and worker.clock - began >= RUN_TIME:
+                break
+            if load32(&connection.rebind, RELAXED) or not connection_cut(connection) or not is_quick(connection):
+                break
+        if untimed:
+            worker_job(self.engine, worker, connection, untimed)
+        return n
 
     cdef bint run_compiled_messages(self, TstSocket sock) except -1:
         """True: there is a message that its compiled handler has passed on, or that is too large for its framing."""
@@ -2195,11 +2316,11 @@ cdef class Worker:
 
     cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
         """A handler has returned bytes: they go out as one message."""
-        cdef ssize_t queued = sock.append_message(PyBytes_AS_STRING(message), <size_t>PyBytes_GET_SIZE(message))
+        cdef ssize_t queued = sock.append_object(message, True)
         if queued >= 0 or queued == -ENOTCONN:     # closed meanwhile: nobody waits for the reply
             return 0
         try:
-            sock.raise_unsent(queued, <size_t>PyBytes_GET_SIZE(message))
+            sock.raise_unsent(queued, message)
         except Exception as error:
             self.failed(sock, binding, error)
         return 0
@@ -2254,6 +2375,26 @@ cdef void frame_close(tst_connection *connection) noexcept:
     input_consume(&connection.input, min(connection.frame.whole, connection.input.size))
     connection.windowed = connection.framed = False
     connection.frame.needed = 0
+
+
+cdef bint is_quick(tst_connection *connection) noexcept:
+    """The message at hand lies in the input, whole: it is no transfer, not too large, and no compiled handler's."""
+    if connection.compiled != NULL or (connection.framed and connection.too_large):
+        return False
+    return connection.framed or connection.recv == NULL or not data_requested(connection.recv)
+
+
+cdef void message_take(tst_connection *connection, size_t size) noexcept:
+    """The message at hand, of `size` bytes, was copied: it is gone from the input, and the handler can read no more of
+    it."""
+    connection.message_ready = False
+    connection.windowed = connection.framed
+    if not connection.framed:
+        input_consume(&connection.input, size)
+        return
+    input_consume(&connection.input, connection.frame.whole)
+    connection.framed = False
+    connection.frame.begin = connection.frame.size = connection.frame.whole = connection.frame.needed = 0
 
 
 cdef int give_back(tst_connection *connection, bytes data) except -1:

@@ -1,43 +1,35 @@
 # cython: language_level=3
-"""What is done for one connection in a turn, as far as it needs no interpreter.
+"""What is done for one connection in a turn, as far as it needs no interpreter and no handler.
 
-    collect     an event or a request becomes an entry of the batch: accept, or acquire, receive, cut
-    apply       what a handler has returned
+    input       receive, cut: is a whole message there?
+    output      what a handler has returned or wants sent
     finish      what handlers have left: send, release, arm
 
-`_run.pxd` runs compiled handlers between the two, `_core.pyx` those in Python.
+`_collect.pxd` makes the entries, `_run.pxd` and `_core.pyx` run their handlers.
 """
-from libc.errno cimport EAGAIN, ECONNABORTED, EMFILE, ENFILE, ENOBUFS, ENOMEM
+from libc.errno cimport EAGAIN, ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
-    ACQUIRED, GONE, PEND_ANY, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DEAD, STATE_OWNED, STATE_QUEUED,
-    connection_acquire, connection_is, connection_is_paused, connection_release, connection_takes_messages,
-    connection_wants_input, generation_of, slot_of, table_open, table_slot, tst_connection)
+    PEND_CLOSE, PEND_IN, connection_is, connection_is_paused, connection_release, connection_takes_messages,
+    connection_wants_input, tst_connection)
 from tstpool._data cimport (
     data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume, input_free,
-    input_keep, input_reserve, tst_data)
+    input_reserve, tst_data)
 from tstpool._frame cimport frame_next, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED,
-    RELEASE, SEQ_CST, add32, close, epoll_event, fcntl, fetch_and64, load32, load64, load_pointer, sockaddr,
-    sockaddr_storage, socklen_t, store32, store_pointer)
+    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, fcntl, load32, load_pointer, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
-    connection_retire, connection_silence, flush_arm, flush_result, input_mask, sys_accept, sys_control, sys_drain,
-    sys_oob_inline, sys_recv, sys_writable)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_flush, connection_retire,
+    connection_silence, flush_result, sys_control, sys_recv, sys_writable)
 from tstpool._queue cimport queue_append, queue_drop, queue_size
 from tstpool._shard cimport (
-    BATCH_ENTRIES, DO_CONNECT, DO_DISCONNECT, DO_INPUT, DO_RETIRE, DO_WRITABLE, ENTRY_DONE, ENTRY_RAN, SCRATCH_LEAST,
-    SCRATCH_SIZE, batch_add, entry_move, shard_ask, shard_drain_add, shard_drain_remove, shard_push, tst_batch,
-    tst_engine, tst_entry, tst_shard, tst_worker)
-from tstpool._stats cimport clock_now, count, tst_stats
+    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, entry_move, shard_ask, shard_drain_add,
+    shard_drain_remove, shard_push, tst_batch, tst_entry, tst_shard, tst_worker)
+from tstpool._stats cimport clock_now, count
 
 cdef enum:
-    ACCEPTS_PER_TURN = 16                  # so that a flood of clients does not starve the clients that are there
-    ACCEPT_PAUSE = 100000000               # nanoseconds to wait after the process ran out of descriptors or memory
     DRAIN_TIME = 5000000000                # nanoseconds that a closing connection may take to send what is queued
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
     READ_MORE = 65536                      # room made behind unread input
@@ -53,121 +45,6 @@ cdef enum:
     STAT_SEND = 2
     STAT_RECONNECTED = 3
     STAT_DISCONNECT = 4
-
-# ------------------------------------------------------------------------------------------------- connect
-
-cdef inline tst_shard *engine_least_loaded(tst_engine *engine) noexcept nogil:
-    cdef int i
-    cdef tst_shard *best = &engine.shards[0]
-    for i in range(1, engine.n_shards):
-        if load32(&engine.shards[i].open, RELAXED) < load32(&best.open, RELAXED):
-            best = &engine.shards[i]
-    return best
-
-
-cdef inline void connection_settle_in(tst_connection *connection, tst_engine *engine, tst_shard *shard,
-                                      int type) noexcept nogil:
-    """A fresh connection, which nobody else can ask for anything yet, moves into its shard."""
-    spin_lock(&connection.lock)            # somebody may be looking its descriptor up right now
-    store_pointer(&connection.shard, shard, RELEASE)
-    connection.shard_open = &shard.open
-    connection.epoll_fd = shard.epoll_fd
-    connection.type = <unsigned char>type
-    connection.trigger = TRIGGER_LEVEL if type == TYPE_LISTEN else engine.trigger
-    spin_unlock(&connection.lock)
-    add32(&shard.open, 1, RELAXED)
-
-
-cdef inline void keep_peer(tst_connection *connection, sockaddr_storage *address) noexcept nogil:
-    """Remembers an internet peer's address: it can't be asked for any more once the peer has reset the connection."""
-    connection.peer.family = address.ss_family
-    if address.ss_family == AF_INET or address.ss_family == AF_INET6:
-        memcpy(connection.peer.bytes, <char *>address + sizeof(connection.peer.family), sizeof(connection.peer.bytes))
-
-
-cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                              tst_connection *listener, uint64_t now) noexcept nogil:
-    cdef sockaddr_storage address
-    cdef socklen_t size
-    cdef tst_connection *connection
-    cdef tst_shard *home
-    cdef uint64_t id
-    cdef int fd, _n
-    for _n in range(ACCEPTS_PER_TURN):
-        if batch.n_entries == BATCH_ENTRIES:
-            return
-        size = sizeof(address)
-        address.ss_family = 0
-        fd = sys_accept(listener.fd, <sockaddr *>&address, &size)
-        if fd == -EAGAIN:
-            return
-        if fd < 0:
-            count(&worker.stats.accept_errors, 1)
-            worker.accept_errno = -fd
-            if fd == -EMFILE or fd == -ENFILE or fd == -ENOBUFS or fd == -ENOMEM:
-                shard.accept_again = now + ACCEPT_PAUSE
-                listeners_silence(shard)
-                return
-            continue           # that client is gone (ECONNABORTED ...): the next one is not
-        home = engine_least_loaded(engine)
-        connection = table_open(&engine.table, fd, STATE_OWNED if home == shard else STATE_QUEUED | PEND_CONNECT, &id)
-        if connection == NULL:
-            count(&worker.stats.accept_errors, 1)
-            worker.accept_errno = ENOMEM
-            close(fd)
-            continue
-        count(&worker.stats.accepted, 1)
-        keep_peer(connection, &address)
-        if address.ss_family == AF_INET or address.ss_family == AF_INET6:
-            sys_oob_inline(fd)
-        connection_settle_in(connection, engine, home, TYPE_SUB)
-        store_pointer(<void **>&connection.framing, <void *>listener.framing, RELEASE)
-        if home == shard:
-            batch_add(batch, connection, DO_CONNECT)
-        else:
-            shard_push(home, connection)
-
-
-cdef inline void listeners_silence(tst_shard *shard) noexcept nogil:
-    cdef tst_connection *listener = shard.listeners
-    while listener != NULL:
-        spin_lock(&listener.lock)
-        connection_silence(listener, NULL)
-        spin_unlock(&listener.lock)
-        listener = listener.drain_next
-
-
-cdef inline void listeners_resume(tst_shard *shard, uint64_t now) noexcept nogil:
-    cdef tst_connection *listener = shard.listeners
-    if shard.accept_again == 0 or now < shard.accept_again:
-        return
-    shard.accept_again = 0
-    while listener != NULL:
-        spin_lock(&listener.lock)
-        connection_arm(listener, True, NULL)
-        spin_unlock(&listener.lock)
-        listener = listener.drain_next
-
-
-cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_connection *listener,
-                                  uint64_t pending) noexcept nogil:
-    """A listener is new, or is to go. Owned."""
-    cdef tst_connection **place = &shard.listeners
-    if pending & PEND_CLOSE or shard.draining:
-        while place[0] != NULL and place[0] != listener:
-            place = &place[0].drain_next
-        if place[0] == listener:
-            place[0] = listener.drain_next
-        connection_retire(listener, &worker.stats)
-        return
-    if pending & PEND_CONNECT:
-        listener.drain_next = shard.listeners
-        shard.listeners = listener
-    connection_release(listener, 0)
-    if shard.accept_again == 0:
-        spin_lock(&listener.lock)
-        connection_arm(listener, True, NULL)
-        spin_unlock(&listener.lock)
 
 
 # --------------------------------------------------------------------------------------------------- input
@@ -259,13 +136,19 @@ cdef inline bint connection_cut(tst_connection *connection) noexcept nogil:
     or that it never will (too_large); or, with no framing, that anything at all has arrived.
     """
     cdef tst_data *data
-    cdef ssize_t used
     if not connection_takes_messages(connection):
         return False
     data = <tst_data *>load_pointer(<void **>&connection.recv, ACQUIRE)
-    if data == NULL or not data_requested(data):
-        connection_cut_frame(connection, connection.framing)
-    elif connection.framed or not connection.message_ready or not data_complete(data):
+    if tst_rarely(data != NULL) and data_requested(data):
+        return connection_cut_transfer(connection, data)
+    connection_cut_frame(connection, connection.framing)
+    return connection.message_ready
+
+
+cdef inline bint connection_cut_transfer(tst_connection *connection, tst_data *data) noexcept nogil:
+    """Moves unread input into the transfer. True: it is complete. Owner only."""
+    cdef ssize_t used
+    if connection.framed or not connection.message_ready or not data_complete(data):
         connection.message_ready = connection.framed = False
         if connection.input.size:
             used = data_fill(data, connection.input.view, connection.input.size, clock_now())
@@ -344,6 +227,7 @@ cdef inline int connection_transfer(tst_connection *connection, uint64_t now) no
         if result == 0:
             spin_lock(&connection.lock)
             if not connection.out_closed:
+                connection.out.burst = True
                 result = queue_append(&connection.out, data.s + data.req_pos + data.com_len, size)
                 connection.send_mark = connection.out.queued
             spin_unlock(&connection.lock)
@@ -449,8 +333,6 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
                 count(&worker.stats.spins, 1)
 
 
-# ------------------------------------------------------------------------------------------------- collect
-
 cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     """What is left to be done for a connection that has received and sent what it can. Owner only."""
     if connection_cut(connection):
@@ -461,156 +343,6 @@ cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     if connection.closing and connection_drained(connection):
         return DO_DISCONNECT
     return 0
-
-
-cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                                    tst_connection *connection, uint64_t pending, uint32_t events,
-                                    uint64_t now) noexcept nogil:
-    """Makes the entry of a connection that was just acquired: what requests and events ask for becomes DO_ bits."""
-    cdef uint32_t what = 0
-    cdef bint arrived = events & (input_mask() | EPOLLERR | EPOLLHUP) != 0
-    store32(&connection.events, events, RELAXED)
-    if pending & PEND_CLOSE or (shard.draining and pending & PEND_CONNECT):
-        connection_begin_close(connection)
-    if load32(&connection.out_error, RELAXED):
-        connection.hold_input = connection.call_writable = connection.ask_writable = False
-    if pending & PEND_CONNECT:
-        what |= DO_CONNECT
-    else:
-        if pending & PEND_OUT and not connection.closing:
-            connection.ask_writable = True
-            connection_transfer(connection, now)
-            connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, &worker.stats)
-        if connection.ask_writable and connection_has_room(connection):
-            connection.ask_writable = False
-            what |= DO_WRITABLE
-        if connection_sent(connection, now):
-            what |= DO_WRITABLE
-        if what:
-            # The handler is told first: it may ask for another transfer, and input must not go into the old one.
-            connection.readable |= arrived
-        else:
-            take_input(connection, batch, worker,
-                       arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN), now)
-            what |= connection_due(connection)
-            if what == 0 and input_keep(&connection.input) < 0:    # no handler runs: nobody else would keep it
-                connection_break(connection, ENOMEM)
-                what = connection_due(connection)
-    batch_add(batch, connection, what)
-
-
-cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                               uint64_t id, uint32_t events, uint64_t now) noexcept nogil:
-    """Resolves one event to its connection and acquires it; an event of a connection that is gone is counted and
-    dropped."""
-    cdef tst_connection *connection
-    cdef uint32_t generation = generation_of(id)
-    cdef uint64_t pending = 0
-    cdef int got
-    if generation == 0:
-        sys_drain(shard.event_fd)
-        return
-    connection = table_slot(&engine.table, slot_of(id))
-    if connection == NULL or not connection_is(connection, generation):
-        count(&worker.stats.stale_events, 1)
-        return
-    if connection.type == TYPE_LISTEN:
-        accept_burst(engine, worker, shard, batch, connection, now)
-        return
-    if connection.trigger == TRIGGER_ONESHOT:
-        spin_lock(&connection.lock)
-        connection_fired(connection)
-        spin_unlock(&connection.lock)
-    if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
-        connection_flush(connection, generation, True, connection.trigger != TRIGGER_ONESHOT, &worker.stats)
-    while True:
-        got = connection_acquire(connection, generation, &pending)
-        if got == ACQUIRED:
-            collect_connection(engine, worker, shard, batch, connection, pending, events, now)
-            return
-        if got == GONE:
-            count(&worker.stats.stale_events, 1)
-            return
-        if leave_to_owner(connection, generation, events, &worker.stats):
-            return
-
-
-cdef inline bint leave_to_owner(tst_connection *connection, uint32_t generation, uint32_t events,
-                                tst_stats *stats) noexcept nogil:
-    """An event came for a connection that a stuck worker owns: silence it, its release will arm it. False: it is free
-    now."""
-    cdef bint owned
-    spin_lock(&connection.lock)
-    owned = connection_is(connection, generation) and load64(&connection.state, ACQUIRE) & STATE_OWNED != 0
-    if owned:
-        connection.want_room = False       # its release asks again
-        if connection.trigger == TRIGGER_LEVEL and events & (input_mask() | EPOLLERR | EPOLLHUP):
-            connection_silence(connection, stats)
-        else:
-            flush_arm(connection, stats)
-    spin_unlock(&connection.lock)
-    if owned and connection.trigger == TRIGGER_EDGE:
-        shard_ask(connection, generation, PEND_IN)     # an edge is not reported twice: the owner must look for itself
-    return owned
-
-
-cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                                 tst_connection *connection, uint64_t now) noexcept nogil:
-    """Serves a connection that came from the stack of requests: flushes it at once, acquires it if anything else is
-    wanted."""
-    cdef uint64_t word = fetch_and64(&connection.state, ~<uint64_t>STATE_QUEUED, SEQ_CST)
-    cdef uint64_t pending = 0
-    if word & STATE_DEAD:
-        connection_free(connection, &worker.stats)
-        return
-    connection_flush(connection, generation_of(word), False, True, &worker.stats)
-    word = load64(&connection.state, ACQUIRE)
-    if not word & PEND_ANY and not load32(&connection.out_error, RELAXED):
-        return
-    if connection_acquire(connection, generation_of(word), &pending) != ACQUIRED:
-        return                 # its owner sees the pending bits when it releases
-    if connection.type == TYPE_LISTEN:
-        listener_request(worker, shard, connection, pending)
-    else:
-        collect_connection(engine, worker, shard, batch, connection, pending, 0, now)
-
-
-cdef inline void collect_requests(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                                  uint64_t now) noexcept nogil:
-    cdef tst_connection *connection
-    while shard.todo != NULL and batch_has_room(batch):
-        connection = shard.todo
-        shard.todo = connection.next_request
-        collect_request(engine, worker, shard, batch, connection, now)
-
-
-cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                                uint64_t now) noexcept nogil:
-    cdef epoll_event *event
-    while batch.next_event < batch.n_events and batch_has_room(batch):
-        event = &batch.events[batch.next_event]
-        batch.next_event += 1
-        collect_event(engine, worker, shard, batch, event.data.u64, event.events, now)
-
-
-cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                               uint64_t now) noexcept nogil:
-    """Makes entries of requests and events, until there are no more or the batch is full; the rest waits for the next
-    turn.
-
-    They take turns in going first, so that neither a flood of events nor connections that ask for themselves again and
-    again (S14) can keep the others out.
-    """
-    shard.requests_first = not shard.requests_first
-    if shard.requests_first:
-        collect_requests(engine, worker, shard, batch, now)
-    collect_events(engine, worker, shard, batch, now)
-    collect_requests(engine, worker, shard, batch, now)
-
-
-cdef inline bint batch_has_room(tst_batch *batch) noexcept nogil:
-    return (batch.n_entries + ACCEPTS_PER_TURN <= BATCH_ENTRIES
-            and SCRATCH_SIZE - batch.scratch_used >= SCRATCH_LEAST)
 
 
 # ------------------------------------------------------------------------------------------------- finish

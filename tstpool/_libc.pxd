@@ -185,6 +185,7 @@ cdef extern from * nogil:
     #include <stdlib.h>
     /* The impossible has happened: say which invariant, then stop while the evidence is fresh. */
     static inline void tst_bug(const char *what) { fprintf(stderr, "tstpool: BUG: %s\\n", what); abort(); }
+    #define tst_rarely(condition) __builtin_expect(!!(condition), 0)
     static inline void tst_pause(void) {
     #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -193,5 +194,6 @@ cdef extern from * nogil:
     """
     # 1 in a debug build (`make debug`): invariants are checked, and cost nothing elsewhere.
     const int TST_DEBUG
+    bint tst_rarely(bint condition)        # the condition; the compiler keeps what follows out of the way
     void tst_bug(const char *what)
     void tst_pause()

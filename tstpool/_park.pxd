@@ -2,12 +2,16 @@
 """Workers that have no shard: standbys, the watcher among them, and the stall rule.
 
 A worker that is not needed parks here. One of the parked ones is the *watcher*. While any shard runs handlers it wakes
-every millisecond and looks at a counter that each worker bumps when it enters and leaves a handler. If a worker is
-found in the same call at two looks, and it is not on a processor (it sleeps or waits: its handler blocks), the watcher
-takes the shard over. A handler that computes keeps its shard for RUNNING_LOOKS: under a GIL nobody would gain by an
-earlier change, and a thread that was merely descheduled looks the same.
+now and then and looks at a counter that each worker bumps when it enters and leaves a handler. If a worker is found in
+the same call at two looks, and it is not on a processor (it sleeps or waits: its handler blocks), the watcher takes the
+shard over. A handler that computes keeps its shard for RUNNING_LOOKS: under a GIL nobody would gain by an earlier
+change, and a thread that was merely descheduled looks the same.
 
-When nothing has run for QUIET_LOOKS the watcher parks too, so an idle pool makes no wake-ups; whoever begins to run
+A look costs some 15 microseconds of the processor that it interrupts, so as long as no handler blocks (none was taken
+over from for ALERT_TIME) it comes every CALM_EVERY, with a second one LOOK_EVERY later if it finds a worker inside a
+handler; once one has blocked, every LOOK_EVERY.
+
+When nothing has run for QUIET_TIME the watcher parks too, so an idle pool makes no wake-ups; whoever begins to run
 handlers wakes it (`watcher_asleep`). Standbys and the watcher wait on condition variables of their own: with one for
 both, a wake-up meant for the watcher reaches a standby and is lost.
 """
@@ -27,8 +31,10 @@ cdef extern from "<stdio.h>" nogil:
     int snprintf(char *buffer, size_t size, const char *format, ...)
 
 cdef enum:
-    LOOK_EVERY = 1000000       # nanoseconds
-    QUIET_LOOKS = 50
+    LOOK_EVERY = 1000000       # all in nanoseconds
+    CALM_EVERY = 4000000
+    ALERT_TIME = 1000000000
+    QUIET_TIME = 50000000
     RUNNING_LOOKS = 10
 
 cdef enum:
@@ -87,22 +93,29 @@ cdef inline bint any_shard_running(tst_engine *engine) noexcept nogil:
     return False
 
 
-cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker, bint *any_running) noexcept nogil:
-    """One look at all shards. Returns a shard that was taken from its stuck holder, or NULL."""
+cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker, bint *any_running,
+                                        bint *suspicion) noexcept nogil:
+    """One look at all shards. Returns a shard that was taken from its stuck holder, or NULL.
+
+    any_running, suspicion: a shard runs handlers; its worker is in one that it may be stuck in.
+    """
     cdef int i
     cdef uint64_t token
     cdef tst_shard *shard
-    any_running[0] = False
+    cdef tst_worker *holder
+    any_running[0] = suspicion[0] = False
     for i in range(engine.n_shards):
         shard = &engine.shards[i]
         token = load64(&shard.token, SEQ_CST)
         if token == 0 or token & 0xff != TOKEN_RUNNING:
             continue
         any_running[0] = True
-        if worker_is_stuck(&engine.workers[(token >> 8) - 1]):
-            engine.workers[(token >> 8) - 1].looks = 0
+        holder = &engine.workers[(token >> 8) - 1]
+        if worker_is_stuck(holder):
+            holder.looks = 0
             if token_move(shard, token, token_of(worker.no, TOKEN_RUNNING)):
                 return shard
+        suspicion[0] |= holder.looked_calls % 2 != 0
     return NULL
 
 
@@ -119,21 +132,26 @@ cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t id
     """The watcher's life until it takes a shard over (returned), or there is a reason to look around (NULL). Mutex
     held."""
     cdef tst_shard *shard = NULL
-    cdef bint running
-    cdef int quiet = 0
+    cdef bint running, suspicion = False, second = False
+    cdef uint64_t now = clock_now()
+    cdef uint64_t busy_at = now
     engine.watcher = worker.no
-    while load32(&engine.phase, ACQUIRE) != PHASE_ENDING and (idle_at == 0 or clock_now() < idle_at):
-        if quiet < QUIET_LOOKS:
-            wait_until(engine, &engine.watch, clock_now() + LOOK_EVERY)
+    while load32(&engine.phase, ACQUIRE) != PHASE_ENDING and (idle_at == 0 or now < idle_at):
+        if now - busy_at < QUIET_TIME:
+            second = (suspicion and not second) or now < engine.alert_until
+            wait_until(engine, &engine.watch, now + (LOOK_EVERY if second else CALM_EVERY))
         else:
             store32(&engine.watcher_asleep, 1, SEQ_CST)
             if not any_shard_running(engine):  # else: it turned RUNNING before it could see us asleep
                 wait_until(engine, &engine.watch, idle_at)
             store32(&engine.watcher_asleep, 0, RELAXED)
-        shard = take_over_stalled(engine, worker, &running)
+        now = clock_now()
+        shard = take_over_stalled(engine, worker, &running, &suspicion)
         if shard != NULL:
+            engine.alert_until = now + ALERT_TIME
             break
-        quiet = 0 if running else quiet + 1
+        if running:
+            busy_at = now
     engine.watcher = -1
     pthread_cond_signal(&engine.standby)       # somebody else is to watch now
     return shard

@@ -29,17 +29,15 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from tstpool._conn cimport (
-    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TABLE_CHUNK, connection_id, connection_is,
-    connection_wants_input, generation_of, tst_connection)
+    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, connection_id, connection_is, generation_of, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP,
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SHUT_RDWR, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, SO_OOBINLINE, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait,
-    eventfd, iovec, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, shutdown, sockaddr,
-    socklen_t, store32, store64, sub32, write)
+    ACQUIRE, ACQ_REL, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_OOBINLINE,
+    accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait, iovec, load32, load64, msghdr, poll, pollfd,
+    read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32, write)
 from tstpool._lock cimport spin_lock, spin_unlock
-from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_size
+from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_settle, queue_size
 from tstpool._stats cimport count, tst_stats
 
 cdef enum:
@@ -202,8 +200,11 @@ cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t t
     if sent >= 0:
         queue_consume(&connection.out, <size_t>sent)
         connection.want_out = <size_t>sent < total
+        if connection.want_out:
+            queue_settle(&connection.out)
     elif sent == -EAGAIN:
         connection.want_out = True
+        queue_settle(&connection.out)
     else:
         store32(&connection.out_error, <uint32_t>-sent, RELAXED)
         connection.out_drop = True

@@ -10,66 +10,204 @@ connection's lock, and the flusher sends with the lock released: bytes between b
 change, so what it has picked up stays valid whatever is appended meanwhile.
 
 `queued` and `sent` count bytes since the connection began; their difference is what waits. 64 bits do not wrap.
+
+A chunk's bytes lie behind it, or they are shared (`tst_shared`): a large bytes object of Python's, or the payload of a
+broadcast, is queued without being copied. Other chunks are of one size while a handler runs, and come from a stock that
+the connections of a shard share: malloc would give their pages back to the system after each turn and ask for them again
+in the next.
 """
 from libc.errno cimport ENOMEM
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from tstpool._libc cimport iovec
+from tstpool._libc cimport (
+    ACQ_REL, RELAXED, RELEASE, add32, iovec, load_pointer, store_pointer, sub32)
+from tstpool._lock cimport spin_lock, spin_unlock
 
 cdef enum:
-    # A first chunk that malloc serves from its per-thread cache (requests up to 1,032 bytes); most replies fit in it.
-    FIRST_CHUNK = 1000
-    NEXT_CHUNK = 16384
-    LARGE_CHUNK = 65536
+    CHUNK_SIZE = 16384         # bytes of memory in a chunk: about what one reply, or the replies of one turn, take
+    SMALL_CHUNK = 1000         # bytes, from threads outside: malloc has what is below 1,032 at hand
+    SHARE_LEAST = 8192         # bytes from which sharing an object costs less than copying it
+    STOCK_MOST = 256           # chunks kept in stock: 4 MiB, as many as a batch may have connections
     # Pieces given to one sendmsg. More only matter above a megabyte, where the copy dominates.
     QUEUE_PIECES = 16
 
 
+# Bytes that never change and that several queues may hold.
+cdef struct tst_shared:
+    uint32_t users         # shared, atomic
+    void *object           # owned reference to the Python object that they are part of; NULL: they follow the struct
+    tst_shared *next       # owned by the litter
+    const char *bytes      # borrowed from the object, or behind the struct
+    size_t size
+
+
 cdef struct tst_chunk:
     tst_chunk *next        # owned
+    char *bytes            # behind the struct, or shared.bytes
+    tst_shared *shared     # counted; NULL: the bytes are its own
     size_t begin
     size_t end
-    size_t capacity        # bytes follow the struct
+    size_t capacity
+
+
+# Chunks that nobody uses at the moment, and shared bytes that nobody needs any more but whose objects only the
+# interpreter can let go: the litter.
+cdef struct tst_stock:
+    uint32_t lock          # shared, atomic: guards the rest
+    uint32_t n
+    tst_chunk *first       # owned
+    tst_shared *litter     # owned; atomic, so that a look costs nothing
 
 
 cdef struct tst_queue:
+    tst_stock *stock       # borrowed, shared; NULL: none
+    bint burst             # a handler runs, so that more is likely to come: chunks of the usual size
     tst_chunk *head        # owned
     tst_chunk *tail        # borrowed: the last of the chain
     uint64_t queued
     uint64_t sent
 
 
-cdef inline char *chunk_bytes(tst_chunk *chunk) noexcept nogil:
-    return <char *>(chunk + 1)
+cdef inline tst_shared *shared_new(const char *bytes, size_t size) noexcept nogil:
+    """A copy of the bytes, used once. NULL: no memory."""
+    cdef tst_shared *shared = <tst_shared *>malloc(sizeof(tst_shared) + size)
+    if shared == NULL:
+        return NULL
+    shared.users = 1
+    shared.object = NULL
+    shared.next = NULL
+    shared.size = size
+    shared.bytes = <const char *>(shared + 1)
+    memcpy(<char *>(shared + 1), bytes, size)
+    return shared
+
+
+cdef inline void shared_leave(tst_shared *shared, tst_stock *stock) noexcept nogil:
+    """Gives one use back. The last one frees the bytes, or leaves their object to whoever attaches next."""
+    if sub32(&shared.users, 1, ACQ_REL):
+        return
+    if shared.object == NULL:
+        free(shared)
+        return
+    spin_lock(&stock.lock)
+    shared.next = stock.litter
+    store_pointer(<void **>&stock.litter, shared, RELEASE)
+    spin_unlock(&stock.lock)
+
+
+cdef inline tst_shared *stock_take_litter(tst_stock *stock) noexcept nogil:
+    cdef tst_shared *litter
+    spin_lock(&stock.lock)
+    litter = stock.litter
+    store_pointer(<void **>&stock.litter, NULL, RELEASE)
+    spin_unlock(&stock.lock)
+    return litter
+
+
+cdef inline bint stock_has_litter(tst_stock *stock) noexcept nogil:
+    return load_pointer(<void **>&stock.litter, RELAXED) != NULL
 
 
 cdef inline size_t queue_size(tst_queue *queue) noexcept nogil:
     return <size_t>(queue.queued - queue.sent)
 
 
+cdef inline size_t chunk_room() noexcept nogil:
+    """Bytes that fit into a chunk of the usual size."""
+    return CHUNK_SIZE - sizeof(tst_chunk)
+
+
+cdef inline tst_chunk *chunk_new(tst_queue *queue, size_t size) noexcept nogil:
+    """An empty chunk with room for at least `size` bytes. NULL: no memory."""
+    cdef tst_stock *stock = queue.stock
+    cdef tst_chunk *chunk = NULL
+    cdef size_t capacity = chunk_room() if queue.burst else SMALL_CHUNK
+    if size > capacity:
+        capacity = size
+    elif queue.burst and stock != NULL:
+        spin_lock(&stock.lock)
+        chunk = stock.first
+        if chunk != NULL:
+            stock.first = chunk.next
+            stock.n -= 1
+        spin_unlock(&stock.lock)
+    if chunk == NULL:
+        chunk = <tst_chunk *>malloc(sizeof(tst_chunk) + capacity)
+        if chunk == NULL:
+            return NULL
+        chunk.capacity = capacity
+        chunk.bytes = <char *>(chunk + 1)
+        chunk.shared = NULL
+    chunk.next = NULL
+    chunk.begin = chunk.end = 0
+    return chunk
+
+
+cdef inline void chunk_free(tst_queue *queue, tst_chunk *chunk) noexcept nogil:
+    cdef tst_stock *stock = queue.stock
+    if chunk.shared != NULL:
+        shared_leave(chunk.shared, stock)
+    elif stock != NULL and chunk.capacity == chunk_room():
+        spin_lock(&stock.lock)
+        if stock.n < STOCK_MOST:
+            chunk.next = stock.first
+            stock.first = chunk
+            stock.n += 1
+            chunk = NULL
+        spin_unlock(&stock.lock)
+    free(chunk)
+
+
+cdef inline void stock_free(tst_stock *stock) noexcept nogil:
+    """Gives all chunks in stock back to the system. The litter is the caller's business."""
+    cdef tst_chunk *chunk
+    while stock.first != NULL:
+        chunk = stock.first
+        stock.first = chunk.next
+        free(chunk)
+    stock.n = 0
+
+
 cdef inline tst_chunk *queue_grow(tst_queue *queue, size_t size) noexcept nogil:
     """Adds a chunk with room for at least `size` bytes. NULL: no memory."""
-    cdef tst_chunk *chunk
-    cdef size_t capacity = FIRST_CHUNK
-    if queue.tail != NULL:
-        capacity = NEXT_CHUNK if queue.tail.capacity <= FIRST_CHUNK else LARGE_CHUNK
-    if capacity < size:
-        capacity = size
-    chunk = <tst_chunk *>malloc(sizeof(tst_chunk) + capacity)
-    if chunk == NULL:
-        return NULL
-    chunk.next = NULL
-    chunk.begin = 0
-    chunk.end = 0
-    chunk.capacity = capacity
+    cdef tst_chunk *chunk = chunk_new(queue, size)
+    if chunk != NULL:
+        queue_link(queue, chunk)
+    return chunk
+
+
+cdef inline void queue_link(tst_queue *queue, tst_chunk *chunk) noexcept nogil:
     if queue.tail == NULL:
         queue.head = chunk
     else:
         queue.tail.next = chunk
     queue.tail = chunk
-    return chunk
+
+
+cdef inline void queue_settle(tst_queue *queue) noexcept nogil:
+    """Output that the kernel does not take for now moves into memory of its own size: thousands of peers that do not
+    read must not each hold a chunk for a few bytes."""
+    cdef tst_chunk *chunk = queue.head
+    cdef tst_chunk *small
+    cdef size_t left
+    if chunk == NULL or chunk != queue.tail or chunk.shared != NULL or chunk.capacity != chunk_room():
+        return
+    left = chunk.end - chunk.begin
+    if left > chunk.capacity // 4:
+        return
+    small = <tst_chunk *>malloc(sizeof(tst_chunk) + left)
+    if small == NULL:
+        return
+    small.bytes = <char *>(small + 1)
+    memcpy(small.bytes, chunk.bytes + chunk.begin, left)
+    small.next = NULL
+    small.shared = NULL
+    small.begin = 0
+    small.end = small.capacity = left
+    queue.head = queue.tail = small
+    chunk_free(queue, chunk)
 
 
 cdef inline int queue_append(tst_queue *queue, const char *bytes, size_t size) noexcept nogil:
@@ -84,13 +222,44 @@ cdef inline int queue_append(tst_queue *queue, const char *bytes, size_t size) n
         if fresh == NULL:
             return -ENOMEM
     if room:
-        memcpy(chunk_bytes(last) + last.end, bytes, room)
+        memcpy(last.bytes + last.end, bytes, room)
         last.end += room
     if fresh != NULL:
-        memcpy(chunk_bytes(fresh), bytes + room, size - room)
+        memcpy(fresh.bytes, bytes + room, size - room)
         fresh.end = size - room
     queue.queued += size
     return 0
+
+
+cdef inline char *queue_room(tst_queue *queue, size_t size) noexcept nogil:
+    """Where the next `size` bytes may be written in one piece, to be followed by queue_commit. NULL: no room there."""
+    cdef tst_chunk *last = queue.tail
+    if last == NULL:
+        last = queue_grow(queue, size)
+    if last == NULL or last.capacity - last.end < size:
+        return NULL
+    return last.bytes + last.end
+
+
+cdef inline int queue_share(tst_queue *queue, tst_shared *shared) noexcept nogil:
+    """Queues shared bytes behind the last, without copying them. 0, or -ENOMEM."""
+    cdef tst_chunk *chunk = <tst_chunk *>malloc(sizeof(tst_chunk))
+    if chunk == NULL:
+        return -ENOMEM
+    add32(&shared.users, 1, RELAXED)
+    chunk.next = NULL
+    chunk.bytes = <char *>shared.bytes
+    chunk.shared = shared
+    chunk.begin = 0
+    chunk.end = chunk.capacity = shared.size
+    queue_link(queue, chunk)
+    queue.queued += shared.size
+    return 0
+
+
+cdef inline void queue_commit(tst_queue *queue, size_t size) noexcept nogil:
+    queue.tail.end += size
+    queue.queued += size
 
 
 cdef inline int queue_pieces(tst_queue *queue, iovec *pieces, size_t *total) noexcept nogil:
@@ -100,7 +269,7 @@ cdef inline int queue_pieces(tst_queue *queue, iovec *pieces, size_t *total) noe
     total[0] = 0
     while chunk != NULL and n < QUEUE_PIECES:
         if chunk.end > chunk.begin:
-            pieces[n].iov_base = chunk_bytes(chunk) + chunk.begin
+            pieces[n].iov_base = chunk.bytes + chunk.begin
             pieces[n].iov_len = chunk.end - chunk.begin
             total[0] += chunk.end - chunk.begin
             n += 1
@@ -123,7 +292,7 @@ cdef inline void queue_consume(tst_queue *queue, size_t size) noexcept nogil:
         queue.head = chunk.next
         if queue.head == NULL:
             queue.tail = NULL
-        free(chunk)
+        chunk_free(queue, chunk)
 
 
 cdef inline void queue_drop(tst_queue *queue) noexcept nogil:
@@ -132,6 +301,6 @@ cdef inline void queue_drop(tst_queue *queue) noexcept nogil:
     while queue.head != NULL:
         chunk = queue.head
         queue.head = chunk.next
-        free(chunk)
+        chunk_free(queue, chunk)
     queue.tail = NULL
     queue.sent = queue.queued

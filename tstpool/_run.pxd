@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Runs compiled handlers: what becomes of the entries of a batch before anybody attaches to the interpreter.
+"""Runs compiled handlers, without the interpreter.
 
 A compiled handler is a set of C functions (`tst_compiled`). It is given pointers into the input where it was received,
 and returns a TstStat. What it can't or will not do itself needs Python, and its entry then waits for the interpreter:
@@ -9,20 +9,22 @@ and returns a TstStat. What it can't or will not do itself needs Python, and its
     - a job that on_slow or on_most_elapsed is to hear of
     - a connection whose handler was assigned anew (`rebind`)
 
-Everything here runs with the connection OWNED and the shard's token RUNNING, so that a function which blocks is noticed
-and the shard taken over, exactly as with handlers in Python.
+While a compiled handler runs, the connection is OWNED and the shard's token is RUNNING, so that a function which blocks
+is noticed and the shard taken over, exactly as with handlers in Python.
 """
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 
-from tstpool._conn cimport tst_compiled, tst_connection
+from tstpool._conn cimport connection_takes_messages, tst_compiled, tst_connection
 from tstpool._data cimport data_requested, input_consume, input_keep
-from tstpool._entry cimport STAT_RUN, batch_finish, connection_apply, connection_break, connection_cut, connection_due
-from tstpool._libc cimport EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, SEQ_CST, load64, store32, store64
+from tstpool._entry cimport STAT_RUN, connection_apply, connection_break, connection_cut, connection_due, entry_finish
+from tstpool._frame cimport frame_next, tst_frame, tst_framing
+from tstpool._libc cimport (
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely)
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, entry_move, token_held, tst_batch, tst_engine,
-    tst_entry, tst_shard, tst_worker)
-from tstpool._stats cimport clock_now, count, stats_job
+    DO_DISCONNECT, DO_WRITABLE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RUNNING, shard_enter_running, shard_leave_running,
+    tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+from tstpool._stats cimport QUICK_CALL, count, stats_job, tick_now
 
 cdef enum:
     RUN_BURST = 32             # messages of one connection between two looks at the clock ...
@@ -40,13 +42,22 @@ cdef inline void worker_leave(tst_worker *worker) noexcept nogil:
 
 cdef inline void worker_job(tst_engine *engine, tst_worker *worker, tst_connection *connection,
                             uint64_t calls) noexcept nogil:
-    """Enters the job that ends now, and leaves a note at the connection if Python is to hear of it."""
+    """Enters the handler calls that end now, and leaves a note at the connection if Python is to hear of one.
+
+    Reading a clock takes as long as a quick handler's tenth part, so that as long as calls are quick the next ones are
+    timed together; the slower they are the more exact it is.
+    """
     cdef uint64_t begin = worker.clock
-    cdef uint64_t longest
-    worker.clock = clock_now()
+    cdef uint64_t elapsed, longest
+    worker.clock = tick_now(&worker.ticks)
+    elapsed = worker.clock - begin
     longest = stats_job(&worker.stats, calls, begin, worker.clock)
-    if worker.clock - begin >= engine.slow_handler or (longest and engine.call_longest):
-        connection.report = worker.clock - begin
+    if elapsed >= engine.slow_handler or (longest and engine.call_longest):
+        connection.report = elapsed
+    if elapsed >= calls * QUICK_CALL:
+        worker.group = 1
+    elif worker.group < worker.group_most:
+        worker.group *= 2
 
 
 cdef inline size_t message_at_hand(tst_connection *connection, const char **bytes) noexcept nogil:
@@ -61,43 +72,74 @@ cdef inline size_t message_at_hand(tst_connection *connection, const char **byte
     return connection.input.size
 
 
-cdef inline void message_done(tst_connection *connection, size_t size) noexcept nogil:
-    """The message at hand, of `size` bytes, has been handled. Owner only."""
+cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint64_t *n) noexcept nogil:
+    """The messages of a framing, beginning with the one at hand, as run_messages; `n` counts them.
+
+    Only Python code changes the framing or reads input by itself, so that both stay in local variables meanwhile.
+    """
+    cdef const tst_compiled *compiled = connection.compiled
+    cdef const tst_framing *framing = connection.framing
+    cdef const char *view = connection.input.view
+    cdef size_t left = connection.input.size
+    cdef tst_frame frame = connection.frame
+    cdef int stat = 0, found = 1
+    connection.framed = connection.message_ready = False
+    while True:
+        stat = compiled.received(compiled.handler, connection.sock, view + frame.begin, frame.size)
+        store64(&worker.calls, worker.calls + 2, RELEASE)      # the next message is another call
+        if stat == STAT_RUN:
+            break
+        n[0] += 1
+        view += frame.whole
+        left -= frame.whole
+        found = 0
+        if stat or tst_rarely(connection.send != NULL):
+            connection_apply(connection, worker, stat)
+        if not connection_takes_messages(connection):
+            break
+        if n[0] % RUN_BURST == 0 and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
+            break
+        found = frame_next(framing, view, left, &connection.scanned, &frame)
+        if found <= 0:
+            break
+    connection.frame = frame
+    input_consume(&connection.input, connection.input.size - left)
+    connection.passed_on = stat == STAT_RUN
+    connection.too_large = found < 0
+    connection.framed = connection.message_ready = found != 0
+    return found != 0
+
+
+cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint64_t *n) noexcept nogil:
+    """The same for what has no framing: all that has arrived, or the transfer that was asked for."""
+    cdef const char *bytes = NULL
+    cdef size_t size = message_at_hand(connection, &bytes)
+    cdef int stat = connection.compiled.received(connection.compiled.handler, connection.sock, bytes, size)
+    store64(&worker.calls, worker.calls + 2, RELEASE)
+    if stat == STAT_RUN:
+        connection.passed_on = True
+        return True
+    n[0] += 1
     connection.message_ready = False
-    if connection.framed:
-        input_consume(&connection.input, connection.frame.whole)
-        connection.framed = False
-        connection.frame.needed = 0
-    elif connection.recv == NULL or not data_requested(connection.recv):
+    if connection.recv == NULL or not data_requested(connection.recv):
         input_consume(&connection.input, size)
+    if stat or connection.send != NULL:
+        connection_apply(connection, worker, stat)
+    return False
 
 
 cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connection *connection) noexcept nogil:
     """Gives the compiled handler whole messages, up to a fair share of time. True: the one at hand needs Python."""
-    cdef const tst_compiled *compiled = connection.compiled
-    cdef const char *bytes = NULL
-    cdef size_t size
     cdef uint64_t n = 0
-    cdef uint64_t began = worker.clock
-    cdef int stat
     cdef bint passed = False
     store32(&connection.events, (connection.events & (EPOLLPRI | EPOLLRDHUP)) | EPOLLIN, RELAXED)
     worker_enter(worker)
-    while connection_cut(connection):
-        if connection.framed and connection.too_large:
-            passed = True
-            break
-        size = message_at_hand(connection, &bytes)
-        stat = compiled.received(compiled.handler, connection.sock, bytes, size)
-        store64(&worker.calls, worker.calls + 2, RELEASE)      # the next message is another call
-        if stat == STAT_RUN:
-            passed = connection.passed_on = True
-            break
-        n += 1
-        message_done(connection, size)
-        if stat or connection.send != NULL:
-            connection_apply(connection, worker, stat)
-        if n % RUN_BURST == 0 and clock_now() - began >= RUN_TIME:
+    while not passed and connection_cut(connection):
+        if not connection.framed:
+            passed = run_bytes(worker, connection, &n)
+        else:
+            passed = connection.too_large or run_frames(worker, connection, &n)
+        if n >= RUN_BURST and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
             break
     worker_leave(worker)
     count(&worker.stats.messages, n)
@@ -137,29 +179,27 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
     return False
 
 
-cdef inline void batch_run_compiled(tst_engine *engine, tst_worker *worker, tst_shard *shard,
-                                    tst_batch *batch) noexcept nogil:
-    """Runs the entries that may not need the interpreter; those that do stay QUEUED, and n_python counts them."""
-    cdef int i
-    cdef tst_entry *entry
+cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
+                                    tst_entry *entry) noexcept nogil:
+    """Runs the compiled handler of the entry that was just made. True: it is finished, and Python has nothing to do.
+
+    The shard may be taken over only while the handler runs; then worker.lost says so, and the shard is not to be touched
+    any more.
+    """
     cdef bint python
-    cdef uint64_t flushed = clock_now()
-    worker.clock = flushed
-    for i in range(batch.n_entries):
-        entry = &batch.entries[i]
-        if not entry.compiled or not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
-            continue
-        worker.current = entry.connection
-        python = run_compiled(engine, worker, entry)
-        worker.current = NULL
-        if python:
-            batch.n_python += 1
-        store32(&entry.state, ENTRY_QUEUED if python else ENTRY_RAN, SEQ_CST)
-        if not token_held(shard, worker.no):
-            # Who took the shard over may have looked at this entry while it was RUNNING: we must try it ourselves. (It
-            # moves the token, then looks; we store, then look at the token: one of us sees the other.)
-            worker.left = entry if python else NULL
-            return
-        if worker.clock - flushed >= RUN_TIME:
-            batch_finish(worker, batch, worker.clock)
-            flushed = worker.clock
+    store32(&entry.state, ENTRY_RUNNING, RELEASE)
+    worker.current = entry.connection
+    shard_enter_running(engine, worker, shard)
+    worker.clock = tick_now(&worker.ticks)
+    python = run_compiled(engine, worker, entry)
+    worker.current = NULL
+    worker.lost = not shard_leave_running(worker, shard)
+    if python:
+        # Who has taken the shard over has looked at this entry while it was RUNNING: we must see to it ourselves.
+        worker.left = entry if worker.lost else NULL
+        batch.n_python += 1
+        store32(&entry.state, ENTRY_QUEUED, RELEASE)
+        return False
+    store32(&entry.state, ENTRY_DONE, RELEASE)
+    entry_finish(worker, entry, worker.clock)
+    return True

@@ -27,15 +27,15 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from tstpool._conn cimport (
-    STATE_DETACHED, STATE_OWNED, STATE_QUEUED, connection_ask, connection_mark, generation_of, tst_connection,
-    tst_table)
+    STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of, tst_connection, tst_table)
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
-    compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer,
-    pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange32, compare_exchange64, compare_exchange_pointer,
+    epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal, pthread_cond_t,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport connection_flush, sys_wake
-from tstpool._stats cimport tst_stats
+from tstpool._queue cimport tst_stock
+from tstpool._stats cimport tst_stats, tst_tick_clock
 
 cdef enum:
     BATCH_EVENTS = 256         # events of one epoll_wait
@@ -81,8 +81,7 @@ cdef struct tst_batch:
     int n_events
     int next_event             # the first that has no entry yet
     int n_entries
-    int n_compiled             # entries that may not need the interpreter
-    int n_python               # entries that need it
+    int n_python               # entries that need the interpreter
     size_t scratch_used
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
@@ -97,6 +96,10 @@ cdef struct tst_worker:
     unsigned long ident        # threading.get_ident() of its thread
     tst_connection *current    # the connection whose handler it is in
     tst_entry *left            # borrowed: an entry that waits for Python, of a batch that is not its any more
+    bint lost                  # a compiled handler was stuck, and the shard was taken over meanwhile
+    tst_tick_clock ticks
+    uint64_t group             # quick handler calls that are timed together
+    uint64_t group_most
     uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
     uint64_t looked_calls      # watcher only: `calls` at its last look
@@ -122,6 +125,7 @@ cdef struct tst_shard:
     tst_connection *todo_last
     tst_connection *listeners  # holder only, linked by drain_next
     uint64_t accept_again      # holder only: when to accept again after the process ran out of something; 0: now
+    tst_stock stock            # chunks of output that wait to be used again
     pthread_mutex_t mutex      # guards the drain list
     tst_connection *drain_first    # closing connections, the one with the nearest deadline first
     tst_connection *drain_last
@@ -144,6 +148,7 @@ cdef struct tst_engine:
     pthread_cond_t standby     # parked workers
     pthread_cond_t watch       # the watcher
     int watcher                # worker number, -1: nobody
+    uint64_t alert_until       # monotonic nanoseconds: handlers have blocked lately
     tst_batch *batches         # owned: free ones
     tst_table table
 
@@ -162,6 +167,21 @@ cdef inline bint token_held(tst_shard *shard, int worker) noexcept nogil:
     return load64(&shard.token, SEQ_CST) >> 8 == <uint64_t>worker + 1
 
 
+cdef inline bint shard_leave_running(tst_worker *worker, tst_shard *shard) noexcept nogil:
+    """RUNNING -> POLLING. False: the shard was taken over meanwhile."""
+    return token_move(shard, token_of(worker.no, TOKEN_RUNNING), token_of(worker.no, TOKEN_POLLING))
+
+
+cdef inline void shard_enter_running(tst_engine *engine, tst_worker *worker, tst_shard *shard) noexcept nogil:
+    """POLLING -> RUNNING. From here on the watcher looks after us, so it must be awake."""
+    store64(&shard.token, token_of(worker.no, TOKEN_RUNNING), SEQ_CST)
+    if load32(&engine.watcher_asleep, SEQ_CST):
+        pthread_mutex_lock(&engine.mutex)
+        store32(&engine.watcher_asleep, 0, RELAXED)
+        pthread_cond_signal(&engine.watch)
+        pthread_mutex_unlock(&engine.mutex)
+
+
 # ------------------------------------------------------------------------------------------------- batches
 
 cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
@@ -178,7 +198,7 @@ cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
             return NULL
     batch.next = NULL
     store32(&batch.users, 2, RELEASE)
-    batch.n_events = batch.next_event = batch.n_entries = batch.n_compiled = batch.n_python = 0
+    batch.n_events = batch.next_event = batch.n_entries = batch.n_python = 0
     batch.scratch_used = 0
     return batch
 
@@ -201,11 +221,8 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
                       and not load32(&connection.rebind, ACQUIRE))
     store32(&entry.state, ENTRY_QUEUED if what else ENTRY_RAN, RELEASE)
     batch.n_entries += 1
-    if what:
-        if entry.compiled:
-            batch.n_compiled += 1
-        else:
-            batch.n_python += 1
+    if what and not entry.compiled:
+        batch.n_python += 1
     return entry
 
 

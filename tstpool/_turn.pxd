@@ -4,27 +4,26 @@
     1  finish    what the handlers of the turn before have left: send, release, arm           batch_finish
     2  drain     after stop(): close what is open, then abort it                              shard_drain
     3  poll      requests of other threads, then epoll_wait                                   shard_poll
-    4  collect   per event: accept, or acquire, receive, cut; an entry for each connection    shard_collect
-    5  run       compiled handlers                                                            batch_run_compiled
-    6  return    when an entry needs the interpreter; else go back to 1                       shard_turn
+    4  collect   per event: accept, or acquire, receive, cut; an entry for each connection.   shard_collect
+                 Compiled handlers run here
+    5  return    when an entry needs the interpreter; else go back to 1                       shard_turn
 
-Between 6 and 1 `_core.pyx` attaches to the interpreter once and runs the remaining entries' handlers.
+Between 5 and 1 `_core.pyx` attaches to the interpreter once and runs the remaining entries' handlers.
 """
 from libc.stdint cimport uint32_t, uint64_t
 
+from tstpool._collect cimport listeners_resume, shard_collect
 from tstpool._conn cimport PEND_CLOSE, STATE_OPEN, TABLE_CHUNK, TABLE_CHUNKS, generation_of, table_chunk, tst_connection
-from tstpool._entry cimport (
-    DRAIN_TIME, TYPE_LISTEN, batch_finish, connection_drop_output, listeners_resume, shard_collect)
+from tstpool._entry cimport DRAIN_TIME, TYPE_LISTEN, batch_finish, connection_drop_output
 from tstpool._libc cimport (
-    ACQUIRE, RELAXED, RELEASE, SEQ_CST, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
-    pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
+    ACQUIRE, RELAXED, RELEASE, SEQ_CST, load32, load64, load_pointer, pthread_cond_broadcast, pthread_mutex_lock,
+    pthread_mutex_unlock, store32, store64)
 from tstpool._poll cimport sys_wait
-from tstpool._run cimport batch_run_compiled
+from tstpool._queue cimport stock_has_litter
 from tstpool._shard cimport (
-    BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, TOKEN_POLLING, TOKEN_RUNNING, connection_bytes_sent, shard_ask,
-    shard_drain_enter, shard_drain_unlink, shard_take_requests, token_move, token_of, tst_batch, tst_engine, tst_shard,
-    tst_worker)
-from tstpool._stats cimport clock_now, count
+    BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, connection_bytes_sent, shard_ask, shard_drain_enter, shard_drain_unlink,
+    shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard, tst_worker)
+from tstpool._stats cimport count, tick_base
 
 cdef enum:
     DRAIN_LOOK = 20000000                  # nanoseconds between two looks whether all is closed, while stopping
@@ -35,6 +34,7 @@ cdef enum:
     TURN_IDLE = 2                          # nothing came for idle_time, and a handler wants to know
     TURN_ENDED = 3                         # stopping, and nothing is open here any more
     TURN_COMPLAIN = 4                      # accept failed: say so, then go on
+    TURN_LITTER = 5                        # objects that were sent wait to be let go, and nothing else is to be done
 
 
 # --------------------------------------------------------------------------------------------------- stop
@@ -170,21 +170,6 @@ cdef inline void worker_waited(tst_engine *engine, tst_worker *worker, uint64_t 
         store64(&worker.waiting_since, 0, RELAXED)
 
 
-cdef inline bint shard_leave_running(tst_worker *worker, tst_shard *shard) noexcept nogil:
-    """RUNNING -> POLLING. False: the shard was taken over meanwhile."""
-    return token_move(shard, token_of(worker.no, TOKEN_RUNNING), token_of(worker.no, TOKEN_POLLING))
-
-
-cdef inline void shard_enter_running(tst_engine *engine, tst_worker *worker, tst_shard *shard) noexcept nogil:
-    """POLLING -> RUNNING. From here on the watcher looks after us, so it must be awake."""
-    store64(&shard.token, token_of(worker.no, TOKEN_RUNNING), SEQ_CST)
-    if load32(&engine.watcher_asleep, SEQ_CST):
-        pthread_mutex_lock(&engine.mutex)
-        store32(&engine.watcher_asleep, 0, RELAXED)
-        pthread_cond_signal(&engine.watch)
-        pthread_mutex_unlock(&engine.mutex)
-
-
 cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                            bint ran) noexcept nogil:
     """Turns without the interpreter until it is needed: see the head of this file. `ran`: the batch's handlers have
@@ -192,21 +177,23 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
 
     Returns TURN_*, or -errno when epoll itself fails.
     """
-    cdef uint64_t now = clock_now()
+    cdef uint64_t now = tick_base(&worker.ticks)
     cdef int n
     while True:
         batch_finish(worker, batch, now)
         if ran and not shard_leave_running(worker, shard):
             return TURN_LOST
         ran = False
-        batch.n_entries = batch.n_compiled = batch.n_python = 0
+        batch.n_entries = batch.n_python = 0
         batch.scratch_used = 0
         if load32(&engine.phase, ACQUIRE) == PHASE_DRAINING and shard_drain(engine, shard, now):
             return TURN_ENDED
         shard_take_requests(shard)
         if batch.next_event >= batch.n_events:
+            if stock_has_litter(&shard.stock):
+                return TURN_LITTER
             n = shard_poll(engine, worker, shard, batch, now)
-            now = clock_now()
+            now = tick_base(&worker.ticks)
             if n < 0 and not shard.draining:
                 return n
             if n == 0 and engine.call_idle and load64(&worker.waiting_since, RELAXED) \
@@ -218,13 +205,13 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
         listeners_resume(shard, now)
         shard_expire(shard, now)
         shard_collect(engine, worker, shard, batch, now)
-        if batch.n_compiled or batch.n_python:
-            shard_enter_running(engine, worker, shard)
+        if worker.lost:                # a compiled handler was stuck: its entry may be left, the rest is another's
+            worker.lost = False
             ran = True
-        if batch.n_compiled:
-            batch_run_compiled(engine, worker, shard, batch)
-            now = worker.clock
-        if batch.n_python or (ran and worker.accept_errno):
+            if worker.left != NULL:
+                return TURN_RUN
+        elif batch.n_python:
+            shard_enter_running(engine, worker, shard)
             return TURN_RUN
-        if worker.accept_errno:
+        elif worker.accept_errno:
             return TURN_COMPLAIN

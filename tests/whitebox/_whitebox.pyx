@@ -3,6 +3,7 @@
 
 Methods return what the C functions return (>= 0, or -errno). Nothing here is part of the package.
 """
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -25,7 +26,8 @@ from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     connection_arm, connection_fired, connection_flush, connection_retire, connection_silence, sys_recv, sys_wait)
 from tstpool._queue cimport (
-    QUEUE_PIECES, queue_append, queue_consume, queue_drop, queue_pieces, queue_size, tst_chunk, tst_queue)
+    QUEUE_PIECES, STOCK_MOST, queue_append, queue_consume, queue_drop, queue_pieces, queue_settle, queue_share,
+    queue_size, shared_leave, shared_new, stock_free, stock_take_litter, tst_chunk, tst_queue, tst_shared, tst_stock)
 from tstpool._shard cimport (
     ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, TOKEN_POLLING, TOKEN_RUNNING, entry_move, shard_ask,
     shard_push, shard_take_requests, token_held, token_move, token_of, tst_entry, tst_shard)
@@ -38,6 +40,7 @@ ENTRY_STATES = (ENTRY_QUEUED, ENTRY_RUNNING, ENTRY_RAN, ENTRY_DONE)
 CHUNK = TABLE_CHUNK
 SLOTS = TABLE_CHUNK * TABLE_CHUNKS
 PIECES = QUEUE_PIECES
+STOCK = STOCK_MOST
 
 
 # -------------------------------------------------------------------------------------------- lock, counters
@@ -228,10 +231,61 @@ cdef class Framing:
 # ----------------------------------------------------------------------------------------------------- queue
 
 cdef class Queue:
+    """A queue with a stock of its own. `burst`: as if a handler ran."""
+
     cdef tst_queue queue
+    cdef tst_stock stock
+
+    def __cinit__(self, bint burst=True):
+        self.queue.stock = &self.stock
+        self.queue.burst = burst
 
     def __dealloc__(self):
         queue_drop(&self.queue)
+        stock_free(&self.stock)
+        self.drop_litter()
+
+    def share(self, bytes data, bint as_object=False):
+        """Queues a shared copy, or the object itself; then gives up its own use of it."""
+        cdef tst_shared *shared = shared_new(data, <size_t>len(data))
+        cdef int result
+        if as_object:
+            Py_INCREF(data)
+            shared.object = <void *>data
+            shared.bytes = data
+        result = queue_share(&self.queue, shared)
+        shared_leave(shared, &self.stock)
+        return result
+
+    def drop_litter(self):
+        """Lets the objects go that nobody needs; how many there were."""
+        cdef tst_shared *shared = stock_take_litter(&self.stock)
+        cdef tst_shared *next
+        cdef int n = 0
+        while shared != NULL:
+            next = shared.next
+            Py_DECREF(<object>shared.object)
+            free(shared)
+            shared = next
+            n += 1
+        return n
+
+    def settle(self):
+        queue_settle(&self.queue)
+
+    @property
+    def in_stock(self):
+        return self.stock.n
+
+    @property
+    def memory(self):
+        """Bytes that the chunks of the queue take up."""
+        cdef tst_chunk *chunk = self.queue.head
+        cdef size_t total = 0
+        while chunk != NULL:
+            total += sizeof(tst_chunk) + (chunk.capacity if chunk.shared == NULL else 0)
+            chunk = chunk.next
+        return total
 
     def append(self, bytes data):
         return queue_append(&self.queue, data, <size_t>len(data))
@@ -422,7 +476,8 @@ cdef class Connection:
     def append(self, bytes data):
         """(bytes that wait or -errno, whether somebody must be asked to flush)"""
         cdef bint flush = False
-        cdef ssize_t n = connection_append(self.connection, self.generation(), data, <size_t>len(data), &flush)
+        cdef ssize_t n = connection_append(self.connection, self.generation(), data, <size_t>len(data), NULL, False,
+                                           &flush)
         return n, bool(flush)
 
     def close_output(self):

@@ -1,6 +1,9 @@
 """White box: output that waits (_queue.pxd)."""
 
-from _whitebox import PIECES, Queue
+import sys
+
+import pytest
+from _whitebox import PIECES, STOCK, Queue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,13 +25,86 @@ def test_an_empty_queue_has_no_chunk():
 
 
 def test_an_append_that_overflows_a_chunk_is_split_and_stays_in_order():
+    for burst, size in ((False, 900), (True, 12_000)):
+        queue = Queue(burst)
+        queue.append(b"a" * size)
+        queue.append(b"b" * size)
+        pieces, total = queue.pieces()
+        assert total == 2 * size
+        assert b"".join(pieces) == b"a" * size + b"b" * size
+        assert queue.chunks == 2
+
+
+def test_chunks_go_back_to_the_stock_and_are_used_again():
     queue = Queue()
-    queue.append(b"a" * 900)
-    queue.append(b"b" * 900)
-    pieces, total = queue.pieces()
-    assert total == 1800
-    assert b"".join(pieces) == b"a" * 900 + b"b" * 900
-    assert queue.chunks == 2
+    for _ in range(3):
+        queue.append(b"x" * 30_000)  # one of the usual size, then one as large as the rest
+        queue.append(b"y" * 10)
+        queue.consume(queue.size)
+        assert queue.in_stock == 1
+    for _ in range(STOCK + 10):
+        queue.append(b"x" * 16_000)
+    queue.consume(queue.size)
+    assert queue.in_stock == STOCK
+
+
+def test_a_thread_outside_takes_no_more_than_it_needs():
+    queue = Queue(burst=False)
+    queue.append(b"x" * 64)
+    assert queue.memory < 1_100
+    queue.consume(64)
+    assert queue.in_stock == 0
+
+
+def test_what_the_kernel_does_not_take_moves_into_memory_of_its_own_size():
+    queue = Queue()
+    queue.append(b"x" * 64)
+    queue.consume(10)
+    queue.settle()
+    assert queue.memory < 200
+    assert queue.pieces() == ([b"x" * 54], 54)
+    assert queue.in_stock == 1
+    queue.append(b"y" * 10)
+    assert b"".join(queue.pieces()[0]) == b"x" * 54 + b"y" * 10
+    queue.consume(64)
+    assert queue.size == 0
+
+
+def test_much_that_the_kernel_does_not_take_stays_where_it_is():
+    queue = Queue()
+    queue.append(b"x" * 8_000)
+    queue.settle()
+    assert queue.in_stock == 0
+
+
+def test_shared_bytes_are_queued_without_a_copy_in_their_place():
+    queue = Queue()
+    queue.append(b"a" * 10)
+    queue.share(b"b" * 5_000)
+    queue.append(b"c" * 10)
+    assert queue.size == 5_020
+    assert queue.memory < 2 * 16_384 + 200
+    queue.consume(15)
+    assert b"".join(queue.pieces()[0]) == b"b" * 4_995 + b"c" * 10
+    queue.consume(queue.size)
+    assert (queue.chunks, queue.drop_litter()) == (0, 0)
+
+
+@pytest.mark.parametrize("end", ["consume", "drop"])
+def test_a_shared_object_lives_until_it_is_sent_and_is_let_go_by_the_interpreter(end):
+    queue = Queue()
+    data = bytes(bytearray(10_000))
+    before = sys.getrefcount(data)
+    queue.share(data, as_object=True)
+    assert sys.getrefcount(data) == before + 1
+    assert queue.drop_litter() == 0
+    if end == "consume":
+        queue.consume(10_000)
+    else:
+        queue.drop()
+    assert sys.getrefcount(data) == before + 1  # nobody could let it go without the interpreter
+    assert queue.drop_litter() == 1
+    assert sys.getrefcount(data) == before
 
 
 def test_what_a_flusher_has_picked_up_does_not_move_when_more_is_appended():
