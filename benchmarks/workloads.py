@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Workload:
 EVERYWHERE = ("quick", "default", "full")
 DEFAULT = ("default", "full")
 
+framed = partial(Workload, framing="length4")
+
 # The first one is the headline: the chart and the README quote it.
 WORKLOADS = (
     Workload("echo-64B-c50", "64 B, 50 connections, one in flight", sets=EVERYWHERE),
@@ -32,5 +35,10 @@ WORKLOADS = (
     Workload("echo-1K-c50", "1 KiB, 50 connections, one in flight", size=1024),
     Workload("echo-100K-c50", "100 KiB, 50 connections, one in flight", size=100 * 1024),
     Workload("echo-1M-c50", "1 MiB, 50 connections, one in flight", size=1024 * 1024),
+    framed("framed-64B-c50-d16", "framed 64 B, 50 connections, 16 in flight", depth=16, sets=DEFAULT),
+    framed("framed-64B-c50-d128", "framed 64 B, 50 connections, 128 in flight", depth=128, sets=DEFAULT),
+    framed("framed-16K-c50", "framed 16 KiB, 50 connections, one in flight", size=16 * 1024, sets=DEFAULT),
+    framed("framed-64B-c50", "framed 64 B, 50 connections, one in flight"),
+    framed("framed-1M-c50", "framed 1 MiB, 50 connections, one in flight", size=1024 * 1024),
 )
 BY_NAME = {workload.name: workload for workload in WORKLOADS}

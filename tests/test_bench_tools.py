@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import SANITIZER, patient
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "benchmarks" / "c"
@@ -32,7 +33,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both C programs, compiled as strictly as the compiler can."""
     where = tmp_path_factory.mktemp("bench")
     for source in SOURCES.glob("*.c"):
-        command = ["cc", "-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-o", str(where / source.stem), str(source)]
+        command = ["cc", "-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread"]
+        command += ["-o", str(where / source.stem), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
         assert done.returncode == 0, done.stderr
     return {path.name: path for path in where.iterdir()}
@@ -185,6 +187,45 @@ def test_generator_refuses_nonsense(programs: dict[str, Path], wrong: str) -> No
     )
     assert done.returncode == 2
     assert "usage" in done.stderr
+
+
+def peer_names() -> list[str]:
+    """As the runner lists them; none where the benchmarks are not part of the tree."""
+    if not SOURCES.is_dir():
+        return []
+    listing = "from benchmarks.peers import PEERS; print(*(peer.name for peer in PEERS))"
+    return subprocess.check_output([sys.executable, "-c", listing], cwd=REPOSITORY, text=True).split()
+
+
+@contextmanager
+def peer(name: str) -> Iterator[tuple[int, str]]:
+    """A peer as the runner starts it: port, and the framing that it serves. Skips where what it needs is missing."""
+    asking = f"""if True:
+        import json
+        from benchmarks.peers import BY_NAME
+        peer = BY_NAME[{name!r}]
+        why = peer.missing()
+        print(json.dumps([why, [] if why else peer.command(), peer.framings[-1]]))"""
+    answer = subprocess.check_output([sys.executable, "-c", asking], cwd=REPOSITORY, text=True, timeout=patient(120))
+    why, command, framing = json.loads(answer)
+    if why:
+        pytest.skip(why)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        try:
+            yield int(process.stdout.readline()), framing
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(bool(SANITIZER), reason="other people's libraries under our sanitizers")
+@pytest.mark.parametrize("name", peer_names())
+def test_each_peer_returns_every_byte(programs: dict[str, Path], name: str) -> None:
+    """In messages of many sizes, so that each way of cutting and of putting together is taken."""
+    with peer(name) as (port, framing):
+        for load in ("-c 5 -s 1 -d 50", "-c 5 -s 5000 -d 20", "-c 2 -s 1048576 -d 2"):
+            code, result = generate(programs, port, "--framing", framing, *load.split())
+            assert (code, result["ok"]) == (0, True), result
 
 
 def test_runner_measures_reports_and_leaves_no_process(tmp_path: Path) -> None:

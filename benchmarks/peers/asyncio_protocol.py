@@ -1,6 +1,9 @@
-"""Echo with asyncio, the way its documentation shows it: a Protocol."""
+"""Echo with asyncio, the way its documentation shows it: a Protocol. On uvloop it is the fastest interface without
+tuning."""
 
 import asyncio
+
+from ._loops import run, serve_protocol
 
 
 class Echo(asyncio.Protocol):
@@ -11,11 +14,5 @@ class Echo(asyncio.Protocol):
         self.transport.write(data)
 
 
-async def serve() -> None:
-    server = await asyncio.get_running_loop().create_server(Echo, "127.0.0.1", 0, backlog=1024)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
 if __name__ == "__main__":
-    asyncio.run(serve())
+    run(lambda: serve_protocol(Echo))
