@@ -15,17 +15,17 @@ from tstpool._conn cimport (
 from tstpool._data cimport input_keep
 from tstpool._entry cimport (
     TYPE_LISTEN, TYPE_SUB, connection_begin_close, connection_break, connection_due, connection_has_room,
-    connection_sent, connection_transfer, take_input)
+    connection_sent, connection_transfer, connection_wants_body, take_input)
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
     fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
-    connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_oob_inline)
+    connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
-    BATCH_ENTRIES, DO_CONNECT, DO_WRITABLE, SCRATCH_LEAST, SCRATCH_SIZE, batch_add, shard_ask, shard_push, tst_batch,
+    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_WRITABLE, SCRATCH_FULL, batch_add, shard_ask, shard_push, tst_batch,
     tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
 
@@ -100,7 +100,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
         count(&worker.stats.accepted, 1)
         keep_peer(connection, &address)
         if address.ss_family == AF_INET or address.ss_family == AF_INET6:
-            sys_oob_inline(fd)
+            sys_prepare(fd)
         connection_settle_in(connection, engine, home, TYPE_SUB)
         store_pointer(<void **>&connection.framing, <void *>listener.framing, RELEASE)
         if home == shard:
@@ -185,6 +185,8 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             take_input(connection, batch, worker,
                        arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN), now)
             what |= connection_due(connection)
+            if what == 0 and connection_wants_body(connection):
+                what = DO_BODY
             if what == 0 and input_keep(&connection.input) < 0:    # no handler runs: nobody else would keep it
                 connection_break(connection, ENOMEM)
                 what = connection_due(connection)
@@ -289,8 +291,8 @@ cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shar
 
 cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                uint64_t now) noexcept nogil:
-    """Makes entries of requests and events, until there are no more, the batch is full (the rest waits for the next turn)
-    or the shard was taken over (worker.lost: then it is not ours to touch).
+    """Makes entries of requests and events, until there are no more, the batch is full (the rest waits for the next
+    turn) or the shard was taken over (worker.lost: then it is not ours to touch).
 
     They take turns in going first, so that neither a flood of events nor connections that ask for themselves again and
     again (S14) can keep the others out.
@@ -304,4 +306,4 @@ cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard
 
 cdef inline bint batch_has_room(tst_batch *batch) noexcept nogil:
     return (batch.n_entries + ACCEPTS_PER_TURN <= BATCH_ENTRIES
-            and SCRATCH_SIZE - batch.scratch_used >= SCRATCH_LEAST)
+            and batch.scratch_used < SCRATCH_FULL)

@@ -42,7 +42,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from tstpool._data cimport tst_data, tst_input
-from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing
+from tstpool._frame cimport (
+    FRAME_DELIMITED, FRAME_LENGTH, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
     load_pointer, store32, store64, tst_bug)
@@ -137,6 +138,8 @@ cdef struct tst_connection:
     const tst_framing *framed_by   # owner: by which `frame` and `scanned` were made
     tst_frame frame            # owner
     size_t scanned             # owner: see frame_next
+    tst_shared *body           # owner; counted: a long message that is received straight into its bytes object
+    size_t body_size           # owner: bytes of it that have arrived
     tst_data *recv             # borrowed from the TstSocket; atomic pointer, NULL until the handler asks for it
     tst_data *send             # the same
     PyObject *sock             # owned reference to the TstSocket, while OPEN; locked
@@ -361,8 +364,8 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     that are `shared` are not copied.
 
     Returns the bytes that wait now, -ENOTCONN when it is closed, -EMSGSIZE or -EINVAL when the framing has no frame for
-    them, or -ENOMEM. `flush` becomes True when nobody is on the way to send it: the caller must connection_ask() for it.
-    A frame for which memory runs out in the middle breaks the connection: the peer could make nothing of the rest.
+    them, or -ENOMEM. `flush` becomes True when nobody is on the way to send it: the caller must connection_ask() for
+    it. A frame for which memory runs out in the middle breaks the connection: the peer could make nothing of the rest.
     """
     cdef ssize_t result
     cdef uint64_t word

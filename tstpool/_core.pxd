@@ -10,11 +10,11 @@ somebody holds it or a memoryview of it. Nothing here may be constructed by hand
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from tstpool._conn cimport tst_address, tst_compiled, tst_connection, tst_notified
+from tstpool._conn cimport tst_address, tst_compiled, tst_connection
 from tstpool._data cimport tst_data
 from tstpool._frame cimport tst_framing
 from tstpool._queue cimport tst_shared
-from tstpool._shard cimport tst_batch, tst_engine, tst_entry, tst_shard, tst_worker
+from tstpool._shard cimport tst_engine
 
 
 # What a handler returns; the numbers are those of Python's TstStat.
@@ -89,6 +89,7 @@ cdef class TstSocket:
     cdef TstData send_transfer
     cdef object reason                     # owner: the exception that ends it
     cdef object __weakref__
+    cdef long long _abi_reserve[4]         # as in TstPool
 
     cdef uint32_t generation(self) noexcept nogil
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
@@ -98,6 +99,7 @@ cdef class TstSocket:
     cdef bint sent_up_to(self, uint64_t goal) except -1
     cdef int check_reading(self) except -1
     cdef size_t unread(self) noexcept
+    cdef bint holds_no_more(self) noexcept
     cdef void took(self, size_t size) noexcept
     cdef int raise_unsent(self, ssize_t result, object data) except -1
     cdef ssize_t read_to(self, char *place, size_t size) except -1
@@ -164,6 +166,7 @@ cdef class Binding:
 cdef class TstPool:
     cdef tst_engine *engine                # owned
     cdef Binding binding                   # of the pool's handler, None until it is known
+    cdef bint copy                         # on_message gets bytes, not a view
     cdef list framings                     # the pool's, then its listeners'; connections borrow them
     cdef dict hooks                        # setEvent...: hook name -> function
     cdef bint opened                       # shards have their descriptors
@@ -184,6 +187,7 @@ cdef class TstPool:
     cdef object fault                      # the exception that stopped the engine by itself
     cdef object name
     cdef object __weakref__
+    cdef long long _abi_reserve[8]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1
@@ -205,41 +209,3 @@ cdef class TstPool:
     cdef tst_connection *find(self, object which, uint32_t *generation) except? NULL
     cdef list snapshot(self)
     cdef object worker_stats(self, int no)
-
-
-# A worker's Python side: the only thing that touches its tst_worker, except for readers of counters.
-cdef class Worker:
-    cdef TstPool pool
-    cdef Binding binding                   # its own copy, so that workers do not share reference counts
-    cdef tst_engine *engine                # borrowed from the pool
-    cdef tst_worker *worker                # borrowed from the engine
-    cdef double complained                 # when accept's failure was last logged
-
-    cdef int run(self) except -1
-    cdef int serve(self, tst_shard *shard, bint taken_over) except -1
-    cdef tst_batch *resume(self, tst_shard *shard) except? NULL
-    cdef int run_batch(self, tst_shard *shard, tst_batch *batch) except -1
-    cdef bint run_one(self, tst_entry *entry) except -1
-    cdef int run_entry(self, tst_entry *entry) except -1
-    cdef Binding binding_of(self, TstSocket sock)
-    cdef int adopt_binding(self, TstSocket sock) except -1
-    cdef bint connect(self, TstSocket sock) except -1
-    cdef int notify(self, TstSocket sock, tst_notified hook) except -1
-    cdef int read_messages(self, TstSocket sock, uint32_t events) except -1
-    cdef uint64_t quick_messages(self, TstSocket sock, Binding binding, uint64_t began) except? 0
-    cdef bint run_compiled_messages(self, TstSocket sock) except -1
-    cdef bint message(self, TstSocket sock, Binding binding) except -1
-    cdef bint refuse(self, TstSocket sock, Binding binding) except -1
-    cdef bint hand_out(self, TstSocket sock, Binding binding, bint whole) except -1
-    cdef bint message_to_pool(self, TstSocket sock, object data) except -1
-    cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1
-    cdef object payload(self, TstSocket sock)
-    cdef int writable(self, TstSocket sock) except -1
-    cdef bint disconnect(self, TstSocket sock) except -1
-    cdef object call(self, TstSocket sock, Binding binding, object hook, object argument)
-    cdef int report(self, TstSocket sock) except -1
-    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1
-    cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1
-    cdef int failed(self, TstSocket sock, Binding binding, object error) except -1
-    cdef int idle(self, tst_shard *shard) except -1
-    cdef int complain(self) except -1

@@ -121,6 +121,7 @@ class TstPool:
         *,
         framing: Framing | None = None,
         workers: int | None = None,
+        copy: bool = True,
         trigger: str = "level",
         max_recv_size: int = 4096,
         max_send_size: int = 4096,

@@ -23,10 +23,10 @@ from tstpool._conn cimport (
     generation_of, table_chunk, table_find, table_open, tst_connection, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
-    input_free, input_keep, input_unread)
+    input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
     TYPE_LISTEN, batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut,
-    connection_due, connection_reconnect)
+    connection_due, connection_reconnect, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
@@ -38,15 +38,16 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_park
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_recv, sys_wake)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_wake)
 from tstpool._queue cimport (
     SHARE_LEAST, queue_drop, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
     tst_stock)
 from tstpool._run cimport RUN_BURST, RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
-    DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
-    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, shard_ask, shard_enter_running,
-    shard_leave_running, shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
+    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, scratch_leave, shard_ask,
+    shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_scratch,
+    tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._turn cimport (
     TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN, engine_shard_ended, shard_turn)
@@ -83,6 +84,8 @@ EPOLLET = _EPOLLET
 EPOLLONESHOT = _EPOLLONESHOT
 
 logger = logging.getLogger("tstpool")
+
+cdef class Worker              # below
 
 cdef enum:
     READ_CHUNK = 65536                 # most that one read() without a size takes from the kernel
@@ -667,7 +670,7 @@ cdef class TstSocket:
         cdef ssize_t more
         self.check_reading()
         buffered = self.unread()
-        most = buffered if self.connection.windowed else buffered + READ_CHUNK
+        most = buffered if self.holds_no_more() else buffered + READ_CHUNK
         if n >= 0:
             most = min(size_from(n, "n"), most)
         if buffered and (n < 0 or buffered >= most):
@@ -698,6 +701,10 @@ cdef class TstSocket:
         """Bytes at hand: what is left of the message, or, without framing, of what was read ahead."""
         return self.connection.frame.size if self.connection.windowed else self.connection.input.size
 
+    cdef bint holds_no_more(self) noexcept:
+        """What the kernel has is not the handler's to read: it belongs to the next message, or to one under way."""
+        return self.connection.windowed or self.connection.body != NULL
+
     cdef void took(self, size_t size) noexcept:
         input_consume(&self.connection.input, size)
         self.connection.has_read = True
@@ -713,7 +720,7 @@ cdef class TstSocket:
         if buffered:
             memcpy(place, connection.input.view, buffered)
             self.took(buffered)
-        if buffered == size or connection.end_of_input or connection.windowed:
+        if buffered == size or connection.end_of_input or self.holds_no_more():
             return <ssize_t>buffered
         with nogil:
             n = sys_recv(connection.fd, place + buffered, size - buffered)
@@ -899,8 +906,8 @@ cdef class TstHandler:
         it: what is queued is sent, it is closed, and on_disconnect is not called."""
 
     def on_message(self, sock, data):
-        """`data`: bytes of one whole message; without framing, whatever has arrived. Returning bytes sends them as one
-        message."""
+        """`data`: one whole message as bytes, or, if the pool was made with copy=False, as a memoryview; without
+        framing, whatever has arrived. Returning bytes sends them as one message."""
 
     def on_writable(self, sock):
         """need_send() was asked for and the kernel takes output, or a TstStat.SEND has been handed to it whole."""
@@ -1068,6 +1075,9 @@ cdef class TstPool:
     framing: how input is cut into messages, for listeners and sockets that are not told otherwise: Fixed, Delimited,
     LengthPrefixed; Raw() or None for bytes as they arrive.
     workers: threads; default min(32, cores + 4). Handlers that block hold one each.
+    copy: on_message gets bytes; False: a read-only memoryview of the message where it was received, valid inside the
+    call and released after it. Using it later raises ValueError. A slice or array made of it stays valid, and keeps the
+    receive buffer, up to 256 KiB, or the message. sock.read() gets nothing in such a call.
     trigger: "level", "oneshot" or "edge": how descriptors are armed. Same results from all three; "level" is fastest.
     max_recv_size, max_send_size: bytes in each socket's recv_data and send_data.
     shards: epoll sets, each polled by one worker at a time. Default: 1 under a GIL, one a core on a free-threaded build
@@ -1091,13 +1101,14 @@ cdef class TstPool:
         pthread_cond_init(&self.engine.watch, &monotonic)
         pthread_condattr_destroy(&monotonic)
 
-    def __init__(self, handler=None, *, framing=None, workers=None, trigger="level", max_recv_size=4096,
+    def __init__(self, handler=None, *, framing=None, workers=None, copy=True, trigger="level", max_recv_size=4096,
                  max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool"):
         if self.hooks is not None:
             raise TstError("a TstPool is initialised once")
         if trigger not in TRIGGERS:
             raise ValueError(f"trigger must be one of {', '.join(TRIGGERS)}: {trigger!r}")
         self.framings = [framing_from(framing)]
+        self.copy = bool(copy)
         self.mutex = threading.Lock()
         self.ended = threading.Event()
         self.ended.set()
@@ -1541,6 +1552,7 @@ cdef class TstPool:
         while self.engine.batches != NULL:
             batch = self.engine.batches
             self.engine.batches = batch.next
+            scratch_leave(batch.scratch)
             free(batch)
         for i in range(TABLE_CHUNKS):
             free(self.engine.table.chunks[i])
@@ -1825,7 +1837,7 @@ cdef int adopt(object sock) except -1:
     sock.setblocking(False)
     os.set_inheritable(sock.fileno(), False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sys_prepare(sock.fileno())
     return sock.detach()
 
 
@@ -1852,20 +1864,82 @@ cdef object read_peer(tst_connection *connection):
 
 # -------------------------------------------------------------------------------------------------- workers
 
-cdef Worker new_worker(TstPool pool, int no):
-    cdef Worker worker = Worker.__new__(Worker)
-    worker.pool = pool
-    worker.engine = pool.engine
-    worker.worker = &pool.engine.workers[no]
-    worker.worker.ident = PyThread_get_thread_ident()
-    worker.worker.tid = gettid()
-    worker.binding = bind(pool.binding.handler, pool.hooks)
-    return worker
+@cython.final
+cdef class Loan:
+    """Bytes of the input, read-only, for as long as a handler's call lasts. If the handler keeps a part of the view
+    beyond that, the memory is not used again until it lets go."""
+
+    cdef const char *bytes                 # borrowed until the handler returns, then NULL
+    cdef size_t size
+    cdef uint32_t exports                  # views that are held
+    cdef tst_scratch *scratch              # counted: held for views that were kept
+    cdef char *storage                     # owned: the same
+
+    def __cinit__(self, key=None):
+        if key is not POOLS_KEY:
+            raise TypeError("not to be made by hand")
+
+    def __dealloc__(self):
+        scratch_leave(self.scratch)
+        free(self.storage)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if self.bytes == NULL:
+            raise BufferError("the message is gone: its handler has returned")
+        PyBuffer_FillInfo(buffer, self, <void *>self.bytes, <Py_ssize_t>self.size, True, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+
+    cdef int end(self, tst_connection *connection, tst_batch *batch) except -1:
+        """The call is over. What is kept takes the memory with it."""
+        cdef tst_input *input = &connection.input
+        self.bytes = NULL
+        if self.exports == 0:
+            return 0
+        if not input_is_stored(input):
+            self.scratch = batch.scratch
+            add32(&batch.scratch.users, 1, RELAXED)
+            return 0
+        self.storage = input.storage
+        input.storage = NULL
+        input.capacity = 0
+        check(input_keep(input), "no memory for input")
+        return 0
+
+
+cdef char NOWHERE = 0
+
+
+cdef Loan new_loan(const char *bytes, size_t size):
+    cdef Loan loan = Loan.__new__(Loan, POOLS_KEY)
+    loan.bytes = bytes if bytes != NULL else &NOWHERE      # an empty message may lie nowhere
+    loan.size = size
+    return loan
+
+
+cdef int release_view(object view) except -1:
+    """From here on using the view raises. Refused while somebody has a buffer of it, like an array: that one stays
+    valid."""
+    try:
+        view.release()
+    except BufferError:
+        pass
+    return 0
 
 
 @cython.final
 cdef class Worker:
-    """One worker thread: parks, takes a shard, turns, runs handlers, until the pool has stopped."""
+    """One worker thread: parks, takes a shard, turns, runs handlers, until the pool has stopped. The only thing that
+    touches its tst_worker, except for readers of counters."""
+
+    cdef TstPool pool
+    cdef Binding binding                   # its own copy, so that workers do not share reference counts
+    cdef tst_engine *engine                # borrowed from the pool
+    cdef tst_worker *worker                # borrowed from the engine
+    cdef tst_batch *batch                  # borrowed: the one whose entries it runs
+    cdef double complained                 # when accept's failure was last logged
 
     cdef int run(self) except -1:
         cdef tst_shard *shard = NULL
@@ -1958,6 +2032,7 @@ cdef class Worker:
         cdef tst_entry *left = self.worker.left
         cdef uint64_t flushed = tick_now(&self.worker.ticks)
         self.worker.clock = flushed
+        self.batch = batch
         if left != NULL:
             self.worker.left = NULL
             self.run_one(left)
@@ -1998,6 +2073,8 @@ cdef class Worker:
             self.connect(sock)
         if connection.report:
             self.report(sock)
+        if due & DO_BODY:
+            self.make_body(sock)
         if due & DO_WRITABLE and not connection.closing:
             self.writable(sock)
         if not due & DO_CONNECT:
@@ -2013,9 +2090,27 @@ cdef class Worker:
 
     cdef Binding binding_of(self, TstSocket sock):
         """The socket's handler as it is now; the pool's as this worker's own copy of it."""
-        if load32(&sock.connection.rebind, RELAXED):
+        if load32(&sock.connection.rebind, RELAXED) and sock.connection.body == NULL:
             self.adopt_binding(sock)
         return self.binding if sock.active is None else sock.active
+
+    cdef int make_body(self, TstSocket sock) except -1:
+        """A long message has begun: from here on it is received straight into the object that the handler gets."""
+        cdef tst_connection *connection = sock.connection
+        cdef size_t have
+        if not connection_wants_body(connection):
+            return 0
+        have = connection.input.size - connection.frame.begin
+        try:
+            body = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>connection.frame.size)
+            connection.body = share_object(body)
+        except MemoryError as error:
+            self.failed(sock, self.binding_of(sock), error)
+            return 0
+        memcpy(PyBytes_AS_STRING(body), connection.input.view + connection.frame.begin, have)
+        connection.body_size = have
+        input_consume(&connection.input, connection.input.size)
+        return 0
 
     cdef int adopt_binding(self, TstSocket sock) except -1:
         """The connection is new, or its sock.handler was assigned: from here on that is its handler."""
@@ -2087,7 +2182,7 @@ cdef class Worker:
             store32(&connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
             if connection.framed and connection.too_large:
                 self.refuse(sock, binding)
-            elif binding is self.binding and is_quick(connection) and binding.on_message is not None:
+            elif binding is self.binding and self.pool.copy and is_quick(connection) and binding.on_message is not None:
                 n += self.quick_messages(sock, binding, began)
                 if self.worker.clock - began >= RUN_TIME:
                     break
@@ -2102,17 +2197,17 @@ cdef class Worker:
         return 0
 
     cdef uint64_t quick_messages(self, TstSocket sock, Binding binding, uint64_t began) except? 0:
-        """The straight way from the input to the pool's on_message and back, for what most connections do: read_messages
-        without the questions whose answers is_quick knows. Returns how many messages it handed out."""
+        """The straight way from the input to the pool's on_message and back, for what most connections do:
+        read_messages without the questions whose answers is_quick knows. Returns how many messages it handed out."""
         cdef tst_connection *connection = sock.connection
         cdef tst_worker *worker = self.worker
         cdef object hook = binding.on_message
-        cdef const char *bytes = NULL
+        cdef const char *place = NULL
         cdef size_t size
         cdef uint64_t n = 0, untimed = 0
         while True:
-            size = message_at_hand(connection, &bytes)
-            data = PyBytes_FromStringAndSize(bytes, <Py_ssize_t>size)
+            size = message_at_hand(connection, &place)
+            data = PyBytes_FromStringAndSize(place, <Py_ssize_t>size)
             message_take(connection, size)
             n += 1
             worker_enter(worker)
@@ -2159,10 +2254,28 @@ cdef class Worker:
         connection.has_read = False
         if not connection.framed:
             return self.hand_out(sock, binding, whole)
+        if connection.body != NULL:
+            return self.hand_out_body(sock, binding)
         frame_open(connection)
         handed_out = self.hand_out(sock, binding, True)
         frame_close(connection)
         return handed_out
+
+    cdef bint hand_out_body(self, TstSocket sock, Binding binding) except -1:
+        """A long message, which has arrived in an object of its own."""
+        cdef tst_connection *connection = sock.connection
+        cdef object body = <object>connection.body.object
+        unshare_object(connection.body)
+        connection.body = NULL
+        connection.windowed = True
+        connection.frame.begin = connection.frame.size = connection.frame.whole = 0
+        if binding.function is not None:
+            give_back(connection, body)
+            self.function_message(sock, binding, True)
+        else:
+            self.hand_over(sock, binding, body, True)
+        frame_close(connection)
+        return True
 
     cdef bint refuse(self, TstSocket sock, Binding binding) except -1:
         """The peer sends a message longer than allowed: on_error hears of it, and the connection closes anyway."""
@@ -2174,21 +2287,68 @@ cdef class Worker:
 
     cdef bint hand_out(self, TstSocket sock, Binding binding, bint whole) except -1:
         """Gives the message at hand to whoever it is for. `whole`: to be handed out once, read or not."""
-        cdef tst_connection *connection = sock.connection
         if binding.function is not None:
             return self.function_message(sock, binding, whole)
-        data = self.payload(sock)
+        if self.pool.copy:
+            return self.hand_over(sock, binding, self.payload(sock), whole)
+        return self.lend(sock, binding, whole)
+
+    cdef bint hand_over(self, TstSocket sock, Binding binding, object data, bint whole) except -1:
+        """Calls on_message with the message as bytes, which are gone from the input."""
+        cdef tst_connection *connection = sock.connection
+        cdef object view = None
         if binding.on_message is None:
             return True
-        result = self.call(sock, binding, binding.on_message, data)
+        if not self.pool.copy:
+            view = memoryview(data)
+        result = self.call(sock, binding, binding.on_message, data if view is None else view)
         if binding is self.binding or not is_run(result):
             self.apply(sock, binding, result, None, NOTHING)
+        elif self.binding.function is None:
+            self.message_to_pool(sock, data if view is None else view)
+        else:
+            if not whole or connection.windowed:
+                give_back(connection, data)
+            self.function_message(sock, self.binding, whole)
+        if view is not None:
+            release_view(view)             # a part of it that the handler kept holds the bytes object
+        return True
+
+    cdef bint lend(self, TstSocket sock, Binding binding, bint whole) except -1:
+        """Calls on_message with a view of the message where it lies (copy=False), and takes it back afterwards."""
+        cdef tst_connection *connection = sock.connection
+        cdef bint transfer = not connection.windowed and whole
+        cdef bint framed = connection.windowed
+        cdef size_t size
+        cdef Loan loan = None
+        if binding.on_message is None:
+            sock.took(sock.unread())
             return True
-        if self.binding.function is None:
-            return self.message_to_pool(sock, data)
-        if not whole or connection.windowed:
-            give_back(connection, data)
-        return self.function_message(sock, self.binding, whole)
+        size = sock.unread()
+        if transfer:
+            begin = connection.recv.req_pos
+            view = memoryview(sock.recv_data)[begin:begin + connection.recv.req_len].toreadonly()
+        else:
+            loan = new_loan(connection.input.view, size)
+            view = memoryview(loan)
+            connection.windowed = True     # reading gets nothing while the message is lent
+            connection.frame.size = 0
+        result = self.call(sock, binding, binding.on_message, view)
+        passed_on = binding is not self.binding and is_run(result)
+        if passed_on and self.binding.function is None:
+            self.message_to_pool(sock, view)
+        release_view(view)
+        if loan is not None:
+            loan.end(connection, self.batch)
+            connection.windowed = framed
+            connection.frame.size = size
+        if passed_on and self.binding.function is not None:
+            return self.function_message(sock, self.binding, whole)
+        if loan is not None:
+            sock.took(size)
+        if not passed_on:
+            self.apply(sock, binding, result, None, NOTHING)
+        return True
 
     cdef bint message_to_pool(self, TstSocket sock, object data) except -1:
         """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler."""
@@ -2363,6 +2523,17 @@ cdef class Worker:
         return 0
 
 
+cdef Worker new_worker(TstPool pool, int no):
+    cdef Worker worker = Worker.__new__(Worker)
+    worker.pool = pool
+    worker.engine = pool.engine
+    worker.worker = &pool.engine.workers[no]
+    worker.worker.ident = PyThread_get_thread_ident()
+    worker.worker.tid = gettid()
+    worker.binding = bind(pool.binding.handler, pool.hooks)
+    return worker
+
+
 cdef void frame_open(tst_connection *connection) noexcept:
     """The handler is about to be given the message at hand: what is before it is dropped; it may read no further."""
     input_consume(&connection.input, connection.frame.begin)
@@ -2379,7 +2550,7 @@ cdef void frame_close(tst_connection *connection) noexcept:
 
 cdef bint is_quick(tst_connection *connection) noexcept:
     """The message at hand lies in the input, whole: it is no transfer, not too large, and no compiled handler's."""
-    if connection.compiled != NULL or (connection.framed and connection.too_large):
+    if connection.compiled != NULL or connection.body != NULL or (connection.framed and connection.too_large):
         return False
     return connection.framed or connection.recv == NULL or not data_requested(connection.recv)
 

@@ -16,14 +16,14 @@ from tstpool._conn cimport (
 from tstpool._data cimport (
     data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume, input_free,
     input_reserve, tst_data)
-from tstpool._frame cimport frame_next, tst_framing
+from tstpool._frame cimport FRAME_DELIMITED, frame_next, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, fcntl, load32, load_pointer, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_flush, connection_retire,
-    connection_silence, flush_result, sys_control, sys_recv, sys_writable)
-from tstpool._queue cimport queue_append, queue_drop, queue_size
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_drop_body, connection_flush,
+    connection_retire, connection_silence, flush_result, sys_control, sys_recv, sys_writable)
+from tstpool._queue cimport queue_append, queue_drop, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, entry_move, shard_ask, shard_drain_add,
     shard_drain_remove, shard_push, tst_batch, tst_entry, tst_shard, tst_worker)
@@ -34,6 +34,7 @@ cdef enum:
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
     READ_MORE = 65536                      # room made behind unread input
     DIRECT_LEAST = 16384                   # bytes to come from which a transfer is received straight into place
+    BODY_LEAST = 131072                    # bytes in a message from which it gets its object before it has arrived
 
 cdef enum:
     TYPE_SUB = 0
@@ -66,6 +67,8 @@ cdef inline ssize_t receive_in_place(tst_connection *connection, tst_data *data,
 
 cdef inline bint connection_input_full(tst_connection *connection) noexcept nogil:
     """Enough is read ahead. The bytes that a message still needs are always read: its framing limits them."""
+    if connection.body != NULL:
+        return connection.message_ready
     if connection.input.size < INPUT_LIMIT:
         return False
     return connection.framed_by == NULL or connection.input.size >= connection.frame.needed
@@ -78,9 +81,30 @@ cdef inline size_t connection_room(tst_connection *connection) noexcept nogil:
     return READ_MORE
 
 
+cdef inline ssize_t receive_body(tst_connection *connection) noexcept nogil:
+    """Receives into the bytes object of a long message."""
+    cdef tst_shared *body = connection.body
+    cdef ssize_t n = sys_recv(connection.fd, <char *>body.bytes + connection.body_size,
+                              body.size - connection.body_size)
+    if n > 0:
+        connection.body_size += <size_t>n
+        if connection.body_size == body.size:
+            connection.message_ready = connection.framed = True
+    return n
+
+
+cdef inline bint connection_wants_body(tst_connection *connection) noexcept nogil:
+    """Input begins with a message whose size is known, of which the larger part may be still to come."""
+    return (connection.framed_by != NULL and connection.body == NULL and not connection.message_ready
+            and connection.frame.needed >= BODY_LEAST and connection.frame.needed > connection.input.size
+            and connection.framed_by.kind != FRAME_DELIMITED and connection.compiled == NULL
+            and connection_wants_input(connection))
+
+
 cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *batch, tst_worker *worker,
                                        uint64_t now) noexcept nogil:
-    """Receives once: into a large transfer, behind input that is still unread, or into the batch's scratch buffer.
+    """Receives once: into a long message, a large transfer, behind input that is still unread, or into the batch's
+    scratch buffer.
 
     Returns bytes received, 0 for the end of input, or -errno.
     """
@@ -88,12 +112,14 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
     cdef size_t room = 0
     cdef char *place
     cdef ssize_t n = 0
-    if data != NULL and connection.input.size == 0 and not connection.message_ready:
+    if connection.body != NULL:
+        n = receive_body(connection)
+    elif data != NULL and connection.input.size == 0 and not connection.message_ready:
         n = receive_in_place(connection, data, now, &room)
-    if room == 0:
+    if room == 0 and connection.body == NULL:
         if connection.input.size == 0:
             room = SCRATCH_SIZE - batch.scratch_used
-            place = batch.scratch + batch.scratch_used
+            place = batch.scratch.bytes + batch.scratch_used
             n = sys_recv(connection.fd, place, room)
             if n > 0:
                 batch.scratch_used += <size_t>n
@@ -138,6 +164,8 @@ cdef inline bint connection_cut(tst_connection *connection) noexcept nogil:
     cdef tst_data *data
     if not connection_takes_messages(connection):
         return False
+    if tst_rarely(connection.body != NULL):
+        return connection.message_ready
     data = <tst_data *>load_pointer(<void **>&connection.recv, ACQUIRE)
     if tst_rarely(data != NULL) and data_requested(data):
         return connection_cut_transfer(connection, data)
@@ -291,6 +319,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     one. Owner only."""
     cdef tst_data *data
     input_free(&connection.input)
+    connection_drop_body(connection)
     connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
     connection.call_writable = connection.ask_writable = False
     connection.reason = 0

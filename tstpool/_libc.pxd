@@ -75,6 +75,14 @@ cdef extern from "<sys/socket.h>" nogil:
     int shutdown(int fd, int how)
 
 
+cdef extern from "<netinet/tcp.h>" nogil:
+    int TCP_NODELAY
+
+
+cdef extern from "<netinet/in.h>" nogil:
+    int IPPROTO_TCP
+
+
 # accept4 is declared by <sys/socket.h> only under _GNU_SOURCE, which Python.h defines.
 cdef extern from "<sys/socket.h>" nogil:
     int accept4(int fd, sockaddr *address, socklen_t *size, int flags)

@@ -94,7 +94,7 @@ cdef inline bint any_shard_running(tst_engine *engine) noexcept nogil:
 
 
 cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker, bint *any_running,
-                                        bint *suspicion) noexcept nogil:
+                                         bint *suspicion) noexcept nogil:
     """One look at all shards. Returns a shard that was taken from its stuck holder, or NULL.
 
     any_running, suspicion: a shard runs handlers; its worker is in one that it may be stuck in.

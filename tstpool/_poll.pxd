@@ -33,11 +33,13 @@ from tstpool._conn cimport (
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_OOBINLINE,
-    accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait, iovec, load32, load64, msghdr, poll, pollfd,
-    read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32, write)
+    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET,
+    SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait, iovec, load32,
+    load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
+    write)
 from tstpool._lock cimport spin_lock, spin_unlock
-from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_settle, queue_size
+from tstpool._queue cimport (
+    QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_settle, queue_size, shared_leave)
 from tstpool._stats cimport count, tst_stats
 
 cdef enum:
@@ -128,11 +130,16 @@ cdef inline void sys_drain(int event_fd) noexcept nogil:
         pass
 
 
-cdef inline void sys_oob_inline(int fd) noexcept nogil:
-    """Urgent bytes stay in the stream, in their place. Else EPOLLPRI would fire until somebody read them aside (B23).
-    Fails on sockets that know no urgent data, which is fine."""
+cdef inline void sys_prepare(int fd) noexcept nogil:
+    """Sets what each TCP connection is to have.
+
+    Urgent bytes stay in the stream, in their place: else EPOLLPRI would fire until somebody read them aside (B23). No
+    delay: all output of a turn goes out in one send, so Nagle's algorithm has nothing to collect, and would hold back
+    the second of two replies until the peer acknowledges the first.
+    """
     cdef int on = 1
     setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on))
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
 
 
 # ------------------------------------------------------------------------------------------------- arming
@@ -279,6 +286,12 @@ cdef inline void flush_arm(tst_connection *connection, tst_stats *stats) noexcep
 
 # ------------------------------------------------------------------------------------------------- the end
 
+cdef inline void connection_drop_body(tst_connection *connection) noexcept nogil:
+    """Forgets a long message that is not whole. Owner only."""
+    if connection.body != NULL:
+        shared_leave(connection.body, connection.out.stock)
+        connection.body = NULL
+
 cdef inline void connection_free(tst_connection *connection, tst_stats *stats) noexcept nogil:
     """Frees the slot and closes the descriptor, once the last of {owner, flusher, request queue} has let go.
 
@@ -296,6 +309,7 @@ cdef inline void connection_free(tst_connection *connection, tst_stats *stats) n
     spin_lock(&connection.lock)
     queue_drop(&connection.out)
     input_free(&connection.input)
+    connection_drop_body(connection)
     if connection.registered:
         sys_control(connection.epoll_fd, EPOLL_CTL_DEL, fd, 0, 0)
     word = load64(&connection.state, ACQUIRE)

@@ -13,16 +13,15 @@ change, so what it has picked up stays valid whatever is appended meanwhile.
 
 A chunk's bytes lie behind it, or they are shared (`tst_shared`): a large bytes object of Python's, or the payload of a
 broadcast, is queued without being copied. Other chunks are of one size while a handler runs, and come from a stock that
-the connections of a shard share: malloc would give their pages back to the system after each turn and ask for them again
-in the next.
+the connections of a shard share: malloc would give their pages back to the system after each turn and ask for them
+again in the next.
 """
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from tstpool._libc cimport (
-    ACQ_REL, RELAXED, RELEASE, add32, iovec, load_pointer, store_pointer, sub32)
+from tstpool._libc cimport ACQ_REL, RELAXED, RELEASE, add32, iovec, load_pointer, store_pointer, sub32
 from tstpool._lock cimport spin_lock, spin_unlock
 
 cdef enum:

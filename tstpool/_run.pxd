@@ -183,8 +183,8 @@ cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_
                                     tst_entry *entry) noexcept nogil:
     """Runs the compiled handler of the entry that was just made. True: it is finished, and Python has nothing to do.
 
-    The shard may be taken over only while the handler runs; then worker.lost says so, and the shard is not to be touched
-    any more.
+    The shard may be taken over only while the handler runs; then worker.lost says so, and the shard is not to be
+    touched any more.
     """
     cdef bint python
     store32(&entry.state, ENTRY_RUNNING, RELEASE)

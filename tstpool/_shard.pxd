@@ -23,6 +23,7 @@ An entry owns its connection (OWNED) from the moment it is made until it is DONE
 the QUEUED entries, finishes the RAN ones, and leaves the RUNNING one to the stuck thread, which finishes it when it
 returns.
 """
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -41,7 +42,7 @@ cdef enum:
     BATCH_EVENTS = 256         # events of one epoll_wait
     BATCH_ENTRIES = 512        # those, what a burst of accepts adds, and requests
     SCRATCH_SIZE = 262144      # bytes received into in one turn (libuv uses 64 KiB, uvloop 256 KiB)
-    SCRATCH_LEAST = 16384      # with less room than this left in the scratch buffer, run what there is first
+    SCRATCH_FULL = 65536       # with so much received, run what there is: soon it would have left the cache
 
 cdef enum:
     PHASE_STOPPED = 0
@@ -61,6 +62,7 @@ cdef enum:
     DO_INPUT = 4               # run on_message for what is ready
     DO_DISCONNECT = 8          # run on_disconnect
     DO_RETIRE = 16             # the handlers are through with it: free it
+    DO_BODY = 32               # make the bytes object that a long message is to be received into
 
 cdef enum:
     TOKEN_POLLING = 0
@@ -75,6 +77,12 @@ cdef struct tst_entry:
     tst_connection *connection  # borrowed; OWNED by this entry until it is DONE
 
 
+# What a batch's input is received into. Counted, because a handler may keep a view of it (copy=False).
+cdef struct tst_scratch:
+    uint32_t users             # atomic: the batch, and each view that is kept
+    char bytes[SCRATCH_SIZE]
+
+
 cdef struct tst_batch:
     tst_batch *next            # owned by the free list
     uint32_t users             # atomic: each thread in it, and the shard's token
@@ -85,7 +93,7 @@ cdef struct tst_batch:
     size_t scratch_used
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
-    char scratch[SCRATCH_SIZE]
+    tst_scratch *scratch       # owned, counted; NULL: no memory
 
 
 cdef struct tst_worker:
@@ -196,11 +204,34 @@ cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
         batch = <tst_batch *>malloc(sizeof(tst_batch))
         if batch == NULL:
             return NULL
+        batch.scratch = NULL
     batch.next = NULL
     store32(&batch.users, 2, RELEASE)
-    batch.n_events = batch.next_event = batch.n_entries = batch.n_python = 0
-    batch.scratch_used = 0
+    batch.n_events = batch.next_event = 0
+    if batch_empty(batch) < 0:
+        batch_leave(engine, batch, 2)
+        return NULL
     return batch
+
+
+cdef inline int batch_empty(tst_batch *batch) noexcept nogil:
+    """Makes it ready for the next turn. -ENOMEM: it has nothing to receive into."""
+    batch.n_entries = batch.n_python = 0
+    batch.scratch_used = 0
+    if batch.scratch != NULL and load32(&batch.scratch.users, ACQUIRE) > 1:
+        scratch_leave(batch.scratch)       # somebody still looks at what was received last
+        batch.scratch = NULL
+    if batch.scratch == NULL:
+        batch.scratch = <tst_scratch *>malloc(sizeof(tst_scratch))
+        if batch.scratch == NULL:
+            return -ENOMEM
+        batch.scratch.users = 1
+    return 0
+
+
+cdef inline void scratch_leave(tst_scratch *scratch) noexcept nogil:
+    if scratch != NULL and sub32(&scratch.users, 1, ACQ_REL) == 0:
+        free(scratch)
 
 
 cdef inline void batch_leave(tst_engine *engine, tst_batch *batch, uint32_t users) noexcept nogil:
@@ -217,7 +248,7 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
     entry.connection = connection
     entry.generation = generation_of(load64(&connection.state, RELAXED))
     entry.what = what
-    entry.compiled = (connection.compiled != NULL and not what & (DO_CONNECT | DO_DISCONNECT)
+    entry.compiled = (connection.compiled != NULL and not what & (DO_CONNECT | DO_DISCONNECT | DO_BODY)
                       and not load32(&connection.rebind, ACQUIRE))
     store32(&entry.state, ENTRY_QUEUED if what else ENTRY_RAN, RELEASE)
     batch.n_entries += 1

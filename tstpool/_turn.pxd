@@ -10,6 +10,7 @@
 
 Between 5 and 1 `_core.pyx` attaches to the interpreter once and runs the remaining entries' handlers.
 """
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._collect cimport listeners_resume, shard_collect
@@ -21,8 +22,9 @@ from tstpool._libc cimport (
 from tstpool._poll cimport sys_wait
 from tstpool._queue cimport stock_has_litter
 from tstpool._shard cimport (
-    BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, connection_bytes_sent, shard_ask, shard_drain_enter, shard_drain_unlink,
-    shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard, tst_worker)
+    BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, batch_empty, connection_bytes_sent, shard_ask, shard_drain_enter,
+    shard_drain_unlink, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard,
+    tst_worker)
 from tstpool._stats cimport count, tick_base
 
 cdef enum:
@@ -184,8 +186,8 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
         if ran and not shard_leave_running(worker, shard):
             return TURN_LOST
         ran = False
-        batch.n_entries = batch.n_python = 0
-        batch.scratch_used = 0
+        if batch_empty(batch) < 0:
+            return -ENOMEM
         if load32(&engine.phase, ACQUIRE) == PHASE_DRAINING and shard_drain(engine, shard, now):
             return TURN_ENDED
         shard_take_requests(shard)

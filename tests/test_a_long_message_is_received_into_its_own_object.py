@@ -1,0 +1,175 @@
+"""A message of 128 KiB or more whose size is known gets its bytes object as soon as its header is there, and the rest
+of it is received straight into that. Nobody can tell, whatever happens in the middle of it."""
+
+import os
+import sys
+import tracemalloc
+
+import pytest
+from contract_helpers import handler
+from helpers import connect, recv_exact, reset, wait_until
+
+from tstpool import Fixed, LengthPrefixed, TstHandler
+
+SIZE = 1 << 20
+FRAMING = LengthPrefixed(4, max_message=SIZE)
+BODY = bytes(range(256)) * (SIZE // 256)
+STREAM = SIZE.to_bytes(4, "big") + BODY
+
+
+@pytest.fixture
+def traced():
+    """A function: bytes of Python objects that were made since the test began, and are still there."""
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    yield lambda: tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+
+
+def send_slowly(pool, client, stream, upto=None):
+    """In pieces, each of which the engine receives by itself."""
+    received = pool.stats().bytes_in
+    sent = 0
+    for piece in (100_000, 300_000, 1, 200_000, len(stream)):
+        piece = min(piece, (upto or len(stream)) - sent)
+        client.sendall(stream[sent : sent + piece])
+        sent += piece
+        wait_until(lambda sent=sent: pool.stats().bytes_in == received + sent)
+
+
+@pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
+@pytest.mark.parametrize("framing", [FRAMING, LengthPrefixed(4, max_message=SIZE, strip=False), Fixed(SIZE)], ids=repr)
+def test_it_arrives_whole_however_it_is_cut(make_pool, make_client, framing, trigger):
+    got = []
+    pool = make_pool(
+        handler(on_message=lambda sock, data: got.append(data)), framing=framing, trigger=trigger, workers=2
+    )
+    client = make_client(pool)
+    stream = BODY if isinstance(framing, Fixed) else STREAM
+    for _ in range(2):
+        send_slowly(pool, client, stream)
+    expected = STREAM if repr(framing).count("strip=False") else BODY
+    wait_until(lambda: len(got) == 2)
+    assert got == [expected] * 2
+
+
+def test_messages_before_and_behind_it_keep_their_place(make_pool, make_client):
+    pool = make_pool(handler(on_message=lambda sock, data: data), framing=FRAMING)
+    client = make_client(pool)
+    small = (3).to_bytes(4, "big") + b"abc"
+    send_slowly(pool, client, small * 3 + STREAM + small)
+    assert recv_exact(client, len(small) * 4 + len(STREAM)) == small * 3 + STREAM + small
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "stop"])
+def test_an_end_in_the_middle_of_it_leaves_nothing_behind(make_pool, traced, end):
+    ended = []
+    pool = make_pool(
+        handler(on_message=lambda sock, data: None, on_disconnect=lambda sock, reason: ended.append(reason)),
+        framing=FRAMING,
+    )
+    for n in range(20 if end != "stop" else 1):
+        client = connect(pool)
+        client.sendall(STREAM[:200_000])
+        wait_until(lambda n=n: pool.stats().bytes_in == 200_000 * (n + 1))
+        if end == "stop":
+            pool.stop()
+            client.close()
+        elif end == "reset":
+            reset(client)
+        else:
+            client.close()
+        wait_until(lambda n=n: len(ended) == n + 1)
+    pool.stop()
+    wait_until(lambda: traced() < SIZE // 2)
+
+
+def test_pausing_in_the_middle_of_it(make_pool, make_client):
+    got = []
+    pool = make_pool(handler(on_message=lambda sock, data: got.append(data)), framing=FRAMING)
+    client = make_client(pool)
+    send_slowly(pool, client, STREAM, upto=300_000)
+    (sock,) = pool.sockets()
+    sock.pause()
+    client.sendall(STREAM[300_000:310_000])
+    sock.resume()
+    client.sendall(STREAM[310_000:])
+    wait_until(lambda: got)
+    assert got == [BODY]
+
+
+def test_a_handler_that_runs_in_the_middle_of_it_reads_nothing_of_it(make_pool, make_client):
+    got = []
+
+    class Curious(TstHandler):
+        def on_writable(self, sock):
+            got.append((sock.read(), sock.read_into(bytearray(10))))
+
+        def on_message(self, sock, data):
+            got.append(data)
+
+    pool = make_pool(Curious(), framing=FRAMING)
+    client = make_client(pool)
+    send_slowly(pool, client, STREAM, upto=300_000)
+    (sock,) = pool.sockets()
+    pool.need_send(sock)
+    wait_until(lambda: got)
+    client.sendall(STREAM[300_000:])
+    wait_until(lambda: len(got) == 2)
+    assert got == [(b"", 0), BODY]
+
+
+@pytest.mark.parametrize("then", ["handler", "framing"])
+def test_what_changes_in_the_middle_of_it_counts_from_the_next_message_on(make_pool, make_client, then):
+    got = []
+
+    class First(TstHandler):
+        def on_writable(self, sock):
+            if then == "framing":
+                sock.framing = Fixed(3)
+            got.append("changed")
+
+        def on_message(self, sock, data):
+            got.append(("first", data))
+
+    second = handler(on_message=lambda sock, data: got.append(("second", data)))
+    pool = make_pool(First(), framing=FRAMING)
+    client = make_client(pool)
+    send_slowly(pool, client, STREAM, upto=300_000)
+    (sock,) = pool.sockets()
+    if then == "handler":
+        sock.handler = second
+    pool.need_send(sock)
+    wait_until(lambda: got or then == "handler")
+    client.sendall(STREAM[300_000:] + (b"abc" if then == "framing" else b"\0\0\0\3abc"))
+    wait_until(lambda: len(got) >= 2)
+    wait_until(lambda: got[-1][1] == b"abc")
+    assert [entry for entry in got if entry != "changed"] == [
+        ("first", BODY),
+        ("first" if then == "framing" else "second", b"abc"),
+    ]
+
+
+def test_a_function_reads_it_like_any_other(make_pool, make_client):
+    client = make_client(make_pool(lambda sock: sock.send_message(sock.read()) and None, framing=FRAMING))
+    body = os.urandom(SIZE)
+    client.sendall(SIZE.to_bytes(4, "big") + body)
+    assert recv_exact(client, SIZE + 4)[4:] == body
+
+
+def test_an_echo_of_it_copies_it_nowhere(make_pool, make_client, traced):
+    """The very object that was received is what is sent: it is queued, not copied, and let go when it is sent."""
+    counts = []
+
+    def on_message(sock, data):
+        before = sys.getrefcount(data)
+        sock.send_message(data)
+        counts.append(sys.getrefcount(data) - before)
+
+    pool = make_pool(handler(on_message=on_message), framing=FRAMING, workers=1)
+    client = make_client(pool)
+    for _ in range(3):
+        client.sendall(STREAM)
+        assert recv_exact(client, len(STREAM)) == STREAM
+        wait_until(lambda: traced() < SIZE // 2)
+    assert counts == [1, 1, 1]  # the queue holds it
