@@ -17,7 +17,7 @@ except ImportError:
     )
 
 from . import peers, report, results, workloads
-from .build import BUILD, program
+from .build import BUILD, SOURCES, program
 from .machine import QUIET, describe, wait_until_quiet
 from .measure import Failure, choose_cores, measure
 from .peers import Peer
@@ -57,32 +57,56 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def selection(options: argparse.Namespace) -> tuple[list[Peer], list[Workload]]:
-    """What to measure. Names select; the reference is always there."""
-    chosen_peers = [p for p in peers.PEERS if p.name in options.only] or list(peers.PEERS)
-    if peers.BY_NAME[peers.REFERENCE] not in chosen_peers:
-        chosen_peers.insert(0, peers.BY_NAME[peers.REFERENCE])
-    named = [w for w in workloads.WORKLOADS if w.name in options.only]
-    return chosen_peers, named or [w for w in workloads.WORKLOADS if options.set in w.sets]
+Plan = list[tuple[Workload, list[Peer]]]
 
 
-def schedule(chosen: list[Peer], work: list[Workload], rounds: int) -> Iterator[tuple[Workload, int, Peer]]:
+def selection(options: argparse.Namespace) -> Plan:
+    """What to measure: the chosen set, or what was named. The one that ratios are taken to is always there."""
+    named = set(options.only)
+    by_workload = not named.isdisjoint(workloads.BY_NAME)
+    by_peer = not named.isdisjoint(peers.BY_NAME)
+    plan = []
+    for workload in workloads.WORKLOADS:
+        if workload.name not in named if by_workload else options.set not in workload.sets:
+            continue
+        able = workload.able()
+        if by_peer:
+            chosen = [peer for peer in able if peer.name in named]
+        elif by_workload or workload.peers:
+            chosen = able
+        else:
+            chosen = [peer for peer in able if options.set in peer.sets]
+        reference = peers.BY_NAME[workload.reference]
+        if chosen:
+            plan.append((workload, chosen if reference in chosen or workload.columns else [reference, *chosen]))
+    return plan
+
+
+def schedule(plan: Plan, rounds: int) -> Iterator[tuple[Workload, int, Peer]]:
     """Peers take turns, and each round begins with another one: nobody always follows the same neighbour's heat."""
-    for workload in work:
-        able = [peer for peer in chosen if workload.framing in peer.framings]
+    for workload, chosen in plan:
         for number in range(rounds):
-            first = number % len(able)
-            for peer in able[first:] + able[:first]:
+            first = number % len(chosen)
+            for peer in chosen[first:] + chosen[:first]:
                 yield workload, number, peer
 
 
-def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    chosen, work = selection(options)
-    skipped = {peer.name: why for peer in chosen if (why := peer.missing())}
+def leave_out(plan: Plan, console: Console) -> tuple[Plan, dict[str, str]]:
+    """The plan without the peers that cannot run here, and why they can't."""
+    everybody = dict.fromkeys(peer for _, chosen in plan for peer in chosen)
+    skipped = {peer.name: why for peer in everybody if (why := peer.missing())}
     for name, why in skipped.items():
-        console.print(f"! {peers.BY_NAME[name].title} is left out: {why}", style="yellow")
-    program("loadgen")  # compiled before the clock runs
-    plan = list(schedule([peer for peer in chosen if peer.name not in skipped], work, options.rounds))
+        console.print(f"! {peers.BY_NAME[name].title} ({name}) is left out: {why}", style="yellow", markup=False)
+    remaining = [(workload, [p for p in chosen if p.name not in skipped]) for workload, chosen in plan]
+    return [(workload, chosen) for workload, chosen in remaining if chosen], skipped
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    chosen, skipped = leave_out(selection(options), console)
+    for workload, _ in chosen:  # compiled before the clock runs
+        if (SOURCES / f"{workload.driver}.c").exists():
+            program(workload.driver)
+    plan = list(schedule(chosen, options.rounds))
     each = options.seconds + options.warm_up + 0.5
     console.print(f"{len(plan)} measurements, about {len(plan) * each / 60:.1f} minutes.")
     if (busy := wait_until_quiet(10.0)) > QUIET:
@@ -129,7 +153,7 @@ def main() -> int:
     options = arguments()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=140)
     document = results.load(options.report) if options.report else run(options, console)
     disturbed = not results.trustworthy(document["samples"])
     publish = options.write_results and (options.force or not disturbed)

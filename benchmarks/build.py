@@ -32,9 +32,9 @@ def _cc(target: Path, *arguments: str) -> None:
 
 
 def program(name: str) -> Path:
-    """The compiled c/`name`.c, compiled now if its source is newer."""
+    """The compiled c/`name`.c, compiled now if it or a header is newer."""
     source, target = SOURCES / f"{name}.c", BUILD / name
-    if not _current(target, [source]):
+    if not _current(target, [source, *SOURCES.glob("*.h")]):
         BUILD.mkdir(exist_ok=True)
         _cc(target, *FLAGS, "-pthread", str(source))
     return target

@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from .build import program
@@ -27,6 +30,7 @@ from .peers import REPOSITORY, Peer
 from .workloads import Workload
 
 START_SECONDS = 15.0
+HEAD_START = 0.3  # until the handlers that shall sleep do
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -66,43 +70,133 @@ def _read_port(process: subprocess.Popen[bytes], errors: Any) -> int:
     raise Failure(f"the server did not start: {last or f'it printed {line!r} as its port'}")
 
 
+@dataclass(frozen=True)
+class Server:
+    pid: int
+    port: int
+    control: int  # a descriptor: what is written there is its standard input
+
+
 @contextlib.contextmanager
-def running(peer: Peer, cores: set[int]) -> Iterator[tuple[int, int]]:
-    """The server as a process; gives its process id and port."""
+def running(peer: Peer, cores: set[int]) -> Iterator[Server]:
+    """The server as a process."""
     command = peer.command()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             preexec_fn=_in_child(cores),
         )
         with process:
             try:
-                yield process.pid, _read_port(process, errors)
+                assert process.stdin is not None
+                yield Server(process.pid, _read_port(process, errors), process.stdin.fileno())
             finally:
                 process.kill()
 
 
-def generate(
-    workload: Workload, port: int, pid: int, seconds: float, warm_up: float, cores: set[int]
-) -> dict[str, Any]:
-    """Runs the generator; gives what it printed."""
-    command = [str(program("loadgen")), "-p", str(port), "--pid", str(pid), "--framing", workload.framing]
-    command += ["-c", str(workload.connections), "-d", str(workload.depth), "-s", str(workload.size)]
-    command += ["-t", str(seconds), "-w", str(warm_up)]
-    if workload.spin and len(cores) < len(os.sched_getaffinity(0)):  # on the server's own core it would be in the way
+@dataclass(frozen=True)
+class Load:
+    """What a driver needs to know."""
+
+    peer: Peer
+    workload: Workload
+    server: Server
+    seconds: float
+    warm_up: float
+    cores: set[int]
+
+    def run(self, command: list[str]) -> dict[str, Any]:
+        """Runs a generator on its cores; gives what it printed."""
+        with self.start(command) as process:
+            return self.result(process)
+
+    def start(self, command: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=[self.server.control],
+            preexec_fn=_in_child(self.cores),
+        )
+
+    def result(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        stdout, stderr = process.communicate()
+        try:
+            result: dict[str, Any] = json.loads(stdout)
+        except ValueError:
+            raise Failure(f"the generator ended with {process.returncode}: {stderr.strip()}") from None
+        if not result["ok"]:
+            raise Failure(result["error"])
+        return result
+
+
+def _common(load: Load, name: str) -> list[str]:
+    """What all C generators are told."""
+    command = [str(program(name)), "-p", str(load.server.port), "--pid", str(load.server.pid)]
+    command += ["-c", str(load.workload.connections), "-s", str(load.workload.size)]
+    return [*command, "-t", str(load.seconds), "-w", str(load.warm_up)]
+
+
+def loadgen(load: Load) -> dict[str, Any]:
+    workload = load.workload
+    command = [*_common(load, "loadgen"), "-d", str(workload.depth), "--framing", workload.framing]
+    if workload.spin and len(load.cores) < len(os.sched_getaffinity(0)):  # on the server's own core it would disturb
         command.append("--spin")
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_in_child(cores))
-    try:
-        result: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        raise Failure(f"the generator ended with {done.returncode}: {done.stderr.strip()}") from None
-    if not result["ok"]:
-        raise Failure(result["error"])
+    return load.run(command)
+
+
+def connect_rate(load: Load) -> dict[str, Any]:
+    return load.run(_common(load, "connect_rate"))
+
+
+def broadcast_load(load: Load) -> dict[str, Any]:
+    return load.run([*_common(load, "broadcast_load"), "--control", str(load.server.control)])
+
+
+def slow_mix(load: Load) -> dict[str, Any]:
+    """loadgen, while another one keeps the handlers of others asleep: for a message of one byte one sleeps a second."""
+    sleepers = load.peer.sleepers
+    if sleepers == 0:
+        return loadgen(load)
+    naps = math.ceil(load.warm_up + load.seconds + HEAD_START)
+    command = [str(program("loadgen")), "-p", str(load.server.port), "--framing", "length4", "-s", "1", "-w", "0"]
+    command += ["-c", str(sleepers), "-t", str(naps + 0.5)]
+    with load.start(command) as process:
+        try:
+            time.sleep(HEAD_START)
+            result = loadgen(load)
+            slept = load.result(process)["messages"]
+        finally:
+            process.kill()
+    if slept < sleepers * naps:
+        raise Failure(f"{sleepers} sleepers should have slept {sleepers * naps} times, but did {slept} times")
     return result
+
+
+def _drivers(load: Load, name: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.drivers", name, "--port", str(load.server.port)]
+    command += ["--pid", str(load.server.pid), "--connections", str(load.workload.connections)]
+    return load.run([*command, *arguments])
+
+
+def idle(load: Load) -> dict[str, Any]:
+    return _drivers(load, "idle", "--seconds", str(min(5.0, 5 * load.seconds)))
+
+
+def asleep(load: Load) -> dict[str, Any]:
+    return _drivers(load, "asleep", "--workers", "8")
+
+
+# Workload.driver -> what it does.
+DRIVERS: dict[str, Callable[[Load], dict[str, Any]]] = {
+    function.__name__: function for function in (loadgen, connect_rate, broadcast_load, slow_mix, idle, asleep)
+}
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -122,12 +216,13 @@ def _our_cpu_seconds() -> float:
 
 def measure(peer: Peer, workload: Workload, seconds: float, warm_up: float, cores: str) -> dict[str, Any]:
     """One sample, with how much of the machine others took meanwhile. Raises Failure."""
-    server_cores, generator_cores = choose_cores(cores)
-    with running(peer, server_cores) as (pid, port):
+    server_cores, generator_cores = choose_cores(workload.cores or cores)
+    with running(peer, server_cores) as server:
         time.sleep(0.05)  # a Python server prints its port just before it begins to wait
-        before, ours = CpuTimes.now(), _cpu_seconds(pid) + _our_cpu_seconds()
-        result = generate(workload, port, pid, seconds, warm_up, generator_cores)
-        after, ours = CpuTimes.now(), _cpu_seconds(pid) + _our_cpu_seconds() - ours
+        load = Load(peer, workload, server, seconds, warm_up, generator_cores)
+        before, ours = CpuTimes.now(), _cpu_seconds(server.pid) + _our_cpu_seconds()
+        result = DRIVERS[workload.driver](load)
+        after, ours = CpuTimes.now(), _cpu_seconds(server.pid) + _our_cpu_seconds() - ours
     total = after.total - before.total
     result["others"] = round(max(0.0, after.busy - before.busy - ours) / total, 4)
     result["steal"] = round((after.steal - before.steal) / total, 4)

@@ -40,9 +40,21 @@ def _workload_title(name: str) -> str:
     return workloads.BY_NAME[name].title if name in workloads.BY_NAME else name
 
 
-def _row(peer: str, figures: Figures) -> list[str]:
+def _columns(workload: str) -> tuple[tuple[str, bool], ...]:
+    """Headings, and whether a narrow terminal shows them."""
+    known = workloads.BY_NAME.get(workload)
+    if known and known.columns:
+        return (COLUMNS[0], *((column.heading, True) for column in known.columns))
+    ratio_to = "ratio" if known and known.reference != peers.REFERENCE else "ratio to C"
+    return tuple((ratio_to if heading == "ratio to C" else heading, always) for heading, always in COLUMNS)
+
+
+def _row(workload: str, peer: str, figures: Figures) -> list[str]:
     if not figures["rounds"]:
-        return [_title(peer), "failed"] + [""] * (len(COLUMNS) - 2)
+        return [_title(peer), "failed"] + [""] * (len(_columns(workload)) - 2)
+    if "values" in figures:
+        columns = workloads.BY_NAME[workload].columns
+        return [_title(peer), *(column.format.format(figures["values"][column.key][0]) for column in columns)]
     latency, ratio = figures["latency_us"], figures["rate_ratio"]
     user = figures["user_us_per_message"]
     return [
@@ -100,16 +112,23 @@ def method(document: dict[str, Any]) -> str:
 # ---- terminal ----------------------------------------------------------------------------------------------------
 
 
+def _note(workload: str) -> str:
+    return workloads.BY_NAME[workload].note if workload in workloads.BY_NAME else ""
+
+
 def show(document: dict[str, Any], console: Console) -> None:
-    shown = [i for i, (_, always) in enumerate(COLUMNS) if always or console.width >= 120]
     for workload, rows in document["summary"].items():
+        columns = _columns(workload)
+        shown = [i for i, (_, always) in enumerate(columns) if always or console.width >= 120]
         table = Table(title=_workload_title(workload), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i in shown:
-            table.add_column(COLUMNS[i][0], justify="right" if i else "left", no_wrap=i > 0)
+            table.add_column(columns[i][0], justify="right" if i else "left", no_wrap=i > 0)
         for peer, figures in _by_rate(rows):
-            cells = _row(peer, figures)
-            table.add_row(*(cells[i] for i in shown), style="bold" if peer.startswith("tstpool") else None)
+            cells = _row(workload, peer, figures)
+            table.add_row(*(cells[i] for i in shown), style="bold" if "tstpool" in _title(peer) else None)
         console.print(table)
+        if note := _note(workload):
+            console.print(note, style="dim", highlight=False)
     console.print(one_line(document["machine"]), style="dim")
     console.print(method(document) + ".", style="dim")
     for warning in warnings(document):
@@ -183,9 +202,10 @@ def draw(document: dict[str, Any], path: Path) -> bool:
 # ---- RESULTS.md --------------------------------------------------------------------------------------------------
 
 
-def _markdown_table(rows: dict[str, Figures]) -> list[str]:
-    lines = ["| " + " | ".join(heading for heading, _ in COLUMNS) + " |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
-    return lines + ["| " + " | ".join(_row(peer, figures)) + " |" for peer, figures in _by_rate(rows)]
+def _markdown_table(workload: str, rows: dict[str, Figures]) -> list[str]:
+    columns = _columns(workload)
+    lines = ["| " + " | ".join(heading for heading, _ in columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    return lines + ["| " + " | ".join(_row(workload, peer, figures)) + " |" for peer, figures in _by_rate(rows)]
 
 
 def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> None:
@@ -208,5 +228,6 @@ def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> 
     if chart:
         lines += [f"![Messages per second relative to the C loop]({os.path.relpath(chart, path.parent)})", ""]
     for workload, rows in document["summary"].items():
-        lines += [f"## {_workload_title(workload)}", "", *_markdown_table(rows), ""]
+        note = [_note(workload), ""] if _note(workload) else []
+        lines += [f"## {_workload_title(workload)}", "", *note, *_markdown_table(workload, rows), ""]
     path.write_text("\n".join(lines).rstrip() + "\n")

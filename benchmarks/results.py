@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import workloads
 from .machine import QUIET
 from .peers import REFERENCE
 
@@ -25,14 +26,24 @@ def _select(samples: Iterable[Sample], workload: str, peer: str) -> dict[int, Sa
     return {s["round"]: s for s in samples if (s["workload"], s["peer"]) == (workload, peer) and "error" not in s}
 
 
+def reference_of(workload: str) -> str:
+    return workloads.BY_NAME[workload].reference if workload in workloads.BY_NAME else REFERENCE
+
+
+def _spread(values: Iterable[float]) -> list[float]:
+    """[median, lowest, highest]"""
+    values = list(values)
+    return [round(x, 4) for x in (median(values), min(values), max(values))]
+
+
 def _ratio(mine: dict[int, Sample], reference: dict[int, Sample], key: str, sub: str = "") -> list[float] | None:
-    """[median, lowest, highest] of the rounds that both have."""
+    """The spread of the rounds that both have."""
 
     def value(sample: Sample) -> float:
         return float(sample[key][sub] if sub else sample[key])
 
     rounds = [value(mine[r]) / value(reference[r]) for r in mine if r in reference]
-    return [round(x, 4) for x in (median(rounds), min(rounds), max(rounds))] if rounds else None
+    return _spread(rounds) if rounds else None
 
 
 def _user_us(samples: Iterable[Sample]) -> float | None:
@@ -45,14 +56,20 @@ def _user_us(samples: Iterable[Sample]) -> float | None:
 
 
 def _figures(samples: list[Sample], workload: str, peer: str) -> Figures:
-    mine, reference = _select(samples, workload, peer), _select(samples, workload, REFERENCE)
+    mine = _select(samples, workload, peer)
     errors = [s["error"] for s in samples if (s["workload"], s["peer"]) == (workload, peer) and "error" in s]
     if not mine:
         return {"rounds": 0, "errors": errors}
     good = list(mine.values())
+    figures = {"rounds": len(good), "errors": errors, "disturbed": sum(s["others"] > QUIET for s in good)}
+    if "values" in good[0]:
+        return figures | {"values": {key: _spread(s["values"][key] for s in good) for key in good[0]["values"]}}
+    return figures | _traffic(mine, _select(samples, workload, reference_of(workload)))
+
+
+def _traffic(mine: dict[int, Sample], reference: dict[int, Sample]) -> Figures:
+    good = list(mine.values())
     return {
-        "rounds": len(good),
-        "errors": errors,
         "messages_per_s": round(median(s["messages_per_s"] for s in good)),
         "rate_ratio": _ratio(mine, reference, "messages_per_s"),
         "latency_us": {key: round(median(s["latency_us"][key] for s in good), 1) for key in good[0]["latency_us"]},
@@ -62,7 +79,6 @@ def _figures(samples: list[Sample], workload: str, peer: str) -> Figures:
         "cpu_ratio": _ratio(mine, reference, "server", "cpu_us_per_message"),
         "server_busy": round(median(s["server"]["busy"] for s in good), 3),
         "generator_busy": round(median(s["generator"]["busy"] for s in good), 3),
-        "disturbed": sum(s["others"] > QUIET for s in good),
     }
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,48 @@ def python_echo(change: Callable[[bytes, int], bytes | None]) -> Iterator[int]:
             assert not thread.is_alive()
 
 
-def generate(programs: dict[str, Path], port: int, *arguments: str) -> tuple[int, dict[str, Any]]:
-    command = [str(programs["loadgen"]), "-p", str(port), "-t", "0.3", "-w", "0.1", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+@contextmanager
+def python_broadcast(change: Callable[[bytes, int], bytes]) -> Iterator[tuple[int, int]]:
+    """Sends to each connection what `change(message, connection)` makes of what is written to it. Gives its port and
+    the descriptor to write to."""
+
+    def serve() -> None:
+        with listener, ExitStack() as clients:
+            members: list[socket.socket] = []
+            while len(members) < 3:
+                members.append(clients.enter_context(listener.accept()[0]))
+                members[-1].sendall(members[-1].recv(1))
+            with suppress(ConnectionError):  # the generator has seen enough and left
+                while message := os.read(orders, 4096):
+                    for number, member in enumerate(members):
+                        member.sendall(change(message, number))
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(20)
+    orders, control = os.pipe()
+    thread = threading.Thread(target=serve, name="python-broadcast")
+    thread.start()
+    try:
+        yield listener.getsockname()[1], control
+    finally:
+        os.close(control)
+        thread.join(30)
+        assert not thread.is_alive()
+        os.close(orders)
+
+
+def run_json(command: list[str], **options: Any) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, **options)
     return done.returncode, json.loads(done.stdout)
+
+
+def generate(programs: dict[str, Path], port: int, *arguments: str, by: str = "loadgen") -> tuple[int, dict[str, Any]]:
+    return run_json([str(programs[by]), "-p", str(port), "-t", "0.3", "-w", "0.1", *arguments])
+
+
+def drive(port: int, pid: int, *arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "benchmarks.drivers", *arguments, "--port", str(port), "--pid", str(pid)]
+    return run_json(command, cwd=REPOSITORY)
 
 
 @pytest.mark.parametrize("server", [(), ("--oneshot",)], ids=["level", "oneshot"])
@@ -189,43 +227,165 @@ def test_generator_refuses_nonsense(programs: dict[str, Path], wrong: str) -> No
     assert "usage" in done.stderr
 
 
-def peer_names() -> list[str]:
+def test_connections_are_counted(programs: dict[str, Path]) -> None:
+    with c_echo(programs["epoll_echo"]) as (port, pid):
+        code, result = generate(programs, port, "-c", "20", "-s", "1000", "--pid", str(pid), by="connect_rate")
+    assert (code, result["ok"]) == (0, True)
+    assert result["messages_per_s"] * result["latency_us"]["mean"] / 1e6 == pytest.approx(20, rel=0.1)  # Little's law
+    assert result["server"]["cpu_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "wrong byte: connection 0, offset 63"),
+        (lambda data: data + b"x", "more bytes"),
+        (lambda data: None, "closed"),
+    ],
+)
+def test_connecting_notices_a_wrong_reply(
+    programs: dict[str, Path], wrong: Callable[[bytes], bytes | None], complaint: str
+) -> None:
+    with python_echo(lambda data, offset: wrong(data)) as port:
+        code, result = generate(programs, port, by="connect_rate")
+    assert (code, result["ok"]) == (1, False)
+    assert complaint in result["error"]
+
+
+def broadcast(programs: dict[str, Path], port: int, control: int, *arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [str(programs["broadcast_load"]), "-p", str(port), "--control", str(control), "-t", "0.2", *arguments]
+    return run_json(command, pass_fds=[control])
+
+
+def test_broadcasts_reach_everybody(programs: dict[str, Path]) -> None:
+    with subprocess.Popen(
+        [programs["broadcast"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            port, pid = int(process.stdout.readline()), str(process.pid)
+            code, result = broadcast(programs, port, process.stdin.fileno(), "-c", "200", "--pid", pid)
+        finally:
+            process.kill()
+    assert (code, result["ok"]) == (0, True)
+    assert result["messages"] % 200 == 0
+    assert result["messages_per_s"] * result["latency_us"]["mean"] / 1e6 == pytest.approx(200, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda message: message[:40] + bytes([message[40] ^ 1]) + message[41:], "connection 2, offset 40"),
+        (lambda message: message + b"?", "connection 2: more bytes"),
+        (lambda message: b"", "1 of 3 clients had not got"),
+    ],
+)
+def test_broadcasting_notices_what_is_wrong(
+    programs: dict[str, Path], change: Callable[[bytes], bytes], complaint: str
+) -> None:
+    with python_broadcast(lambda message, number: change(message) if number == 2 else message) as (port, control):
+        code, result = broadcast(programs, port, control, "-c", "3")
+    assert (code, result["ok"]) == (1, False)
+    assert complaint in result["error"]
+
+
+def test_idle_connections_are_weighed(programs: dict[str, Path]) -> None:
+    with c_echo(programs["epoll_echo"]) as (port, pid):
+        code, result = drive(port, pid, "idle", "--connections", "2000", "--seconds", "0.2")
+    assert (code, result["ok"]) == (0, True)
+    assert 0 < result["values"]["bytes_per_connection"] < 1000
+    assert result["values"]["cpu_share"] < 0.5
+
+
+def test_idle_notices_a_wrong_byte() -> None:
+    with python_echo(lambda data, offset: data[:-1] + bytes([data[-1] ^ 1])) as port:
+        code, result = drive(port, os.getpid(), "idle", "--connections", "1")
+    assert (code, result) == (1, {"ok": False, "error": "wrong bytes came back"})
+
+
+def test_sleeping_workers_are_waited_for() -> None:
+    command = [sys.executable, "-m", "benchmarks.peers.tstpool_options", "sleep", "--workers", "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        try:
+            port = int(process.stdout.readline())
+            code, result = drive(port, process.pid, "asleep", "--connections", "5", "--workers", "3")
+        finally:
+            process.kill()
+    assert (code, result["ok"]) == (0, True)
+    values = result["values"]
+    assert (values["served_early"], values["served"]) == (0, 100)
+    assert values["cpu_share"] < 0.5
+    assert 1.0 <= values["seconds_until_served"] < patient(5)
+
+
+def peer_names(kind: str) -> list[str]:
     """As the runner lists them; none where the benchmarks are not part of the tree."""
     if not SOURCES.is_dir():
         return []
-    listing = "from benchmarks.peers import PEERS; print(*(peer.name for peer in PEERS))"
+    listing = f"from benchmarks.peers import PEERS; print(*(p.name for p in PEERS if {kind}))"
     return subprocess.check_output([sys.executable, "-c", listing], cwd=REPOSITORY, text=True).split()
 
 
 @contextmanager
-def peer(name: str) -> Iterator[tuple[int, str]]:
-    """A peer as the runner starts it: port, and the framing that it serves. Skips where what it needs is missing."""
+def peer(name: str) -> Iterator[tuple[int, list[str], int]]:
+    """A peer as the runner starts it: port, framings, standard input. Skips where what it needs is missing."""
     asking = f"""if True:
         import json
         from benchmarks.peers import BY_NAME
         peer = BY_NAME[{name!r}]
         why = peer.missing()
-        print(json.dumps([why, [] if why else peer.command(), peer.framings[-1]]))"""
+        print(json.dumps([why, [] if why else peer.command(), peer.framings]))"""
     answer = subprocess.check_output([sys.executable, "-c", asking], cwd=REPOSITORY, text=True, timeout=patient(120))
-    why, command, framing = json.loads(answer)
+    why, command, framings = json.loads(answer)
     if why:
         pytest.skip(why)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stdin is not None and process.stdout is not None
         try:
-            yield int(process.stdout.readline()), framing
+            yield int(process.stdout.readline()), framings, process.stdin.fileno()
         finally:
             process.kill()
 
 
-@pytest.mark.skipif(bool(SANITIZER), reason="other people's libraries under our sanitizers")
-@pytest.mark.parametrize("name", peer_names())
+others_libraries = pytest.mark.skipif(bool(SANITIZER), reason="other people's libraries under our sanitizers")
+
+
+@others_libraries
+@pytest.mark.parametrize("name", peer_names("p.framings"))
 def test_each_peer_returns_every_byte(programs: dict[str, Path], name: str) -> None:
     """In messages of many sizes, so that each way of cutting and of putting together is taken."""
-    with peer(name) as (port, framing):
-        for load in ("-c 5 -s 1 -d 50", "-c 5 -s 5000 -d 20", "-c 2 -s 1048576 -d 2"):
-            code, result = generate(programs, port, "--framing", framing, *load.split())
-            assert (code, result["ok"]) == (0, True), result
+    with peer(name) as (port, framings, _):
+        for framing in framings:
+            for load in ("-c 5 -s 1 -d 50", "-c 5 -s 5000 -d 20", "-c 2 -s 1048576 -d 2"):
+                options = ["-t", "0.1", "-w", "0", "--framing", framing, *load.split()]
+                code, result = generate(programs, port, *options)
+                assert (code, result["ok"]) == (0, True), result
+
+
+@others_libraries
+@pytest.mark.parametrize("name", peer_names("p.name.startswith('broadcast-')"))
+def test_each_broadcasting_peer_reaches_everybody(programs: dict[str, Path], name: str) -> None:
+    with peer(name) as (port, _, control):
+        code, result = broadcast(programs, port, control, "-c", "100")
+    assert (code, result["ok"]) == (0, True), result
+
+
+@others_libraries
+@pytest.mark.parametrize("handler", ["echo", "work", "sleep"])
+def test_options_reach_the_pool(programs: dict[str, Path], handler: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.peers.tstpool_options", handler, "--workers", "3", "--shards", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        try:
+            port = int(process.stdout.readline())
+            framing = "length4" if handler == "sleep" else "none"
+            code, result = generate(programs, port, "--framing", framing)
+            threads = os.listdir(f"/proc/{process.pid}/task")
+        finally:
+            process.kill()
+    assert (code, result["ok"]) == (0, True), result
+    assert len(threads) == 1 + 3  # the main thread is no worker
 
 
 def test_runner_measures_reports_and_leaves_no_process(tmp_path: Path) -> None:

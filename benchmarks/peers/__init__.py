@@ -16,10 +16,11 @@ from pathlib import Path
 from ..build import program
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+EVERYWHERE = ("quick", "default", "full")
 
 
-def _c(*arguments: str) -> Callable[[], list[str]]:
-    return lambda: [str(program("epoll_echo")), *arguments]
+def _c(name: str, *arguments: str) -> Callable[[], list[str]]:
+    return lambda: [str(program(name)), *arguments]
 
 
 def _python(module: str, *arguments: str) -> Callable[[], list[str]]:
@@ -32,7 +33,9 @@ class Peer:
     title: str
     command: Callable[[], list[str]]  # builds it if need be
     needs: str = ""  # the import without which it cannot run
-    framings: tuple[str, ...] = ("none",)  # the workloads it serves honestly
+    framings: tuple[str, ...] = ("none",)  # the workloads it serves honestly; (): only those that name it
+    sets: tuple[str, ...] = EVERYWHERE  # in which selections it is measured by a workload that names nobody
+    sleepers: int = 0  # connections beside those measured: their handlers sleep a second for each message
 
     def missing(self) -> str:
         """Why it cannot run here; empty if it can."""
@@ -44,23 +47,41 @@ class Peer:
         return "" if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
 
 
-REFERENCE = "c-level"  # what ratios are taken to
+REFERENCE = "c-level"  # what ratios are taken to, unless the workload says otherwise
 
 TSTPOOL = "from tstpool import TstPool"
 # Compiles the handlers too, before any clock runs.
 NOGIL = "from benchmarks.build import extension; extension('_nogil')"
+FREE_THREADED = "import sys; assert not getattr(sys, '_is_gil_enabled', lambda: True)(), 'needs a free-threaded Python'"
 UVLOOP = "import uvloop"
 
+# An echo of bytes is right for every framing; it is then a bound that parses nothing.
+C_LOOP = Peer(REFERENCE, "C epoll, level-triggered", _c("epoll_echo"), framings=("none", "length4"))
+
+raw = Peer
+rare = partial(Peer, sets=("full",))
 RAW = (
-    # An echo of bytes is right for every framing; it is then a bound that parses nothing.
-    Peer("c-level", "C epoll, level-triggered", _c(), framings=("none", "length4")),
-    Peer("c-oneshot", "C epoll, oneshot", _c("--oneshot"), framings=("none", "length4")),
-    Peer("tstpool", "tstpool, handler object", _python("tstpool_handler"), TSTPOOL),
-    Peer("tstpool-function", "tstpool, plain function", _python("tstpool_function"), TSTPOOL),
-    Peer("tstpool-nogil", "tstpool, nogil handler", _python("tstpool_nogil"), NOGIL),
-    Peer("uvloop", "uvloop Protocol", _python("asyncio_protocol", "uvloop"), UVLOOP),
-    Peer("asyncio", "asyncio Protocol", _python("asyncio_protocol", "asyncio")),
-    Peer("socketserver", "ThreadingTCPServer", _python("socketserver_threads")),
+    C_LOOP,
+    rare("c-oneshot", "C epoll, oneshot", _c("epoll_echo", "--oneshot")),
+    raw("tstpool", "tstpool, handler object", _python("tstpool_handler"), TSTPOOL),
+    rare("tstpool-function", "tstpool, plain function", _python("tstpool_function"), TSTPOOL),
+    raw("tstpool-nogil", "tstpool, nogil handler", _python("tstpool_nogil"), NOGIL),
+    raw("uvloop", "uvloop Protocol", _python("asyncio_protocol", "uvloop"), UVLOOP),
+    rare("uvloop-buffered", "uvloop BufferedProtocol", _python("asyncio_buffered", "uvloop"), UVLOOP),
+    rare("uvloop-streams", "uvloop streams", _python("asyncio_streams", "uvloop"), UVLOOP),
+    rare(
+        "uvloop-aiofastnet",
+        "uvloop, aiofastnet Protocol",
+        _python("asyncio_protocol", "aiofastnet"),
+        "import uvloop, aiofastnet",
+    ),
+    raw("asyncio", "asyncio Protocol", _python("asyncio_protocol", "asyncio")),
+    rare("asyncio-buffered", "asyncio BufferedProtocol", _python("asyncio_buffered", "asyncio")),
+    rare("asyncio-streams", "asyncio streams", _python("asyncio_streams", "asyncio")),
+    rare("gevent", "gevent StreamServer", _python("gevent_server"), "import gevent"),
+    rare("twisted", "Twisted Protocol", _python("twisted_protocol"), "import twisted.internet.reactor"),
+    rare("trio", "trio streams", _python("trio_streams"), "import trio"),
+    raw("socketserver", "ThreadingTCPServer", _python("socketserver_threads")),
 )
 
 framed = partial(Peer, framings=("length4",))
@@ -70,9 +91,35 @@ FRAMED = (
     framed("uvloop-tuned", "uvloop, tuned Protocol", _python("framed_tuned", "uvloop"), UVLOOP),
     framed("uvloop-tuned-buffered", "uvloop, tuned BufferedProtocol", _python("framed_buffered", "uvloop"), UVLOOP),
     framed("uvloop-naive", "uvloop, plain Protocol", _python("framed_naive", "uvloop"), UVLOOP),
-    framed("uvloop-streams-framed", "uvloop streams", _python("framed_streams", "uvloop"), UVLOOP),
+    framed("uvloop-streams-framed", "uvloop streams", _python("framed_streams", "uvloop"), UVLOOP, sets=("full",)),
     framed("asyncio-naive", "asyncio, plain Protocol", _python("framed_naive", "asyncio")),
 )
 
-PEERS = RAW + FRAMED
+
+def _options(*arguments: str) -> Callable[[], list[str]]:
+    return _python("tstpool_options", *arguments)
+
+
+special = partial(Peer, framings=())
+SPECIAL = (
+    special("broadcast-c", "C: send() in a thread", _c("broadcast")),
+    special("broadcast-tstpool", "tstpool, pool.broadcast", _python("broadcast_tstpool"), TSTPOOL),
+    special("broadcast-uvloop", "uvloop, call_soon_threadsafe", _python("broadcast_protocol", "uvloop"), UVLOOP),
+    special("broadcast-asyncio", "asyncio, call_soon_threadsafe", _python("broadcast_protocol", "asyncio")),
+    special("sleep-0", "tstpool, workers=8, nobody sleeps", _options("sleep", "--workers", "8"), TSTPOOL),
+    special("sleep-4", "tstpool, workers=8, 4 sleep", _options("sleep", "--workers", "8"), TSTPOOL, sleepers=4),
+    special("sleep-8", "tstpool, workers=8", _options("sleep", "--workers", "8"), TSTPOOL),
+    special("tstpool-workers-1", "tstpool, workers=1", _options("echo", "--workers", "1"), TSTPOOL),
+    special("tstpool-workers-8", "tstpool, workers=8", _options("echo", "--workers", "8"), TSTPOOL),
+    special("work-1", "tstpool, workers=1", _options("work", "--workers", "1", "--shards", "1"), TSTPOOL),
+    special("work-8", "tstpool, workers=8, shards=1", _options("work", "--workers", "8", "--shards", "1"), TSTPOOL),
+    special(
+        "work-8-2",
+        "tstpool, workers=8, shards=2",
+        _options("work", "--workers", "8", "--shards", "2"),
+        f"{TSTPOOL}; {FREE_THREADED}",
+    ),
+)
+
+PEERS = RAW + FRAMED + SPECIAL
 BY_NAME = {peer.name: peer for peer in PEERS}
