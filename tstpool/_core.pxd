@@ -89,7 +89,7 @@ cdef class TstSocket:
     cdef TstData send_transfer
     cdef object reason                     # owner: the exception that ends it
     cdef object __weakref__
-    cdef long long _abi_reserve[4]         # as in TstPool
+    cdef long long _abi_reserve[2]         # as in TstPool
 
     cdef uint32_t generation(self) noexcept nogil
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
