@@ -413,3 +413,26 @@ def test_a_paused_socket_keeps_its_messages(make_pool, make_client):
     wait_until(lambda: len(collector.messages) == 2)
     with contextlib.suppress(TstError):
         sock.pause()
+
+
+def test_messages_that_are_kept_stay_as_they_were(make_pool, make_client):
+    """An object that nobody kept may come again with the next message in it; one that was kept, or hashed, may not."""
+    kept, hashes = [], []
+
+    def on_message(sock, data):
+        number = int(data)
+        if number % 3 == 0:
+            kept.append(data)
+        if number % 5 == 0:
+            hashes.append((hash(data), {data: number}))
+        return data if number % 7 else None
+
+    client = make_client(make_pool(handler(on_message=on_message), framing=Fixed(6), workers=1))
+    numbers = range(10_000)
+    client.sendall(b"".join(b"%06d" % n for n in numbers))
+    answered = [n for n in numbers if n % 7]
+    assert recv_exact(client, 6 * len(answered)) == b"".join(b"%06d" % n for n in answered)
+    assert kept == [b"%06d" % n for n in numbers if n % 3 == 0]
+    for n, (hashed, entry) in zip((n for n in numbers if n % 5 == 0), hashes, strict=True):
+        assert hashed == hash(b"%06d" % n)
+        assert entry == {b"%06d" % n: n}
