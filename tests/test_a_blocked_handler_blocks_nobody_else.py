@@ -185,3 +185,64 @@ def test_one_flood_does_not_starve_the_others(make_pool, make_client):
     finally:
         over.set()
         thread.join(10)
+
+
+@pytest.mark.parametrize("shards, workers", [(2, 2), (2, 8), (3, 3), (4, 5)])
+def test_with_fewer_free_workers_than_shards_all_shards_are_served(make_pool, make_client, shards, workers):
+    """All workers but one are blocked: the last one takes turns between the shards, and sleeps when nothing comes."""
+    for _ in range(scaled(3)):
+        with Gate() as gate:
+            pool = make_pool(handler(on_message=blocking(gate)), workers=workers, shards=shards)
+            others = [make_client(pool) for _ in range(4 * shards)]
+            stuck = [make_client(pool) for _ in range(workers - 1)]
+            for client in [*others, *stuck]:
+                round_trip(client, b"hello")
+            for n, client in enumerate(stuck):
+                client.sendall(b"block")
+                wait_until(lambda n=n: gate.inside == n + 1)
+                for other in others:
+                    round_trip(other, b"meanwhile")
+            for client in (make_client(pool) for _ in range(2 * shards)):
+                round_trip(client, b"new")
+            gate.open()
+            assert [recv_exact(client, 5) for client in stuck] == [b"block"] * len(stuck)
+            for client in [*others, *stuck]:
+                round_trip(client, b"afterwards")
+            pool.stop()
+
+
+def test_shards_that_share_a_worker_are_not_starved_by_a_busy_one(make_pool, make_client):
+    """A flood on one shard while the other one's worker is blocked: the last worker gives both their time."""
+    with Gate() as gate:
+        pool = make_pool(handler(on_message=blocking(gate)), workers=2, shards=2)
+        stuck, flood, *others = [make_client(pool) for _ in range(8)]
+        stuck.sendall(b"block")
+        wait_until(lambda: gate.inside == 1)
+        over = threading.Event()
+
+        def keep_going():
+            while not over.is_set():
+                round_trip(flood, b"x" * 1000)
+
+        def talk():
+            try:
+                for _ in range(scaled(20)):
+                    for client in others:
+                        round_trip(client, b"meanwhile")
+            finally:
+                over.set()
+
+        in_threads(keep_going, talk)
+        gate.open()
+        assert recv_exact(stuck, 5) == b"block"
+
+
+def test_an_idle_pool_with_a_worker_for_each_shard_uses_no_cpu(make_pool, make_client):
+    """Nobody is parked to watch, and nobody wakes up to look either."""
+    pool = make_pool(handler(on_message=echo), workers=2, shards=2)
+    for _ in range(4):
+        round_trip(make_client(pool), b"x")
+    time.sleep(0.1)  # the last looks after the last message
+    cpu = process_cpu_seconds()
+    time.sleep(0.5)  # a window to measure in, not a wait
+    assert process_cpu_seconds() - cpu < (0.3 if SANITIZER else 0.01)

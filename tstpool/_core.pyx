@@ -36,7 +36,7 @@ from tstpool._libc cimport (
     pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init, shutdown, store32,
     store64, store_pointer)
 from tstpool._lock cimport spin_lock, spin_unlock
-from tstpool._park cimport PARK_END, PARK_IDLE, engine_park
+from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_wake)
 from tstpool._queue cimport (
@@ -50,7 +50,8 @@ from tstpool._shard cimport (
     tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._turn cimport (
-    TURN_COMPLAIN, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN, engine_shard_ended, shard_turn)
+    ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
+    engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
 from tstpool._libc cimport EPOLLERR as _EPOLLERR
 from tstpool._libc cimport EPOLLET as _EPOLLET
 from tstpool._libc cimport EPOLLHUP as _EPOLLHUP
@@ -103,7 +104,8 @@ cdef extern from *:
         if (!PyMethod_Check(hook))
             return PyObject_Vectorcall(hook, arguments + 2, 2, NULL);
         arguments[1] = PyMethod_GET_SELF(hook);
-        return PyObject_Vectorcall(PyMethod_GET_FUNCTION(hook), arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        hook = PyMethod_GET_FUNCTION(hook);
+        return PyObject_Vectorcall(hook, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     }
     /* The exception is set already. */
     static inline int tst_raise(void) { return -1; }
@@ -1377,7 +1379,8 @@ cdef class TstPool:
                 failure = system_error(errno, "epoll is not available: " + os.strerror(errno))
                 self.close_descriptors()
                 raise failure
-            shard.draining = shard.aborted = shard.done = False
+            shard.draining = shard.aborted = False
+            store32(&shard.done, 0, RELEASE)
         self.opened = True
         return 0
 
@@ -1986,20 +1989,27 @@ cdef class Worker:
                 return 0
             if parked == PARK_IDLE:
                 self.idle(NULL)
-            else:
-                self.serve(shard, taken_over)
+                shard = NULL
+            while shard != NULL:
+                shard = self.serve(shard, &taken_over)
 
-    cdef int serve(self, tst_shard *shard, bint taken_over) except -1:
-        """Turns a shard until it is taken over by another worker, or has ended."""
+    cdef tst_shard *serve(self, tst_shard *shard, bint *taken_over) except? NULL:
+        """Turns a shard until it is taken over by another worker, or has ended, or another shard needs us more.
+
+        Returns that other shard (`taken_over` then), or NULL: there may be a free one to be had by parking.
+        """
         cdef tst_batch *batch
+        cdef tst_shard *other = NULL
         cdef int turn
         cdef bint ran = False
-        batch = self.resume(shard) if taken_over else batch_get(self.engine)
+        batch = self.resume(shard) if taken_over[0] else batch_get(self.engine)
         if batch == NULL:
-            if not taken_over:
+            if not taken_over[0]:
                 store64(&shard.token, 0, RELEASE)
                 raise MemoryError("no memory for a batch")
-            return 0
+            return NULL
+        taken_over[0] = False
+        self.worker.since = clock_now()
         shard.batch = batch
         while True:
             with nogil:
@@ -2014,13 +2024,24 @@ cdef class Worker:
                 ran = True
             elif turn == TURN_LOST:
                 batch_leave(self.engine, batch, 1)     # the token's use goes with the token
-                return 0
+                return NULL
             elif turn == TURN_ENDED:
                 shard.batch = NULL
                 batch_leave(self.engine, batch, 2)
                 with nogil:
                     engine_shard_ended(self.engine, shard)
-                return 0
+                return NULL
+            elif turn == TURN_ELSEWHERE:
+                with nogil:
+                    other = engine_look(self.engine, self.worker)
+                if other == NULL and not turn_elsewhere(self.engine, shard) & ELSEWHERE_FREE:
+                    continue
+                taken_over[0] = other != NULL
+                shard.batch = NULL
+                batch_leave(self.engine, batch, 2)
+                with nogil:
+                    shard_yield(self.engine, self.worker, shard)
+                return other
             elif turn == TURN_IDLE:
                 self.idle(shard)
                 ran = True

@@ -11,6 +11,10 @@ A look costs some 15 microseconds of the processor that it interrupts, so as lon
 over from for ALERT_TIME) it comes every CALM_EVERY, with a second one LOOK_EVERY later if it finds a worker inside a
 handler; once one has blocked, every LOOK_EVERY.
 
+With several shards it may happen that more handlers block than leave a worker for each shard. Then nobody is parked to
+watch; who polls a shard looks after the others himself, now and then (engine_look), and takes turns between the shards
+that are without a worker (TURN_ELSEWHERE).
+
 When nothing has run for QUIET_TIME the watcher parks too, so an idle pool makes no wake-ups; whoever begins to run
 handlers wakes it (`watcher_asleep`). Standbys and the watcher wait on condition variables of their own: with one for
 both, a wake-up meant for the watcher reaches a standby and is lost.
@@ -23,7 +27,8 @@ from tstpool._libc cimport (
     pthread_cond_t, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, read, store32,
     store64, timespec)
 from tstpool._shard cimport (
-    PHASE_ENDING, TOKEN_POLLING, TOKEN_RUNNING, token_move, token_of, tst_engine, tst_shard, tst_worker)
+    PHASE_ENDING, TOKEN_POLLING, TOKEN_RUNNING, engine_wake_looker, token_move, token_of, tst_engine, tst_shard,
+    tst_worker)
 from tstpool._stats cimport NANOSECOND, clock_now
 from tstpool._turn cimport worker_waited
 
@@ -122,10 +127,24 @@ cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker,
 cdef inline tst_shard *take_free_shard(tst_engine *engine, tst_worker *worker) noexcept nogil:
     """A shard that nobody polls, or NULL. Mutex held."""
     cdef int i
+    cdef tst_shard *shard
     for i in range(engine.n_shards):
-        if not engine.shards[i].done and token_move(&engine.shards[i], 0, token_of(worker.no, TOKEN_POLLING)):
-            return &engine.shards[i]
+        shard = &engine.shards[(worker.last_shard + 1 + i) % engine.n_shards]
+        if not load32(&shard.done, ACQUIRE) and token_move(shard, 0, token_of(worker.no, TOKEN_POLLING)):
+            return shard
     return NULL
+
+
+cdef inline tst_shard *engine_look(tst_engine *engine, tst_worker *worker) noexcept nogil:
+    """One look of a worker that polls a shard, when nobody else is there to watch: a shard taken from its stuck holder,
+    or NULL."""
+    cdef tst_shard *shard = NULL
+    cdef bint running = False, suspicion = False
+    pthread_mutex_lock(&engine.mutex)
+    if engine.watcher == -1:
+        shard = take_over_stalled(engine, worker, &running, &suspicion)
+    pthread_mutex_unlock(&engine.mutex)
+    return shard
 
 
 cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t idle_at) noexcept nogil:
@@ -135,7 +154,7 @@ cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t id
     cdef bint running, suspicion = False, second = False
     cdef uint64_t now = clock_now()
     cdef uint64_t busy_at = now
-    engine.watcher = worker.no
+    store32(<uint32_t *>&engine.watcher, <uint32_t>worker.no, RELAXED)
     while load32(&engine.phase, ACQUIRE) != PHASE_ENDING and (idle_at == 0 or now < idle_at):
         if now - busy_at < QUIET_TIME:
             second = (suspicion and not second) or now < engine.alert_until
@@ -152,7 +171,9 @@ cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t id
             break
         if running:
             busy_at = now
-    engine.watcher = -1
+    store32(<uint32_t *>&engine.watcher, <uint32_t>-1, SEQ_CST)
+    if shard != NULL and engine.n_shards > 1:
+        engine_wake_looker(engine)             # perhaps nobody else is parked
     pthread_cond_signal(&engine.standby)       # somebody else is to watch now
     return shard
 

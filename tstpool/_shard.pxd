@@ -65,6 +65,11 @@ cdef enum:
     DO_BODY = 32               # make the bytes object that a long message is to be received into
 
 cdef enum:
+    SLEEPING_NOT = 0
+    SLEEPING_LONG = 1          # until an event comes, or a request
+    SLEEPING_SHORT = 2         # it looks after other shards too
+
+cdef enum:
     TOKEN_POLLING = 0
     TOKEN_RUNNING = 1
 
@@ -104,6 +109,8 @@ cdef struct tst_worker:
     unsigned long ident        # threading.get_ident() of its thread
     tst_connection *current    # the connection whose handler it is in
     tst_entry *left            # borrowed: an entry that waits for Python, of a batch that is not its any more
+    int last_shard             # that it held, so that it takes another one next
+    uint64_t since             # when it took the shard that it holds, or last looked after the others
     bint lost                  # a compiled handler was stuck, and the shard was taken over meanwhile
     tst_tick_clock ticks
     uint64_t group             # quick handler calls that are timed together
@@ -119,7 +126,7 @@ cdef struct tst_worker:
 cdef struct tst_shard:
     uint64_t token             # atomic: 0, or (worker + 1) << 8 | TOKEN_*
     void *requests             # atomic: stack of connections that somebody wants something of
-    uint32_t sleeping          # atomic: the holder is in epoll_wait, or about to be
+    uint32_t sleeping          # atomic: SLEEPING_*, the holder is in epoll_wait, or about to be
     uint32_t open              # atomic: connections and listeners whose descriptors are not closed yet
     int no
     int epoll_fd               # owned
@@ -127,7 +134,7 @@ cdef struct tst_shard:
     bint draining              # holder only: stop() was seen
     bint aborted               # holder only: the time for draining is over
     bint requests_first        # holder only: requests and events take turns in being collected first
-    bint done                  # written by the holder under the engine's mutex
+    uint32_t done              # atomic: all is closed, stop() is through with it
     tst_batch *batch           # holder only
     tst_connection *todo       # holder only: requests taken from the stack, oldest first
     tst_connection *todo_last
@@ -155,7 +162,7 @@ cdef struct tst_engine:
     pthread_mutex_t mutex      # guards all below
     pthread_cond_t standby     # parked workers
     pthread_cond_t watch       # the watcher
-    int watcher                # worker number, -1: nobody
+    int watcher                # atomic, written under the mutex: worker number, -1: nobody
     uint64_t alert_until       # monotonic nanoseconds: handlers have blocked lately
     tst_batch *batches         # owned: free ones
     tst_table table
@@ -188,6 +195,23 @@ cdef inline void shard_enter_running(tst_engine *engine, tst_worker *worker, tst
         store32(&engine.watcher_asleep, 0, RELAXED)
         pthread_cond_signal(&engine.watch)
         pthread_mutex_unlock(&engine.mutex)
+    elif engine.n_shards > 1 and <int>load32(<uint32_t *>&engine.watcher, SEQ_CST) < 0:
+        engine_wake_looker(engine)
+
+
+cdef inline void engine_wake_looker(tst_engine *engine) noexcept nogil:
+    """Nobody is parked to watch: a worker that sleeps in another shard must look after this one, unless one does."""
+    cdef int i
+    cdef uint32_t sleeping
+    cdef tst_shard *sleeper = NULL
+    for i in range(engine.n_shards):
+        sleeping = load32(&engine.shards[i].sleeping, SEQ_CST)
+        if sleeping == SLEEPING_SHORT:
+            return
+        if sleeping == SLEEPING_LONG:
+            sleeper = &engine.shards[i]
+    if sleeper != NULL and exchange32(&sleeper.sleeping, SLEEPING_NOT, SEQ_CST):
+        sys_wake(sleeper.event_fd)
 
 
 # ------------------------------------------------------------------------------------------------- batches

@@ -17,17 +17,22 @@ from tstpool._collect cimport listeners_resume, shard_collect
 from tstpool._conn cimport PEND_CLOSE, STATE_OPEN, TABLE_CHUNK, TABLE_CHUNKS, generation_of, table_chunk, tst_connection
 from tstpool._entry cimport DRAIN_TIME, TYPE_LISTEN, batch_finish, connection_drop_output
 from tstpool._libc cimport (
-    ACQUIRE, RELAXED, RELEASE, SEQ_CST, load32, load64, load_pointer, pthread_cond_broadcast, pthread_mutex_lock,
-    pthread_mutex_unlock, store32, store64)
+    ACQUIRE, RELAXED, RELEASE, SEQ_CST, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
+    pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
 from tstpool._poll cimport sys_wait
 from tstpool._queue cimport stock_has_litter
 from tstpool._shard cimport (
-    BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, batch_empty, connection_bytes_sent, shard_ask, shard_drain_enter,
-    shard_drain_unlink, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard,
-    tst_worker)
+    BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, SLEEPING_LONG, SLEEPING_NOT, SLEEPING_SHORT, TOKEN_RUNNING, batch_empty,
+    connection_bytes_sent, shard_ask, shard_drain_enter, shard_drain_unlink, shard_enter_running, shard_leave_running,
+    shard_take_requests, tst_batch, tst_engine, tst_shard, tst_worker)
 from tstpool._stats cimport count, tick_base
 
 cdef enum:
+    ELSEWHERE_FREE = 1
+    ELSEWHERE_RUNNING = 2
+
+cdef enum:
+    SHARE_TIME = 1000000                   # nanoseconds that a shard is polled while another one is without a worker
     DRAIN_LOOK = 20000000                  # nanoseconds between two looks whether all is closed, while stopping
 
 cdef enum:
@@ -37,6 +42,7 @@ cdef enum:
     TURN_ENDED = 3                         # stopping, and nothing is open here any more
     TURN_COMPLAIN = 4                      # accept failed: say so, then go on
     TURN_LITTER = 5                        # objects that were sent wait to be let go, and nothing else is to be done
+    TURN_ELSEWHERE = 6                     # other shards need to be looked after
 
 
 # --------------------------------------------------------------------------------------------------- stop
@@ -74,10 +80,10 @@ cdef inline void engine_shard_ended(tst_engine *engine, tst_shard *shard) noexce
     cdef int i
     cdef bint all_done = True
     pthread_mutex_lock(&engine.mutex)
-    shard.done = True
+    store32(&shard.done, 1, RELEASE)
     store64(&shard.token, 0, RELEASE)
     for i in range(engine.n_shards):
-        if not engine.shards[i].done:
+        if not load32(&engine.shards[i].done, ACQUIRE):
             all_done = False
     if all_done:
         store32(&engine.phase, PHASE_ENDING, RELEASE)
@@ -125,11 +131,40 @@ cdef inline int milliseconds_until(uint64_t when, uint64_t now, int most) noexce
     return <int>ms
 
 
-cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
+cdef inline int turn_elsewhere(tst_engine *engine, tst_shard *shard) noexcept nogil:
+    """What other shards need of the holder of this one, when there are fewer free workers than shards, because handlers
+    block. ELSEWHERE_FREE: one has nobody to poll it; ELSEWHERE_RUNNING: one runs handlers and nobody watches; else 0."""
+    cdef int i
+    cdef int result = 0
+    cdef uint64_t token
+    cdef bint watched = <int>load32(<uint32_t *>&engine.watcher, SEQ_CST) >= 0
+    for i in range(engine.n_shards):
+        token = load64(&engine.shards[i].token, SEQ_CST)
+        if i == shard.no or load32(&engine.shards[i].done, RELAXED):
+            continue
+        if token == 0:
+            result |= ELSEWHERE_FREE
+        elif not watched and token & 0xff == TOKEN_RUNNING:
+            result |= ELSEWHERE_RUNNING
+    return result
+
+
+cdef inline void shard_yield(tst_engine *engine, tst_worker *worker, tst_shard *shard) noexcept nogil:
+    """Gives the token back; whoever is free takes it."""
+    worker.last_shard = shard.no
+    pthread_mutex_lock(&engine.mutex)
+    store64(&shard.token, 0, SEQ_CST)
+    pthread_cond_signal(&engine.standby)
+    pthread_mutex_unlock(&engine.mutex)
+
+
+cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now, int elsewhere) noexcept nogil:
     cdef int timeout = -1
     cdef uint64_t due
     if shard.todo != NULL:
         return 0
+    if elsewhere:
+        timeout = milliseconds_until(now + SHARE_TIME, now, timeout)
     if engine.call_idle:
         timeout = milliseconds_until(now + engine.idle_time, now, timeout)
     timeout = milliseconds_until(shard.accept_again, now, timeout)
@@ -143,22 +178,24 @@ cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now
 
 
 cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                           uint64_t now) noexcept nogil:
+                           uint64_t now, int elsewhere) noexcept nogil:
     """Waits for events. Returns their number or -errno.
 
     Whoever pushes a request reads `sleeping` after the push; we look at the stack after setting it. One of the two sees
     the other, so a request never waits for an event, and a busy shard is never written to.
     """
-    cdef int timeout = shard_timeout(engine, shard, now)
+    cdef int timeout = shard_timeout(engine, shard, now, elsewhere)
     cdef int n
     if timeout != 0:
         store64(&worker.waiting_since, now, RELAXED)
-        store32(&shard.sleeping, 1, SEQ_CST)
+        store32(&shard.sleeping, SLEEPING_SHORT if elsewhere else SLEEPING_LONG, SEQ_CST)
         if load_pointer(&shard.requests, SEQ_CST) != NULL or (
                 load32(&engine.phase, SEQ_CST) == PHASE_DRAINING and not shard.draining):
             timeout = 0
+        if engine.n_shards > 1 and not elsewhere and turn_elsewhere(engine, shard):
+            timeout = 0                    # it began before it could see us asleep
     n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, timeout)
-    store32(&shard.sleeping, 0, RELAXED)
+    store32(&shard.sleeping, SLEEPING_NOT, RELAXED)
     batch.n_events = n if n > 0 else 0
     batch.next_event = 0
     return n
@@ -180,7 +217,7 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
     Returns TURN_*, or -errno when epoll itself fails.
     """
     cdef uint64_t now = tick_base(&worker.ticks)
-    cdef int n
+    cdef int n, elsewhere = 0
     while True:
         batch_finish(worker, batch, now)
         if ran and not shard_leave_running(worker, shard):
@@ -194,7 +231,12 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
         if batch.next_event >= batch.n_events:
             if stock_has_litter(&shard.stock):
                 return TURN_LITTER
-            n = shard_poll(engine, worker, shard, batch, now)
+            if engine.n_shards > 1:
+                elsewhere = turn_elsewhere(engine, shard)
+                if elsewhere and now - worker.since >= SHARE_TIME:
+                    worker.since = now
+                    return TURN_ELSEWHERE
+            n = shard_poll(engine, worker, shard, batch, now, elsewhere)
             now = tick_base(&worker.ticks)
             if n < 0 and not shard.draining:
                 return n
