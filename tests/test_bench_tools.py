@@ -149,6 +149,13 @@ def test_every_byte_of_the_c_loop_is_verified(programs: dict[str, Path], server:
     assert abs(result["bytes_verified"] - whole) <= result["connections"] * (result["size"] + header)
 
 
+def test_generator_stops_after_so_many_messages(programs: dict[str, Path]) -> None:
+    with c_echo(programs["epoll_echo"]) as (port, _):
+        code, result = generate(programs, port, "-c", "10", "-n", "5000", "-t", "60")
+    assert (code, result["ok"]) == (0, True)
+    assert 5000 <= result["messages"] < 5000 + 256 * 10  # those that came in the same turn count too
+
+
 def test_figures_are_consistent(programs: dict[str, Path]) -> None:
     with c_echo(programs["epoll_echo"]) as (port, pid):
         _, result = generate(programs, port, "-c", "10", "--pid", str(pid))

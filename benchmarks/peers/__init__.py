@@ -87,6 +87,7 @@ RAW = (
 framed = partial(Peer, framings=("length4",))
 FRAMED = (
     framed("tstpool-framed", "tstpool, handler object", _python("tstpool_framed"), TSTPOOL),
+    framed("tstpool-lent", "tstpool, copy=False", _python("tstpool_framed", "lend"), TSTPOOL, sets=("full",)),
     framed("tstpool-nogil-framed", "tstpool, nogil handler", _python("tstpool_nogil", "framed"), NOGIL),
     framed("uvloop-tuned", "uvloop, tuned Protocol", _python("framed_tuned", "uvloop"), UVLOOP),
     framed("uvloop-tuned-buffered", "uvloop, tuned BufferedProtocol", _python("framed_buffered", "uvloop"), UVLOOP),
