@@ -136,7 +136,7 @@ def show(document: dict[str, Any], console: Console) -> None:
 
 # ---- chart -------------------------------------------------------------------------------------------------------
 
-OURS, UVLOOP, OTHERS = "#c2410c", "#3b76af", "#9db7cc"
+OURS, UVLOOP, OTHERS, GREY = "#c2410c", "#3b76af", "#9db7cc", "#555"
 
 
 def _charted(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, Figures]]]]:
@@ -166,6 +166,24 @@ def _ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 0.095 else f"{ratio:.2g}"
 
 
+def _short(rate: float) -> str:
+    """Three digits: 17.9M, 127k, 23.1k."""
+    scaled, unit = (rate / 1e6, "M") if rate >= 999_500 else (rate / 1e3, "k")
+    return (
+        f"{scaled:.0f}{unit}"
+        if scaled >= 99.95
+        else f"{scaled:.1f}{unit}"
+        if scaled >= 9.995
+        else f"{scaled:.2f}{unit}"
+    )
+
+
+def _write(axes: Any, where: tuple[float, float], away: tuple[float, float], text: str, **style: Any) -> None:
+    """Text at `where` (of the axes, 0 to 1; down: a bar's place), `away` from there in points."""
+    down = "data" if "va" in style else "axes fraction"
+    axes.annotate(text, where, away, xycoords=("axes fraction", down), textcoords="offset points", **style)
+
+
 def _panel(axes: Any, workload: str, bars: list[tuple[str, Figures]], reference: Figures) -> None:
     spreads = [figures["rate_ratio"] for _, figures in bars]
     places = range(len(bars))
@@ -179,20 +197,23 @@ def _panel(axes: Any, workload: str, bars: list[tuple[str, Figures]], reference:
     )
     axes.axvline(1.0, color="#222", lw=0.9, ls=(0, (2, 2)), zorder=0)
     axes.set_yticks(places, [_title(peer) for peer, _ in bars])
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.tick_params(axis="x", labelbottom=True, labelsize=9)
     axes.invert_yaxis()
     # Figures in columns right of the axes, where no bar and no whisker can come.
+    columns = ((40, "ratio"), (86, "msg/s"))
     for place, (peer, figures) in zip(places, bars, strict=True):
-        style = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center", "fontsize": 9}
         bold = "bold" if peer.startswith("tstpool") else "normal"
-        axes.text(1.16, place, _ratio_text(figures["rate_ratio"][0]), fontweight=bold, **style)
-        axes.text(1.45, place, f"{figures['messages_per_s']:,}", color="#555", **style)
-    axes.set_title(_workload_title(workload), loc="left", fontsize=10, fontweight="bold", pad=18)
-    parsing = "which does not parse: " if workloads.BY_NAME[workload].framing != "none" else ""
-    about = f"1 = C epoll loop, {parsing}{reference['messages_per_s']:,} messages/s"
-    axes.annotate(
-        about, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color="#555"
-    )
+        texts = (_ratio_text(figures["rate_ratio"][0]), _short(figures["messages_per_s"]))
+        for (right, _), text in zip(columns, texts, strict=True):
+            _write(axes, (1, place), (right, 0), text, ha="right", va="center", fontsize=9, fontweight=bold)
+    for right, heading in columns:
+        _write(axes, (1, 1), (right, 5), heading, ha="right", fontsize=8, color=GREY)
+    left = -144  # where the names of the servers begin
+    _write(axes, (0, 1), (left, 19), _workload_title(workload), fontsize=10, fontweight="bold")
+    parsing = " (which does not parse)" if workloads.BY_NAME[workload].framing != "none" else ""
+    about = f"1 = C epoll loop{parsing}: {_short(reference['messages_per_s'])}/s"
+    _write(axes, (0, 1), (left, 5), about, fontsize=8.5, color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -214,7 +235,7 @@ def draw(document: dict[str, Any], path: Path) -> bool:
     figure, grid = pyplot.subplots(
         len(lines),
         columns,
-        figsize=(6.3 * columns, 0.27 * sum(heights) + 1.5),
+        figsize=(5.6 * columns, 0.27 * sum(heights) + 1.5),
         sharex=True,
         squeeze=False,
         layout="constrained",
@@ -222,24 +243,24 @@ def draw(document: dict[str, Any], path: Path) -> bool:
     )
     for axes, (workload, bars) in zip(grid.flat, panels, strict=False):
         _panel(axes, workload, bars, document["summary"][workload][workloads.BY_NAME[workload].reference])
-        axes.tick_params(axis="x", labelbottom=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
+    figure.get_layout_engine().set(wspace=0.03)
     furthest = max(figures["rate_ratio"][2] for _, bars in panels for _, figures in bars)
     grid[0, 0].set_xlim(0, max(1.05, furthest * 1.02))
     title = f"Messages per second relative to a C epoll loop on the same core\n{one_line(document['machine'])}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     about = " ".join(
         [
-            "Bars: median of the rounds; whiskers: lowest and highest round; right: ratio, messages/s.",
+            "Bars: median of the rounds; whiskers: lowest and highest round.",
             method(document) + ".",
             *warnings(document)[:1],
             f"Measured {document['machine']['date']}.",
         ]
     )
-    figure.supxlabel("\n".join(textwrap.wrap(about, 105 * columns)), x=0.01, ha="left", fontsize=8, color="#555")
+    figure.supxlabel("\n".join(textwrap.wrap(about, 95 * columns)), x=0.01, ha="left", fontsize=8, color=GREY)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
 
