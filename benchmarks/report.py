@@ -238,14 +238,13 @@ def draw(document: dict[str, Any], path: Path) -> bool:
         figsize=(5.6 * columns, 0.27 * sum(heights) + 1.5),
         sharex=True,
         squeeze=False,
-        layout="constrained",
         height_ratios=heights,
     )
+    figure.set_layout_engine("constrained", wspace=0.03)
     for axes, (workload, bars) in zip(grid.flat, panels, strict=False):
         _panel(axes, workload, bars, document["summary"][workload][workloads.BY_NAME[workload].reference])
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.get_layout_engine().set(wspace=0.03)
     furthest = max(figures["rate_ratio"][2] for _, bars in panels for _, figures in bars)
     grid[0, 0].set_xlim(0, max(1.05, furthest * 1.02))
     title = f"Messages per second relative to a C epoll loop on the same core\n{one_line(document['machine'])}"

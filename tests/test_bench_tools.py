@@ -312,6 +312,7 @@ def test_idle_notices_a_wrong_byte() -> None:
 
 def test_sleeping_workers_are_waited_for() -> None:
     command = [sys.executable, "-m", "benchmarks.peers.tstpool_options", "sleep", "--workers", "3"]
+    command += ["--shards", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
         assert process.stdout is not None
         try:

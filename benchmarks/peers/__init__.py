@@ -109,7 +109,8 @@ SPECIAL = (
     special("broadcast-asyncio", "asyncio, call_soon_threadsafe", _python("broadcast_protocol", "asyncio")),
     special("sleep-0", "tstpool, workers=8, nobody sleeps", _options("sleep", "--workers", "8"), TSTPOOL),
     special("sleep-4", "tstpool, workers=8, 4 sleep", _options("sleep", "--workers", "8"), TSTPOOL, sleepers=4),
-    special("sleep-8", "tstpool, workers=8", _options("sleep", "--workers", "8"), TSTPOOL),
+    # One shard: a worker that has no sleeper in its own shard would stay awake.
+    special("sleep-8", "tstpool, workers=8", _options("sleep", "--workers", "8", "--shards", "1"), TSTPOOL),
     special("tstpool-workers-1", "tstpool, workers=1", _options("echo", "--workers", "1"), TSTPOOL),
     special("tstpool-workers-8", "tstpool, workers=8", _options("echo", "--workers", "8"), TSTPOOL),
     special("work-1", "tstpool, workers=1", _options("work", "--workers", "1", "--shards", "1"), TSTPOOL),
