@@ -34,7 +34,7 @@ install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
-.PHONY: help build demo test test-slow debug asan tsan werror cov lint format bench wheel clean distclean
+.PHONY: help build demo test test-slow debug asan tsan werror cov lint format bench bench-full bench-check wheel clean distclean
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
@@ -48,7 +48,9 @@ help:
 	@echo "make cov        the tests with coverage of the .py, .pyx and .pxd files (use a Python 3.11)"
 	@echo "make lint       ruff, cython-lint, mypy"
 	@echo "make format     ruff's formatter over all Python files"
-	@echo "make bench      the benchmarks (ARGS=--quick for a short run)"
+	@echo "make bench      the benchmarks, five minutes of them: table and chart in benchmarks/build"
+	@echo "make bench-full all of them: an hour"
+	@echo "make bench-check  has it become slower? compares with benchmarks/baseline.json (ARGS=--store makes that)"
 	@echo "make wheel      source distribution and wheel in dist/"
 	@echo "make clean      remove what was built; make distclean: the virtual environments too"
 	@echo "PYTHON=...      the interpreter to use (now: $(PYTHON), $(or $(TAG),which does not run))"
@@ -92,6 +94,18 @@ format: $(VENV)/.extra-lint
 
 bench: $(VENV)/.extra-bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-full: $(VENV)/.bench-servers
+	$(BIN)/python -m benchmarks --full $(ARGS)
+
+bench-check: $(VENV)/.extra-bench
+	$(BIN)/python -m benchmarks.check $(ARGS)
+
+# One at a time: where one does not install (a free-threaded Python, say, for which it has no wheel) the others do.
+$(VENV)/.bench-servers: $(VENV)/.extra-bench
+	@sed -nE 's/^bench-servers = \[(.*)\].*/\1/p' pyproject.toml | tr -d '",' | xargs -n 1 \
+	    $(PIP_INSTALL) --only-binary :all: || echo "what does not install is left out of the comparison"
+	@touch $@
 
 wheel: $(BUILT)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -29,26 +29,33 @@ HERE = Path(__file__).parent
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition(" See")[0])
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="set", action="store_const", const="quick", help="the headline only: a minute")
-    size.add_argument("--full", dest="set", action="store_const", const="full", help="every workload")
+    size.add_argument("--quick", dest="set", action="store_const", const="quick", help="two workloads: a minute")
+    size.add_argument("--full", dest="set", action="store_const", const="full", help="everything: an hour")
     parser.set_defaults(set="default")
     known = f"peers: {', '.join(peers.BY_NAME)}; workloads: {', '.join(workloads.BY_NAME)}"
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help=f"these peers, these workloads ({known})")
     parser.add_argument("--rounds", type=int, help="default 5 (--quick: 3)")
-    parser.add_argument("--seconds", type=float, help="per measurement, default 1 (--full: 3)")
+    parser.add_argument("--seconds", type=float, help="per measurement, default 0.7 (--full: 2)")
     parser.add_argument("--warm-up", type=float, default=0.3, metavar="SECONDS", help="not counted, default 0.3")
+    parser.add_argument(
+        "--patience", type=float, default=10.0, metavar="SECONDS", help="with a busy machine, before it begins anyway"
+    )
     parser.add_argument(
         "--cores", choices=("split", "shared"), default="split", help="split: one for the server, one for the generator"
     )
     parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
+    parser.add_argument("--write-results", action="store_true", help="write into benchmarks/ instead: to be committed")
     parser.add_argument(
-        "--write-results", action="store_true", help="also write benchmarks/RESULTS.md, results.json and results.png"
+        "--output",
+        type=Path,
+        default=BUILD,
+        metavar="DIRECTORY",
+        help="for RESULTS.md, results.json and results.png; default benchmarks/build",
     )
-    parser.add_argument("--output", type=Path, default=BUILD, metavar="DIRECTORY", help="default benchmarks/build")
     parser.add_argument("--force", action="store_true", help="--write-results even if the machine was not quiet")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.set == "quick" else 5)
-    options.seconds = options.seconds or (3.0 if options.set == "full" else 1.0)
+    options.seconds = options.seconds or (2.0 if options.set == "full" else 0.7)
     for name in options.only:
         if name not in peers.BY_NAME and name not in workloads.BY_NAME:
             parser.error(f"no peer or workload is called {name!r} ({known})")
@@ -109,7 +116,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     plan = list(schedule(chosen, options.rounds))
     each = options.seconds + options.warm_up + 0.5
     console.print(f"{len(plan)} measurements, about {len(plan) * each / 60:.1f} minutes.")
-    if (busy := wait_until_quiet(10.0)) > QUIET:
+    if (busy := wait_until_quiet(options.patience)) > QUIET:
         console.print(
             f"! {busy:.0%} of the machine is busy with something else: do not believe these figures", style="yellow"
         )
@@ -158,20 +165,19 @@ def main() -> int:
     disturbed = not results.trustworthy(document["samples"])
     publish = options.write_results and (options.force or not disturbed)
     output = HERE if publish else options.output
-    written = [output / "results.json"]
-    results.save(written[0], document)  # first of all: whatever goes wrong below, the figures are kept
+    table, figures, chart = output / "RESULTS.md", output / "results.json", output / "results.png"
+    results.save(figures, document)  # first of all: whatever goes wrong below, the figures are kept
     report.show(document, console)
-    chart = output / "results.png"
-    if report.draw(document, chart):
-        written.append(chart)
-    else:
-        console.print("! no chart: matplotlib is not installed", style="yellow")
-    if publish:
-        written.append(output / "RESULTS.md")
-        report.write_markdown(document, written[-1], chart if chart in written else None)
+    drawn = report.draw(document, chart)
+    report.write_markdown(document, table, chart if drawn else None)
+    if not drawn:
+        console.print(
+            "! no chart: matplotlib is not installed, or no workload of the chart was measured", style="yellow"
+        )
+    written = [table, figures, *([chart] if drawn else [])]
     console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
     if options.write_results and not publish:
-        console.print("! RESULTS.md was not written: the machine was not quiet (--force writes it)", style="red")
+        console.print("! benchmarks/RESULTS.md was not written: the machine was not quiet (--force)", style="red")
         return 1
     return 1 if any("error" in sample for sample in document["samples"]) else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -63,6 +65,15 @@ def _version(module: str) -> str:
     return done.stdout.strip() or "not available"
 
 
+def _servers() -> dict[str, str]:
+    """Versions of the other servers' libraries, of those that are there."""
+    found = {}
+    for name in ("aiofastnet", "gevent", "twisted", "trio"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _commit() -> str:
     here = Path(__file__).parent
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
@@ -82,6 +93,7 @@ def describe() -> dict[str, Any]:
         "compiler": compiler.partition("\n")[0],
         "tstpool": _version("tstpool"),
         "uvloop": _version("uvloop"),
+        "servers": _servers(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -47,7 +47,7 @@ def choose_cores(mode: str) -> tuple[set[int], set[int]]:
     return {available[-1]}, {available[0]}
 
 
-def _in_child(cores: set[int]) -> Callable[[], None]:
+def in_child(cores: set[int]) -> Callable[[], None]:
     """What a child does before it becomes the program. It dies with the runner, however that dies."""
 
     def prepare() -> None:
@@ -88,7 +88,7 @@ def running(peer: Peer, cores: set[int]) -> Iterator[Server]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            preexec_fn=_in_child(cores),
+            preexec_fn=in_child(cores),
         )
         with process:
             try:
@@ -122,7 +122,7 @@ class Load:
             stderr=subprocess.PIPE,
             text=True,
             pass_fds=[self.server.control],
-            preexec_fn=_in_child(self.cores),
+            preexec_fn=in_child(self.cores),
         )
 
     def result(self, process: subprocess.Popen[str]) -> dict[str, Any]:

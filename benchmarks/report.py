@@ -29,7 +29,6 @@ COLUMNS = (
     ("of it user", False),
     ("busy", False),
 )
-CHARTED = 4  # workloads in the chart: more than fit a glance help nobody
 
 
 def _title(peer: str) -> str:
@@ -137,64 +136,130 @@ def show(document: dict[str, Any], console: Console) -> None:
 
 # ---- chart -------------------------------------------------------------------------------------------------------
 
+OURS, UVLOOP, OTHERS, GREY = "#c2410c", "#3b76af", "#9db7cc", "#555"
 
-def _bars(axes: Any, rows: list[tuple[str, Figures]]) -> None:
-    rows = [(peer, figures) for peer, figures in rows if figures.get("rate_ratio")]
-    middle = [figures["rate_ratio"][0] for _, figures in rows]
-    below = [figures["rate_ratio"][0] - figures["rate_ratio"][1] for _, figures in rows]
-    above = [figures["rate_ratio"][2] - figures["rate_ratio"][0] for _, figures in rows]
-    colours = [
-        "#c2410c" if p.startswith("tstpool") else "#64748b" if p.startswith("c-") else "#93b5cf" for p, _ in rows
-    ]
-    places = range(len(rows))
-    axes.barh(places, middle, color=colours, xerr=[below, above], error_kw={"ecolor": "#222", "capsize": 3, "lw": 1})
-    axes.set_yticks(places, [_title(peer) for peer, _ in rows])
+
+def _charted(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, Figures]]]]:
+    """The headline and the framed workloads, with the servers of the shorter selections, fastest first. The reference
+    has no bar: it is the line at 1."""
+    panels = []
+    for workload, rows in document["summary"].items():
+        known = workloads.BY_NAME.get(workload)
+        if known is None or not known.charted:
+            continue
+        bars = [
+            (peer, figures)
+            for peer, figures in rows.items()
+            if peer != known.reference and figures.get("rate_ratio") and "default" in peers.BY_NAME[peer].sets
+        ]
+        if bars and known.reference in rows:
+            panels.append((workload, sorted(bars, key=lambda bar: -bar[1]["rate_ratio"][0])))
+    return panels
+
+
+def _colour(peer: str) -> str:
+    return OURS if peer.startswith("tstpool") else UVLOOP if peer.startswith("uvloop") else OTHERS
+
+
+def _ratio_text(ratio: float) -> str:
+    """Two digits that say something: 0.92, 0.047, 0.0069."""
+    return f"{ratio:.2f}" if ratio >= 0.095 else f"{ratio:.2g}"
+
+
+def _short(rate: float) -> str:
+    """Three digits: 17.9M, 127k, 23.1k."""
+    scaled, unit = (rate / 1e6, "M") if rate >= 999_500 else (rate / 1e3, "k")
+    return (
+        f"{scaled:.0f}{unit}"
+        if scaled >= 99.95
+        else f"{scaled:.1f}{unit}"
+        if scaled >= 9.995
+        else f"{scaled:.2f}{unit}"
+    )
+
+
+def _write(axes: Any, where: tuple[float, float], away: tuple[float, float], text: str, **style: Any) -> None:
+    """Text at `where` (of the axes, 0 to 1; down: a bar's place), `away` from there in points."""
+    down = "data" if "va" in style else "axes fraction"
+    axes.annotate(text, where, away, xycoords=("axes fraction", down), textcoords="offset points", **style)
+
+
+def _panel(axes: Any, workload: str, bars: list[tuple[str, Figures]], reference: Figures) -> None:
+    spreads = [figures["rate_ratio"] for _, figures in bars]
+    places = range(len(bars))
+    axes.barh(
+        places,
+        [middle for middle, _, _ in spreads],
+        height=0.7,
+        color=[_colour(peer) for peer, _ in bars],
+        xerr=[[middle - low for middle, low, _ in spreads], [high - middle for middle, _, high in spreads]],
+        error_kw={"ecolor": "#222", "capsize": 2.5, "lw": 0.9},
+    )
+    axes.axvline(1.0, color="#222", lw=0.9, ls=(0, (2, 2)), zorder=0)
+    axes.set_yticks(places, [_title(peer) for peer, _ in bars])
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.tick_params(axis="x", labelbottom=True, labelsize=9)
     axes.invert_yaxis()
-    blank = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    for place, (_, figures) in zip(places, rows, strict=True):
-        # Beside the whisker, so that neither hides the other.
-        text = f"{figures['rate_ratio'][0]:.2f}   {figures['messages_per_s']:,}/s"
-        axes.annotate(
-            text,
-            (figures["rate_ratio"][2], place),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            bbox=blank,
-        )
-    axes.axvline(1.0, color="#222", lw=0.8, ls=":")
+    # Figures in columns right of the axes, where no bar and no whisker can come.
+    columns = ((40, "ratio"), (86, "msg/s"))
+    for place, (peer, figures) in zip(places, bars, strict=True):
+        bold = "bold" if peer.startswith("tstpool") else "normal"
+        texts = (_ratio_text(figures["rate_ratio"][0]), _short(figures["messages_per_s"]))
+        for (right, _), text in zip(columns, texts, strict=True):
+            _write(axes, (1, place), (right, 0), text, ha="right", va="center", fontsize=9, fontweight=bold)
+    for right, heading in columns:
+        _write(axes, (1, 1), (right, 5), heading, ha="right", fontsize=8, color=GREY)
+    left = -144  # where the names of the servers begin
+    _write(axes, (0, 1), (left, 19), _workload_title(workload), fontsize=10, fontweight="bold")
+    parsing = " (which does not parse)" if workloads.BY_NAME[workload].framing != "none" else ""
+    about = f"1 = C epoll loop{parsing}: {_short(reference['messages_per_s'])}/s"
+    _write(axes, (0, 1), (left, 5), about, fontsize=8.5, color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(document: dict[str, Any], path: Path) -> bool:
-    """The chart as a picture; False where matplotlib is missing."""
+    """The chart as a picture; False where matplotlib is missing or there is nothing to draw."""
+    panels = _charted(document)
     try:
         import matplotlib
     except ImportError:
         return False
+    if not panels:
+        return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    charted = list(document["summary"].items())[:CHARTED]
-    height = sum(0.32 * len(rows) + 0.75 for _, rows in charted) + 1.5
-    ratios = [len(rows) + 1 for _, rows in charted]
-    figure, all_axes = pyplot.subplots(
-        len(charted), 1, figsize=(9, height), sharex=True, squeeze=False, layout="constrained", height_ratios=ratios
+    columns = min(2, len(panels))
+    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(len(bars) for _, bars in line) + 2.2 for line in lines]
+    figure, grid = pyplot.subplots(
+        len(lines),
+        columns,
+        figsize=(5.6 * columns, 0.27 * sum(heights) + 1.5),
+        sharex=True,
+        squeeze=False,
+        height_ratios=heights,
     )
-    furthest = 1.0
-    for axes, (workload, rows) in zip(all_axes[:, 0], charted, strict=True):
-        _bars(axes, _by_rate(rows))
-        axes.set_title(_workload_title(workload), loc="left", fontsize=10, fontweight="bold")
-        furthest = max([furthest, *(f["rate_ratio"][2] for f in rows.values() if f.get("rate_ratio"))])
-    all_axes[-1, 0].set_xlim(0, furthest * 1.25)  # room for the text right of the longest bar
-    all_axes[-1, 0].set_xlabel("messages/s relative to the level-triggered C loop; whiskers: lowest and highest round")
-    title = f"Echo servers, messages per second: C epoll loop = 1\n{one_line(document['machine'])}"
-    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
-    about = " ".join([method(document) + ".", *warnings(document)[:1], f"Measured {document['machine']['date']}."])
-    figure.supxlabel("\n".join(textwrap.wrap(about, 150)), x=0.02, ha="left", fontsize=7.5, color="#444")
+    figure.set_layout_engine("constrained", wspace=0.03)
+    for axes, (workload, bars) in zip(grid.flat, panels, strict=False):
+        _panel(axes, workload, bars, document["summary"][workload][workloads.BY_NAME[workload].reference])
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    furthest = max(figures["rate_ratio"][2] for _, bars in panels for _, figures in bars)
+    grid[0, 0].set_xlim(0, max(1.05, furthest * 1.02))
+    title = f"Messages per second relative to a C epoll loop on the same core\n{one_line(document['machine'])}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
+    about = " ".join(
+        [
+            "Bars: median of the rounds; whiskers: lowest and highest round.",
+            method(document) + ".",
+            *warnings(document)[:1],
+            f"Measured {document['machine']['date']}.",
+        ]
+    )
+    figure.supxlabel("\n".join(textwrap.wrap(about, 95 * columns)), x=0.01, ha="left", fontsize=8, color=GREY)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
 
@@ -210,12 +275,13 @@ def _markdown_table(workload: str, rows: dict[str, Figures]) -> list[str]:
 
 def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> None:
     machine = document["machine"]
+    servers = "".join(f"{name} {version}, " for name, version in machine.get("servers", {}).items())
     lines = [
         "# Results",
         "",
         "<!-- Written by `python -m benchmarks --write-results` from results.json: do not edit by hand. -->",
         "",
-        f"**Machine.** {one_line(machine)}; {machine['compiler']}; uvloop {machine['uvloop']}, "
+        f"**Machine.** {one_line(machine)}; {machine['compiler']}; uvloop {machine['uvloop']}, {servers}"
         f"tstpool {machine['tstpool']} (commit {machine['commit']}); measured {machine['date']}.",
         "",
         f"**Method.** {method(document)}. CPU is the server process's, all threads, from the kernel's accounts. *Busy* "

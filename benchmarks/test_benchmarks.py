@@ -1,99 +1,62 @@
-"""Regression cases for pytest-benchmark: ``pytest benchmarks``. To compare servers: ``python -m benchmarks``.
+"""Cases for pytest-benchmark: how long a server takes for a fixed number of messages. ``pytest benchmarks`` runs them.
 
-The same two clients against tstpool, in this process, and against the C loop, in another. Compare the two groups'
-ratios between two versions rather than their times: the noise of the machine is in both.
+Times differ from day to day, from machine to machine; the ratio to the C loop beside it differs much less, and
+``python -m benchmarks.check`` compares that with a baseline. To compare servers: ``python -m benchmarks``.
 """
 
 from __future__ import annotations
 
-import re
-import socket
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-tstpool: Any = pytest.importorskip("tstpool")
+# pytest may run from anywhere, and `benchmarks` is a package only with the repository on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-MESSAGE = bytes(range(64))
+from benchmarks.build import program
+from benchmarks.measure import Server, choose_cores, in_child, running
+from benchmarks.peers import BY_NAME, REFERENCE
+from benchmarks.workloads import BY_NAME as WORKLOADS
 
-
-class Echo(tstpool.TstHandler):  # type: ignore[misc]
-    def on_message(self, sock: Any, data: bytes) -> None:
-        sock.send(data)
-
-
-@contextmanager
-def tstpool_server() -> Iterator[int]:
-    pool = tstpool.TstPool(Echo())
-    port = pool.listen("127.0.0.1", 0)[1]
-    with pool:
-        yield port
-
-
-@contextmanager
-def c_server() -> Iterator[int]:
-    # Not imported: pytest may run from anywhere, and `benchmarks` is a package only with the repository on the path.
-    built = subprocess.run(
-        [sys.executable, "-m", "benchmarks.build"], cwd=REPOSITORY, stdout=subprocess.PIPE, check=True
-    )
-    program = re.search(rb".*/epoll_echo$", built.stdout, re.MULTILINE)
-    assert program is not None
-    with subprocess.Popen([program[0]], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        try:
-            yield int(process.stdout.readline())
-        finally:
-            process.kill()
+RAW = (REFERENCE, "tstpool", "tstpool-nogil")
+FRAMED = (REFERENCE, "tstpool-framed", "tstpool-nogil-framed")
+# Messages: about a fifth of a second.
+CASES = {
+    "echo-64B-c1": (5_000, RAW),
+    "echo-64B-c50": (30_000, RAW),
+    "framed-64B-c50-d16": (300_000, FRAMED),
+    "framed-64B-c50-d128": (1_500_000, FRAMED),
+    "framed-16K-c50": (15_000, FRAMED),
+}
 
 
-@pytest.fixture(params=[tstpool_server, c_server], ids=["tstpool", "c-loop"])
-def port(request: pytest.FixtureRequest) -> Iterator[int]:
-    with request.param() as number:
-        yield number
+@pytest.fixture
+def server(peer: str) -> Iterator[Server]:
+    if why := BY_NAME[peer].missing():
+        pytest.skip(why)
+    with running(BY_NAME[peer], choose_cores("split")[0]) as found:
+        yield found
 
 
-@contextmanager
-def connections(port: int, count: int) -> Iterator[list[socket.socket]]:
-    with ExitStack() as stack:
-        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)) for _ in range(count)]
-        for client in clients:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        yield clients
+@pytest.mark.parametrize(
+    ("workload", "peer"), [(workload, peer) for workload, (_, peers) in CASES.items() for peer in peers]
+)
+def test_messages(benchmark: Any, workload: str, peer: str, server: Server) -> None:
+    known = WORKLOADS[workload]
+    command = [str(program("loadgen")), "-p", str(server.port), "-w", "0", "-t", "60", "-n", str(CASES[workload][0])]
+    command += ["-c", str(known.connections), "-d", str(known.depth), "-s", str(known.size)]
+    command += ["--framing", known.framing]
 
-
-def receive(client: socket.socket, size: int) -> bytes:
-    data = client.recv(size)
-    while len(data) < size:
-        more = client.recv(size - len(data))
-        assert more, "the server closed the connection"
-        data += more
-    return data
-
-
-@pytest.mark.benchmark(group="ping-pong: 1 connection, 100 x 64 B")
-def test_ping_pong(benchmark: Any, port: int) -> None:
     def run() -> None:
-        for _ in range(100):
-            client.sendall(MESSAGE)
-            assert receive(client, len(MESSAGE)) == MESSAGE
+        done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=in_child(choose_cores("split")[1]))
+        result = json.loads(done.stdout)
+        assert result["ok"], result["error"]
 
-    with connections(port, 1) as [client]:
-        benchmark.pedantic(run, rounds=20, warmup_rounds=2)
-
-
-@pytest.mark.benchmark(group="burst: 50 connections at once, 10 x 64 B each")
-def test_burst(benchmark: Any, port: int) -> None:
-    def run() -> None:
-        for client in clients:
-            client.sendall(MESSAGE * 10)
-        for client in clients:
-            assert receive(client, len(MESSAGE) * 10) == MESSAGE * 10
-
-    with connections(port, 50) as clients:
-        benchmark.pedantic(run, rounds=20, warmup_rounds=2)
+    benchmark.group = workload
+    benchmark.name = peer
+    benchmark.pedantic(run, rounds=3, warmup_rounds=1)

@@ -28,6 +28,7 @@ class Workload:
     peers: tuple[str, ...] = ()  # whom it is for; empty: all that serve the framing
     reference: str = REFERENCE  # whom ratios are taken to
     cores: str = ""  # "shared": the server may use several cores, whatever --cores says
+    charted: bool = False  # in the picture: few, or nobody looks
     note: str = ""  # what is to be known before reading the figures
     columns: tuple[Column, ...] = ()  # of what drivers.py measured; empty: the columns that all others have
     sets: tuple[str, ...] = ("full",)  # which selections it is in: "quick", "default", "full"
@@ -45,7 +46,7 @@ framed = partial(Workload, framing="length4")
 
 ECHO = (
     # The first one is the headline: the chart and the README quote it.
-    Workload("echo-64B-c50", "64 B, 50 connections, one in flight", sets=EVERYWHERE),
+    Workload("echo-64B-c50", "64 B, 50 connections, one in flight", charted=True, sets=EVERYWHERE),
     Workload("echo-64B-c50-d16", "64 B, 50 connections, 16 in flight", depth=16),
     Workload("echo-16K-c50", "16 KiB, 50 connections, one in flight", size=16 * 1024),
     Workload("echo-64B-c1", "64 B, 1 connection, one in flight", connections=1, spin=True, sets=DEFAULT),
@@ -59,9 +60,11 @@ ECHO = (
 )
 
 FRAMED = (
-    framed("framed-64B-c50-d16", "framed 64 B, 50 connections, 16 in flight", depth=16, sets=EVERYWHERE),
-    framed("framed-64B-c50-d128", "framed 64 B, 50 connections, 128 in flight", depth=128, sets=DEFAULT),
-    framed("framed-16K-c50", "framed 16 KiB, 50 connections, one in flight", size=16 * 1024, sets=DEFAULT),
+    framed("framed-64B-c50-d16", "framed 64 B, 50 connections, 16 in flight", depth=16, charted=True, sets=EVERYWHERE),
+    framed("framed-64B-c50-d128", "framed 64 B, 50 connections, 128 in flight", depth=128, charted=True, sets=DEFAULT),
+    framed(
+        "framed-16K-c50", "framed 16 KiB, 50 connections, one in flight", size=16 * 1024, charted=True, sets=DEFAULT
+    ),
     framed("framed-64B-c50", "framed 64 B, 50 connections, one in flight"),
     framed("framed-1M-c50", "framed 1 MiB, 50 connections, one in flight", size=1024 * 1024),
 )

@@ -149,6 +149,13 @@ def test_every_byte_of_the_c_loop_is_verified(programs: dict[str, Path], server:
     assert abs(result["bytes_verified"] - whole) <= result["connections"] * (result["size"] + header)
 
 
+def test_generator_stops_after_so_many_messages(programs: dict[str, Path]) -> None:
+    with c_echo(programs["epoll_echo"]) as (port, _):
+        code, result = generate(programs, port, "-c", "10", "-n", "5000", "-t", "60")
+    assert (code, result["ok"]) == (0, True)
+    assert 5000 <= result["messages"] < 5000 + 256 * 10  # those that came in the same turn count too
+
+
 def test_figures_are_consistent(programs: dict[str, Path]) -> None:
     with c_echo(programs["epoll_echo"]) as (port, pid):
         _, result = generate(programs, port, "-c", "10", "--pid", str(pid))
@@ -305,6 +312,7 @@ def test_idle_notices_a_wrong_byte() -> None:
 
 def test_sleeping_workers_are_waited_for() -> None:
     command = [sys.executable, "-m", "benchmarks.peers.tstpool_options", "sleep", "--workers", "3"]
+    command += ["--shards", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
         assert process.stdout is not None
         try:
@@ -388,10 +396,63 @@ def test_options_reach_the_pool(programs: dict[str, Path], handler: str) -> None
     assert len(threads) == 1 + 3  # the main thread is no worker
 
 
+def benchmark_file(path: Path, **seconds: float) -> Path:
+    """As pytest-benchmark writes it: how long each server took."""
+    cases = [
+        {"group": "echo", "name": name.replace("_", "-"), "stats": {"median": median}}
+        for name, median in seconds.items()
+    ]
+    path.write_text(json.dumps({"benchmarks": cases}))
+    return path
+
+
+def check(tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.check", "--baseline", str(tmp_path / "baseline.json")]
+    done = [*command, *map(str, arguments)]
+    return subprocess.run(done, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+
+
+def test_check_says_that_there_is_no_baseline(tmp_path: Path) -> None:
+    done = check(tmp_path)
+    assert done.returncode == 2
+    assert "There is no baseline" in done.stdout
+
+
+def test_check_compares_ratios_and_not_times(tmp_path: Path) -> None:
+    then = benchmark_file(tmp_path / "then", c_level=1.0, tstpool=1.25)  # 0.8 of the C loop
+    assert check(tmp_path, "--store", "--measured", then).returncode == 0
+    slower_machine = benchmark_file(tmp_path / "machine", c_level=3.0, tstpool=3.75)
+    assert check(tmp_path, "--measured", slower_machine).returncode == 0
+    slower_server = benchmark_file(tmp_path / "server", c_level=1.0, tstpool=1.5)
+    done = check(tmp_path, "--measured", slower_server)
+    assert done.returncode == 1
+    assert re.search(r"echo, tstpool +0\.80 +0\.67 +-17%  SLOWER", done.stdout)
+    # One good pass of two is enough: the other may have been disturbed.
+    assert check(tmp_path, "--measured", slower_server, then).returncode == 0
+    nothing = benchmark_file(tmp_path / "nothing", c_level=1.0)
+    assert check(tmp_path, "--measured", nothing).returncode == 1
+
+
+@others_libraries
+@pytest.mark.parametrize("workload", ["slow-mix-c46", "connect-c50"])
+def test_runner_measures_special_workloads(tmp_path: Path, workload: str) -> None:
+    pytest.importorskip("rich")
+    command = [sys.executable, "-m", "benchmarks", "--only", workload, "sleep-4", "tstpool", "--rounds", "1"]
+    command += ["--seconds", "0.2", "--warm-up", "0.1", "--patience", "0", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "results.json").read_text())
+    [(name, figures)] = document["summary"].items()
+    assert name == workload
+    assert len(figures) == 2  # with the one that ratios are taken to
+    assert all(row["messages_per_s"] > 0 and row["rate_ratio"] for row in figures.values())
+    assert "| server | messages/s |" in (tmp_path / "RESULTS.md").read_text()
+
+
 def test_runner_measures_reports_and_leaves_no_process(tmp_path: Path) -> None:
     pytest.importorskip("rich")
     command = [sys.executable, "-m", "benchmarks", "--only", "c-oneshot", "echo-64B-c50", "--rounds", "1"]
-    command += ["--seconds", "0.2", "--warm-up", "0.1", "--output", str(tmp_path)]
+    command += ["--seconds", "0.2", "--warm-up", "0.1", "--patience", "0", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "results.json").read_text())

@@ -10,6 +10,8 @@
  * returns, so a server that does not read cannot hide waiting time; it stops when its last byte was read here.
  * The maximum is exact, percentiles to 1.6 %.
  *
+ * How long: for `-t` seconds, or with `-n` until so many messages have come back, if that is sooner.
+ *
  * How it waits. It sleeps in epoll_wait, as clients do. With --spin it polls instead: at one connection nearly all of a
  * round trip is otherwise the kernel waking two sleeping processors, here the generator's half of it is gone.
  */
@@ -41,6 +43,7 @@ static struct common opt = {.connections = 1, .size = 64, .seconds = 1.0, .warmu
 static int depth = 1;
 static uint64_t header; /* 4 with --framing length4, else 0 */
 static bool spin;
+static uint64_t enough = UINT64_MAX; /* messages: the time is over when so many have come back */
 static int epfd;
 static struct conn *conns;
 static char *table, *scratch;
@@ -50,7 +53,7 @@ static bool stopping; /* the time is over: no new messages fall due */
 
 static void usage(void) {
     fprintf(stderr, "usage: loadgen -p PORT [-c CONNECTIONS] [-d DEPTH] [-s BYTES] [-t SECONDS] [-w WARM_UP_SECONDS]\n"
-                    "               [--framing none|length4] [--pid SERVER_PID] [--spin]\n");
+                    "               [-n MESSAGES] [--framing none|length4] [--pid SERVER_PID] [--spin]\n");
     exit(2);
 }
 
@@ -183,7 +186,7 @@ static uint64_t run_until(uint64_t end) {
 
     do
         now = turn();
-    while (now < end);
+    while (now < end && recorded < enough);
     return now;
 }
 
@@ -208,11 +211,13 @@ static void parse(int argc, char **argv) {
                                           {NULL, 0, NULL, 0}};
     int o;
 
-    while ((o = getopt_long(argc, argv, "p:c:d:s:t:w:", longs, NULL)) != -1) {
+    while ((o = getopt_long(argc, argv, "p:c:d:s:t:w:n:", longs, NULL)) != -1) {
         if (parse_common(&opt, o, optarg))
             continue;
         if (o == 'd')
             depth = atoi(optarg);
+        else if (o == 'n')
+            enough = strtoull(optarg, NULL, 10);
         else if (o == 'S')
             spin = true;
         else if (o == 'f' && (strcmp(optarg, "none") == 0 || strcmp(optarg, "length4") == 0))
@@ -220,7 +225,7 @@ static void parse(int argc, char **argv) {
         else
             usage();
     }
-    if (optind != argc || depth <= 0 || !is_sensible(&opt))
+    if (optind != argc || depth <= 0 || enough == 0 || !is_sensible(&opt))
         usage();
 }
 

@@ -87,6 +87,7 @@ RAW = (
 framed = partial(Peer, framings=("length4",))
 FRAMED = (
     framed("tstpool-framed", "tstpool, handler object", _python("tstpool_framed"), TSTPOOL),
+    framed("tstpool-lent", "tstpool, copy=False", _python("tstpool_framed", "lend"), TSTPOOL, sets=("full",)),
     framed("tstpool-nogil-framed", "tstpool, nogil handler", _python("tstpool_nogil", "framed"), NOGIL),
     framed("uvloop-tuned", "uvloop, tuned Protocol", _python("framed_tuned", "uvloop"), UVLOOP),
     framed("uvloop-tuned-buffered", "uvloop, tuned BufferedProtocol", _python("framed_buffered", "uvloop"), UVLOOP),
@@ -108,7 +109,8 @@ SPECIAL = (
     special("broadcast-asyncio", "asyncio, call_soon_threadsafe", _python("broadcast_protocol", "asyncio")),
     special("sleep-0", "tstpool, workers=8, nobody sleeps", _options("sleep", "--workers", "8"), TSTPOOL),
     special("sleep-4", "tstpool, workers=8, 4 sleep", _options("sleep", "--workers", "8"), TSTPOOL, sleepers=4),
-    special("sleep-8", "tstpool, workers=8", _options("sleep", "--workers", "8"), TSTPOOL),
+    # One shard: a worker that has no sleeper in its own shard would stay awake.
+    special("sleep-8", "tstpool, workers=8", _options("sleep", "--workers", "8", "--shards", "1"), TSTPOOL),
     special("tstpool-workers-1", "tstpool, workers=1", _options("echo", "--workers", "1"), TSTPOOL),
     special("tstpool-workers-8", "tstpool, workers=8", _options("echo", "--workers", "8"), TSTPOOL),
     special("work-1", "tstpool, workers=1", _options("work", "--workers", "1", "--shards", "1"), TSTPOOL),
