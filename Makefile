@@ -24,7 +24,7 @@ endif
 
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
-SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/whitebox/*.pyx tests/whitebox/*.pxd)
+SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/*/*.pyx)
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -103,7 +103,7 @@ $(VENV)/.extra-%: $(BUILT)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info tstpool/*.so tests/whitebox/*.so htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info tstpool/*.so tests/*/*.so htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
 	rm -f .venv*/.built
 
 distclean: clean
