@@ -251,6 +251,13 @@ cdef class Relay(TstNogilHandler):
     def __dealloc__(self):
         pthread_mutex_destroy(&self.mutex)
 
+    def __len__(self):
+        cdef int i
+        pthread_mutex_lock(&self.mutex)
+        n = sum([self.members[i] != NULL for i in range(MEMBERS)])
+        pthread_mutex_unlock(&self.mutex)
+        return n
+
     cdef bint exchange(self, void *old, void *new) noexcept nogil:
         cdef int i
         cdef bint found = False
