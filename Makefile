@@ -46,7 +46,7 @@ help:
 	@echo "make tsan       the tests under ThreadSanitizer"
 	@echo "make werror     a build in which every compiler warning is an error"
 	@echo "make cov        the tests with coverage of the .py, .pyx and .pxd files (use a Python 3.11)"
-	@echo "make lint       ruff, cython-lint, mypy"
+	@echo "make lint       ruff, cython-lint, mypy, stubtest"
 	@echo "make format     ruff's formatter over all Python files"
 	@echo "make bench      the benchmarks (ARGS=--quick for a short run)"
 	@echo "make wheel      source distribution and wheel in dist/"
@@ -85,6 +85,7 @@ lint: $(VENV)/.extra-lint
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint tstpool tests
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest tstpool --allowlist tests/stubtest_allowlist.txt
 
 format: $(VENV)/.extra-lint
 	$(BIN)/ruff check --select I --fix .

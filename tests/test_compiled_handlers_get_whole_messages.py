@@ -137,9 +137,7 @@ TOO_LARGE = [
 
 @pytest.mark.parametrize(("framing", "fine", "too_large"), TOO_LARGE, ids=repr)
 @pytest.mark.parametrize("verdict", [None, TstStat.SUSPEND])
-def test_a_message_that_is_too_large_is_an_error_and_the_end(
-    make_pool, make_client, framing, fine, too_large, verdict
-):
+def test_a_message_that_is_too_large_is_an_error_and_the_end(make_pool, make_client, framing, fine, too_large, verdict):
     """on_error hears of it, the connection ends whatever it says; what came before is answered."""
     errors = []
 

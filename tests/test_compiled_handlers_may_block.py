@@ -57,7 +57,9 @@ def test_others_are_served_meanwhile(make_pool, make_client, gated, trigger, sha
     assert counts["received"] == 6 + 10 * 10 + blocked  # each was run once, whoever ran it
 
 
-@pytest.mark.xfail(strict=True, reason="it sleeps in one shard's epoll_wait; the other's holder is stuck, nobody watches")
+@pytest.mark.xfail(
+    strict=True, reason="it sleeps in one shard's epoll_wait and does not watch the other's stuck holder"
+)
 def test_the_last_free_worker_serves_every_shard(make_pool, make_client, gated):
     """Three of four workers block; the fourth is there for the connections of both shards."""
     pool = make_pool(gated, framing=FRAMING, workers=4, shards=2)
@@ -288,9 +290,8 @@ def test_on_slow_hears_of_a_slow_hook(make_pool, make_client):
         say(other, b"e")
     assert say(client, b"e0", b"z1", b"e2", b"r3") == [b"e0", b"z1", b"e2", b"r3"]
     wait_until(lambda: slow)
-    (peer, seconds), *more = [report for report in slow if report[0] == client.getsockname()]
-    assert 0.15 <= seconds < patient(1)
-    assert more == []
+    (seconds,) = [seconds for peer, seconds in slow if seconds >= 0.15 and peer == client.getsockname()]
+    assert seconds < patient(1)
 
 
 def test_on_most_elapsed_hears_of_the_slowest_job(make_pool, make_client):

@@ -182,9 +182,7 @@ assert tstpool.get_include() == sys.argv[1]  # where its setup.py has taken the 
 print(getattr(sys, "_is_gil_enabled", lambda: True)())
 """
     path = os.pathsep.join([str(site), str(downstream)])
-    done = run_python(
-        "-W", "error", "-c", code, str(site), str(downstream), cwd=tmp_path, env={"PYTHONPATH": path}
-    )
+    done = run_python("-W", "error", "-c", code, str(site), str(downstream), cwd=tmp_path, env={"PYTHONPATH": path})
     assert done.stdout.strip() == str(not FREE_THREADED)
 
 

@@ -301,10 +301,10 @@ cdef class Meeting(TstNogilHandler):
         self.seconds = 10
 
     cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
-        cdef int i
+        cdef int _n
         cdef char seen
         add(&self.arrived, 1)
-        for i in range(<int>(self.seconds * 1000)):
+        for _n in range(<int>(self.seconds * 1000)):
             if load(&self.arrived) >= self.wanted:
                 break
             usleep(1000)
