@@ -37,11 +37,10 @@ def block(pool, commands, make_client, n, message=b"b"):
     return clients
 
 
-@pytest.mark.parametrize(("shards", "blocked"), [(1, 1), (1, 3), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("shards", "blocked"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3)])
 @every_trigger
 def test_others_are_served_meanwhile(make_pool, make_client, gated, trigger, shards, blocked):
-    """Old and new connections, as long as each shard has a free worker; the blocked ones get their answers
-    afterwards."""
+    """Old and new connections, as long as one worker of four is free; the blocked ones get their answers afterwards."""
     pool = make_pool(gated, framing=FRAMING, workers=4, shards=shards, trigger=trigger)
     old = [make_client(pool) for _ in range(6)]
     for client in old:
@@ -55,20 +54,6 @@ def test_others_are_served_meanwhile(make_pool, make_client, gated, trigger, sha
     assert [receive(client) for client in stuck] == [[b"b"]] * blocked
     counts = wait_counts(gated, adopted=0)
     assert counts["received"] == 6 + 10 * 10 + blocked  # each was run once, whoever ran it
-
-
-@pytest.mark.xfail(
-    strict=True, reason="it sleeps in one shard's epoll_wait and does not watch the other's stuck holder"
-)
-def test_the_last_free_worker_serves_every_shard(make_pool, make_client, gated):
-    """Three of four workers block; the fourth is there for the connections of both shards."""
-    pool = make_pool(gated, framing=FRAMING, workers=4, shards=2)
-    others = [make_client(pool, timeout=1) for _ in range(6)]
-    for client in others:
-        say(client, b"e")
-    block(pool, gated, make_client, 3)
-    for client in others:
-        assert say(client, b"e") == [b"e"]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -154,7 +139,7 @@ def test_what_it_has_sent_goes_out_at_once(make_pool, make_client, gated):
     assert receive(stuck) == [b"p"]
 
 
-@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (3, 1), (2, 2), (3, 2)])
 def test_all_workers_block_and_everything_is_served_afterwards(make_pool, make_client, gated, workers, shards):
     pool = make_pool(gated, framing=FRAMING, workers=workers, shards=shards)
     stuck = block(pool, gated, make_client, workers)
