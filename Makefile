@@ -24,7 +24,7 @@ endif
 
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
-SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/whitebox/*.pyx tests/whitebox/*.pxd)
+SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/*/*.pyx)
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -46,7 +46,7 @@ help:
 	@echo "make tsan       the tests under ThreadSanitizer"
 	@echo "make werror     a build in which every compiler warning is an error"
 	@echo "make cov        the tests with coverage of the .py, .pyx and .pxd files (use a Python 3.11)"
-	@echo "make lint       ruff, cython-lint, mypy"
+	@echo "make lint       ruff, cython-lint, mypy, stubtest"
 	@echo "make format     ruff's formatter over all Python files"
 	@echo "make bench      the benchmarks, five minutes of them: table and chart in benchmarks/build"
 	@echo "make bench-full all of them: an hour"
@@ -87,6 +87,7 @@ lint: $(VENV)/.extra-lint
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint tstpool tests
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest tstpool --allowlist tests/stubtest_allowlist.txt
 
 format: $(VENV)/.extra-lint
 	$(BIN)/ruff check --select I --fix .
@@ -117,7 +118,7 @@ $(VENV)/.extra-%: $(BUILT)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info tstpool/*.so tests/whitebox/*.so htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info tstpool/*.so tests/*/*.so htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
 	rm -f .venv*/.built
 
 distclean: clean

@@ -6,7 +6,7 @@ Environment variables choose a flavour of the build (the Makefile's targets set 
     TSTPOOL_SANITIZE=...     "address,undefined" or "thread": gcc's sanitizers
     TSTPOOL_COVERAGE=1       line tracing of the .pyx and .pxd files
     TSTPOOL_WERROR=1         every warning of the C compiler is an error
-    TSTPOOL_WHITEBOX=1       also builds tests/whitebox/_whitebox.pyx beside its source; never part of a wheel
+    TSTPOOL_WHITEBOX=1       also builds the tests' modules, each beside its source; never part of a wheel
 
 Warnings and performance hints of Cython are errors in all of them: see cythonize_strictly.
 """
@@ -138,8 +138,9 @@ class BuildExt(build_ext):
 
 
 extensions = [make_extension("tstpool._core", "tstpool/_core.pyx")]
-if WHITEBOX and os.path.exists("tests/whitebox/_whitebox.pyx"):
-    extensions.append(make_extension("tests.whitebox._whitebox", "tests/whitebox/_whitebox.pyx"))
+if WHITEBOX:
+    for name in ("tests.whitebox._whitebox", "tests.downstream.downstream_handlers"):
+        extensions.append(make_extension(name, name.replace(".", "/") + ".pyx"))
 
 setup(
     ext_modules=extensions,

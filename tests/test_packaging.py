@@ -1,6 +1,7 @@
 """What is shipped holds what its users need, says what it is, and refuses in one sentence where it cannot work."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import FREE_THREADED, ROOT, patient, run_python
+from helpers import FREE_THREADED, ROOT, connect, patient, recv_exact, run_python
 
 import tstpool
 import tstpool._core
@@ -73,32 +74,61 @@ def test_build_says_in_one_sentence_that_it_needs_linux():
     )
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """(sdist, wheel): the sdist made of this tree, the wheel made of that sdist, as a user's pip would."""
-    work = tmp_path_factory.mktemp("packaging")
-    source = work / "tree"
-    made = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "build", "dist", "*.so", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=made)
-    # What is in the files matters here and not how fast they are: -O0, and none of the flavours of setup.py.
+def build(what, source, target, path=None):
+    """`what`: "wheel" or "sdist", made of the folder `source` by its own pyproject.toml, as a user's pip would.
+
+    `path`: where the build finds other packages beside the environment's. What is in the files matters here and not how
+    fast they are: -O0, and none of the flavours of setup.py.
+    """
     env = {name: value for name, value in os.environ.items() if not name.startswith("TSTPOOL_")}
     env["CFLAGS"] = env.get("CFLAGS", "") + " -O0"
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    code = f"import setuptools.build_meta as backend; backend.build_{what}({str(target)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True, timeout=patient(100)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Deprecat" not in done.stderr, done.stderr
 
-    def build(what, cwd):
-        code = f"import setuptools.build_meta as backend; backend.build_{what}({str(work)!r})"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=patient(100)
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "Deprecat" not in done.stderr, done.stderr
 
-    build("sdist", source)
+def without_what_was_made(source, target):
+    made = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "build", "dist", "*.so", "*.egg-info", "__pycache__")
+    return shutil.copytree(source, target, ignore=made)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(sdist, wheel): the sdist made of this tree, the wheel made of that sdist."""
+    work = tmp_path_factory.mktemp("packaging")
+    build("sdist", without_what_was_made(ROOT, work / "tree"), work)
     (sdist,) = work.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    build("wheel", work / sdist.name.removesuffix(".tar.gz"))
+    build("wheel", work / sdist.name.removesuffix(".tar.gz"), work)
     (wheel,) = work.glob("*.whl")
     return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def site(built, tmp_path_factory):
+    """A folder with nothing but what the wheel holds."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(built[1]) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def downstream(site, tmp_path_factory):
+    """A folder with tests/downstream, built as a package of somebody else's against the wheel alone."""
+    work = tmp_path_factory.mktemp("downstream")
+    source = without_what_was_made(ROOT / "tests" / "downstream", work / "source")
+    build("wheel", source, work, path=site)
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(work / "site")
+    return work / "site"
 
 
 def package_files(*patterns):
@@ -123,9 +153,7 @@ def test_sdist_holds_what_it_takes_to_build_and_test(built):
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name in ("tstpool/_core.c",)]
 
 
-def test_wheel_works_where_no_source_is(built, tmp_path):
-    with zipfile.ZipFile(built[1]) as archive:
-        archive.extractall(tmp_path / "site")
+def test_wheel_works_where_no_source_is(site, tmp_path):
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -140,8 +168,51 @@ with pool, socket.create_connection(address, timeout=10) as client:
     client.sendall(b"hello")
     print(client.recv(5).decode())
 """
-    done = run_python("-I", "-c", code, str(tmp_path / "site"), cwd=tmp_path)
+    done = run_python("-I", "-c", code, str(site), cwd=tmp_path)
     assert done.stdout.strip() == "hello"
+
+
+def test_handlers_in_cython_leave_the_gil_as_it_was(site, downstream, tmp_path):
+    code = """
+import os, sys
+import downstream_handlers, tstpool
+for module, folder in zip((tstpool, downstream_handlers), sys.argv[1:]):
+    assert module.__file__.startswith(folder + os.sep), module.__file__
+assert tstpool.get_include() == sys.argv[1]  # where its setup.py has taken the headers from
+print(getattr(sys, "_is_gil_enabled", lambda: True)())
+"""
+    path = os.pathsep.join([str(site), str(downstream)])
+    done = run_python("-W", "error", "-c", code, str(site), str(downstream), cwd=tmp_path, env={"PYTHONPATH": path})
+    assert done.stdout.strip() == str(not FREE_THREADED)
+
+
+def test_handlers_in_cython_need_nothing_but_the_wheel(site, downstream, tmp_path):
+    """Their server, in a process that knows no source of ours, serves bytes, messages and Python hooks."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(downstream)])}
+    with subprocess.Popen(
+        [sys.executable, "-m", "downstream_server"],
+        cwd=tmp_path,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            ports = dict(server.stdout.readline().split() for _ in range(3))
+            for name, sent, expected in [
+                ("raw", b"hello", b"hello"),
+                ("framed", b"\0\0\0\5hello" * 100, b"\0\0\0\5hello" * 100),
+                ("upper", b"\0\0\0\5hello", b"\0\0\0\5HELLO"),
+            ]:
+                with connect(("127.0.0.1", int(ports[name]))) as client:
+                    client.sendall(sent)
+                    assert recv_exact(client, len(expected)) == expected
+            out, _ = server.communicate(timeout=patient(20))  # the end of its input ends it
+        finally:
+            server.kill()
+    assert server.returncode == 0
+    counts = json.loads(out)
+    assert (counts["connected"], counts["received"], counts["released"], counts["broken"]) == (1, 100, 1, 0)
 
 
 def test_the_tree_under_test_is_this_one():

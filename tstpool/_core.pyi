@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Literal, TypeAlias, final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from tstpool._types import PoolStats, TstSockType, TstStat
 
@@ -22,6 +22,7 @@ _Verdict: TypeAlias = TstStat | None
 _Handler: TypeAlias = "TstHandler | Callable[[TstSocket], _Verdict]"
 _Which: TypeAlias = "TstSocket | int"
 
+@disjoint_base
 class Framing:
     @property
     def max_message(self) -> int: ...
@@ -112,8 +113,10 @@ class TstHandler:
     def on_slow(self, sock: TstSocket, seconds: float) -> None: ...
     def on_error(self, sock: TstSocket, exc: BaseException) -> _Verdict: ...
 
+@disjoint_base
 class TstNogilHandler(TstHandler): ...
 
+@disjoint_base
 class TstPool:
     def __init__(
         self,
