@@ -48,7 +48,9 @@ def test_after_emfile_it_accepts_again_within_a_second(trigger):
         begin = time.monotonic()
         for client in [client for client in clients if client not in served][:20]:
             assert recv_exact(client, 5) == b"hello"
-        assert time.monotonic() - begin < patient(1)
+        took = time.monotonic() - begin
+        print(f"accepting again {took * 1e3:.1f} ms after descriptors became free ({trigger})")
+        assert took < patient(1)
         errors, _accepted = map(int, server.finish().split())
         assert errors > 0
 
