@@ -8,7 +8,7 @@ import pytest
 from contract_helpers import as_function, echo, every_trigger, exchange, handler, ignore, round_trip
 from helpers import patient, recv_exact, scaled, wait_until
 
-from tstpool import TstSockType
+from tstpool import TstError, TstSockType
 
 
 @pytest.fixture
@@ -217,6 +217,28 @@ def test_addsocket_of_a_closed_descriptor_is_an_oserror(make_pool):
     with pytest.raises(OSError):
         pool.addsocket(number)
     assert len(pool) == 0
+
+
+@pytest.mark.xfail(reason="accepted as a listener, and its EPOLLHUP makes the worker spin for ever", strict=True)
+def test_a_listener_that_does_not_listen_is_refused(make_pool):
+    """Bad input: type=LISTEN of a socket on which nobody called listen()."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.socket() as deaf:
+        with pytest.raises((OSError, ValueError)):
+            pool.addsocket(deaf, type=TstSockType.LISTEN)
+        assert deaf.fileno() >= 0
+    assert pool.stats().listeners == 0
+
+
+@pytest.mark.xfail(reason="MemoryError, and the descriptor is closed behind its connection's back", strict=True)
+def test_a_descriptor_that_the_pool_has_already_is_refused(make_pool, make_client):
+    """Bad input: the connection that has it goes on, and so does accepting (the number must not be freed)."""
+    pool = make_pool(handler(on_message=echo))
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    with pytest.raises((ValueError, TstError)):
+        pool.addsocket(sock.fileno())
+    assert round_trip(client, b"hello") == b"hello"
 
 
 def test_the_other_side_sees_the_end_of_an_added_socket(make_pool, pair):

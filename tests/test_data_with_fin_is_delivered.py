@@ -29,6 +29,8 @@ def check_bursts(make_pool, style, rounds, **options):
         burst(address, text, cork=i % 2)
     wait_until(lambda: len(ended) >= rounds, 30, lambda: f"{len(ended)} of {rounds} disconnects")
     wait_until(lambda: len(pool) == 0)
+    lost = set(texts) - {text for text, _ in ended}
+    print(f"{rounds} bursts, {len(ended)} disconnects, {len(lost)} messages lost")
     assert sorted(ended) == sorted((text, None) for text in texts)
 
 
