@@ -154,8 +154,10 @@ def check_descriptor_reuse(make_pool, rounds, **options):
         over.set()
         thread.join(10)
     reused = rounds * 3 - len(numbers)
-    print(f"{rounds} rounds, {3 * rounds} connections on {len(numbers)} descriptors, "
-          f"{pool.stats().stale_events} stale events dropped; errors: {errors[:3]}")
+    print(
+        f"{rounds} rounds, {3 * rounds} connections on {len(numbers)} descriptors, "
+        f"{pool.stats().stale_events} stale events dropped; errors: {errors[:3]}"
+    )
     assert errors == []
     assert reused > rounds  # else nothing was tested
 

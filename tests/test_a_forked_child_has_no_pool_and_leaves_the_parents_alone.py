@@ -170,7 +170,6 @@ print("children that hung in os.fork():", hung)
 """
 
 
-@pytest.mark.xfail(reason="the child waits for a spin lock that a worker held at the fork; not every run", strict=False)
 def test_a_fork_under_load_never_hangs():
     """B45: the workers are in the middle of anything when the process forks, with connection.lock held for instance."""
     code = UNDER_LOAD % (scaled(500, minimum=50), patient(5))

@@ -72,13 +72,9 @@ def test_each_error_of_accept_is_survived(name):
         assert errors >= (0 if name in ("EINTR", "ECONNABORTED") else 1)
 
 
-SPINS = pytest.mark.xfail(reason="the loop spins: only EMFILE, ENFILE, ENOBUFS, ENOMEM make it pause", strict=True)
-
-
 @pytest.mark.parametrize(
     "name",
-    ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]
-    + [pytest.param(name, marks=SPINS) for name in ("EPERM", "ENETDOWN", "EINVAL")],
+    ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EPERM", "ENETDOWN", "EINVAL"],
 )
 def test_an_accept_that_goes_on_failing_does_not_make_the_worker_spin(name):
     """Defects 2 and 3, B31, B32: a client waits, accept fails for a second: some tries, not a million."""

@@ -135,7 +135,6 @@ def test_a_port_in_use_is_an_oserror_that_names_it(make_pool):
         assert round_trip(client, b"hello") == b"hello"
 
 
-@pytest.mark.xfail(reason="it listens on IPv4 alone, and says nothing", strict=True)
 @pytest.mark.parametrize("host", [None, "::"])
 def test_a_port_that_is_taken_for_ipv6_alone_is_an_oserror(pool, host):
     """Bad input, B62: half of the addresses are not all of them. IPv4 alone is for machines without IPv6."""
@@ -170,7 +169,6 @@ os._exit(0)  # a pool that never ends would hold the interpreter
 """
 
 
-@pytest.mark.xfail(reason="removing the file that is not there raises ValueError in the last worker", strict=True)
 @pytest.mark.parametrize("name", ["", "\0name"])
 def test_a_unix_socket_without_a_file_is_refused_or_stops_like_any_other(name):
     """Bad input: "unix:" alone makes Linux choose a name that begins with a zero byte."""

@@ -219,7 +219,6 @@ def test_addsocket_of_a_closed_descriptor_is_an_oserror(make_pool):
     assert len(pool) == 0
 
 
-@pytest.mark.xfail(reason="accepted as a listener, and its EPOLLHUP makes the worker spin for ever", strict=True)
 def test_a_listener_that_does_not_listen_is_refused(make_pool):
     """Bad input: type=LISTEN of a socket on which nobody called listen()."""
     pool = make_pool(handler(on_message=ignore), listen=None)
@@ -230,7 +229,6 @@ def test_a_listener_that_does_not_listen_is_refused(make_pool):
     assert pool.stats().listeners == 0
 
 
-@pytest.mark.xfail(reason="MemoryError, and the descriptor is closed behind its connection's back", strict=True)
 def test_a_descriptor_that_the_pool_has_already_is_refused(make_pool, make_client):
     """Bad input: the connection that has it goes on, and so does accepting (the number must not be freed)."""
     pool = make_pool(handler(on_message=echo))

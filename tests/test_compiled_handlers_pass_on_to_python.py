@@ -332,7 +332,6 @@ def test_run_from_a_sockets_own_handler_reaches_a_python_pool(make_pool, pair):
     assert say(ours, b"e1", b"r2", b"e3") == [b"e1", b"pool:r2", b"e3"]
 
 
-@pytest.mark.xfail(strict=True, reason="the message is lost: only the pool's Python hooks are asked")
 @pytest.mark.parametrize("own", ["python", "compiled"])
 def test_run_from_a_sockets_own_handler_reaches_a_compiled_pool(make_pool, pair, own):
     """TstStat.RUN passes the same event on to the pool's handler, of whichever kind that is."""

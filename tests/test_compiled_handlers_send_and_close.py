@@ -11,7 +11,7 @@ import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
 from contract_helpers import every_trigger, handler, in_threads
 from downstream_handlers import Commands, Echo, FramedEcho, Relay
-from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
+from helpers import connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
 
 from tstpool import Delimited, Fixed, TstStat
 
@@ -342,9 +342,7 @@ def test_all_close_each_other_at_once(make_pool):
         wait_until(lambda: len(pool) == 0)
 
 
-STALE = "run_frames goes on in the old connection's input, which connection_reconnect has freed"
-stale = pytest.mark.xfail(strict=True, reason=STALE, run=not SANITIZER)
-BEHIND = [(0, ()), pytest.param(0, (b"e2", b"e3"), marks=stale), pytest.param(2, (b"e2", b"e3"), marks=stale)]
+BEHIND = [(0, ()), (0, (b"e2", b"e3")), (2, (b"e2", b"e3"))]
 
 
 @every_trigger

@@ -73,7 +73,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
     cdef tst_connection *connection
     cdef tst_shard *home
     cdef uint64_t id
-    cdef int fd, _n
+    cdef int fd, _n, failures = 0
     for _n in range(ACCEPTS_PER_TURN):
         if batch.n_entries == BATCH_ENTRIES:
             return
@@ -85,11 +85,13 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
         if fd < 0:
             count(&worker.stats.accept_errors, 1)
             worker.accept_errno = -fd
-            if fd == -EMFILE or fd == -ENFILE or fd == -ENOBUFS or fd == -ENOMEM:
+            failures += 1
+            # That client is gone (ECONNABORTED ...), and the next one is not; unless it goes on like that.
+            if (fd == -EMFILE or fd == -ENFILE or fd == -ENOBUFS or fd == -ENOMEM or failures == ACCEPTS_PER_TURN):
                 shard.accept_again = now + ACCEPT_PAUSE
                 listeners_silence(shard)
                 return
-            continue           # that client is gone (ECONNABORTED ...): the next one is not
+            continue
         home = engine_least_loaded(engine)
         connection = table_open(&engine.table, fd, STATE_OWNED if home == shard else STATE_QUEUED | PEND_CONNECT, &id)
         if connection == NULL:

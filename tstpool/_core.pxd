@@ -204,6 +204,7 @@ cdef class TstPool:
     cdef int cut_off(self) except -1
     cdef int close_down(self) except -1
     cdef void close_descriptors(self) noexcept
+    cdef void abandon(self) noexcept
     cdef void drop_all_litter(self) noexcept
     cdef void free_memory(self) noexcept
     cdef tst_connection *find(self, object which, uint32_t *generation) except? NULL

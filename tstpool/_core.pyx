@@ -20,7 +20,7 @@ from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
     GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
     TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
-    generation_of, table_chunk, table_find, table_open, tst_connection, tst_notified)
+    generation_of, table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
@@ -1121,8 +1121,8 @@ cdef class TstPool:
     idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
     name: prefix of the threads' names.
 
-    All methods may be called on any thread. A running pool is kept alive by its workers until stop(); at the end of the
-    interpreter it is stopped. In a forked child every method raises TstError.
+    All methods may be called on any thread. A running pool is kept alive by its workers, and one with connections by
+    these, until stop(); at the end of the interpreter it is stopped. In a forked child every method raises TstError.
     """
 
     def __cinit__(self):
@@ -1163,7 +1163,7 @@ cdef class TstPool:
         self.hooks = {}
 
     def __dealloc__(self):
-        if self.engine == NULL:
+        if self.engine == NULL or self.dead:       # a forked child leaves the parent's memory as it found it
             return
         self.close_descriptors()
         self.free_memory()
@@ -1292,11 +1292,18 @@ cdef class TstPool:
         number = TstSockType(type)
         binding = None if handler is None else bind(handler, {})
         used = self.framing if framing is POOLS_FRAMING else framing_from(framing)
-        if not isinstance(sock, socket.socket):
+        is_number = not isinstance(sock, socket.socket)
+        if is_number:
             sock = socket.socket(fileno=operator.index(sock))
         if sock.fileno() < 0:
             raise ValueError("the socket is closed")
+        if table_find(&self.engine.table, sock.fileno()) != NULL:
+            if is_number:
+                sock.detach()
+            raise ValueError("the pool has that descriptor already")
         if number == TYPE_LISTEN:
+            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise ValueError("the socket does not listen")
             self.add_listener(sock, used)
             return None
         return self.add(adopt(sock), number, binding, user_data, used)
@@ -1577,6 +1584,25 @@ cdef class TstPool:
             store32(&self.engine.shards[i].open, 0, RELEASE)
         self.opened = False
 
+    cdef void abandon(self) noexcept:
+        """In a forked child: the workers are gone, in the middle of anything. Closes descriptors, lets go of every lock
+        that they held, and touches nothing else: what they were changing may be half done."""
+        cdef int chunk, i
+        cdef tst_connection *first
+        for chunk in range(TABLE_CHUNKS):
+            first = table_chunk(&self.engine.table, chunk)
+            for i in range(TABLE_CHUNK if first != NULL else 0):
+                store32(&first[i].lock, 0, RELEASE)
+                if load64(&first[i].state, ACQUIRE) & STATE_OPEN:
+                    close(first[i].fd)
+                    store64(&first[i].state, <uint64_t>(generation_of(first[i].state) + 1) << 32, RELEASE)
+        for i in range(self.engine.n_shards):
+            store32(&self.engine.shards[i].stock.lock, 0, RELEASE)
+            store32(&self.engine.shards[i].open, 0, RELEASE)
+            close_once(&self.engine.shards[i].epoll_fd)
+            close_once(&self.engine.shards[i].event_fd)
+        self.opened = False
+
     cdef void drop_all_litter(self) noexcept:
         cdef int i
         for i in range(self.engine.n_shards):
@@ -1602,7 +1628,7 @@ cdef class TstPool:
     def _forked(self):
         """In a forked child: the pool is dead here, and peers must see the end when the parent closes."""
         self.dead = True
-        self.close_descriptors()
+        self.abandon()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
         self.ended = threading.Event()
         self.ended.set()
@@ -2425,7 +2451,21 @@ cdef class Worker:
         return True
 
     cdef bint message_to_pool(self, TstSocket sock, object data) except -1:
-        """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler."""
+        """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler. If that is a compiled
+        one with a C state for each connection, which this connection has not, its on_message gets it."""
+        cdef const tst_compiled *compiled = &self.pool.binding.compiled
+        cdef Py_buffer view
+        cdef int stat = TST_RUN
+        if compiled.handler != NULL and (<TstNogilHandler>compiled.handler).state_size == 0:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            with nogil:
+                worker_enter(self.worker)
+                stat = compiled.received(compiled.handler, <void *>sock, <const char *>view.buf, <size_t>view.len)
+                worker_leave(self.worker)
+            PyBuffer_Release(&view)
+            if stat != TST_RUN:
+                connection_apply(sock.connection, self.worker, stat)
+                return True
         if self.binding.on_message is not None:
             verdict = self.call(sock, self.binding, self.binding.on_message, data)
             self.apply(sock, self.binding, verdict, None, NOTHING)

@@ -51,8 +51,11 @@ def listening_sockets(host: str | None, port: int, backlog: int) -> list[socket.
 def _listen_all(port: int, backlog: int) -> socket.socket:
     """One socket for IPv6 and IPv4; for IPv4 alone where the machine has no IPv6."""
     if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
+        try:
             return _listen_on(socket.AF_INET6, ("::", port), backlog, dual_stack=True)
+        except OSError as error:
+            if error.errno not in SKIPPED_ERRORS:
+                raise
     return _listen_on(socket.AF_INET, ("0.0.0.0", port), backlog)
 
 
@@ -91,6 +94,8 @@ def _listen_on(family: int, address: tuple[Any, ...], backlog: int, dual_stack: 
 
 
 def _listen_unix(path: str, backlog: int) -> socket.socket:
+    if not path or path.startswith("\0"):
+        raise OSError(errno.EINVAL, "a unix socket must have a path")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:

@@ -17,7 +17,8 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport connection_takes_messages, tst_compiled, tst_connection
 from tstpool._data cimport data_requested, input_consume, input_keep
-from tstpool._entry cimport STAT_RUN, connection_apply, connection_break, connection_cut, connection_due, entry_finish
+from tstpool._entry cimport (
+    STAT_RECONNECTED, STAT_RUN, connection_apply, connection_break, connection_cut, connection_due, entry_finish)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely)
@@ -75,7 +76,8 @@ cdef inline size_t message_at_hand(tst_connection *connection, const char **byte
 cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint64_t *n) noexcept nogil:
     """The messages of a framing, beginning with the one at hand, as run_messages; `n` counts them.
 
-    Only Python code changes the framing or reads input by itself, so that both stay in local variables meanwhile.
+    Only Python code changes the framing or reads input by itself, so that both stay in local variables meanwhile; and
+    only TST_RECONNECTED makes the engine forget the input.
     """
     cdef const tst_compiled *compiled = connection.compiled
     cdef const tst_framing *framing = connection.framing
@@ -90,6 +92,10 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
         if stat == STAT_RUN:
             break
         n[0] += 1
+        if tst_rarely(stat == STAT_RECONNECTED):
+            connection.frame.needed = connection.scanned = 0
+            connection_apply(connection, worker, stat)
+            return False
         view += frame.whole
         left -= frame.whole
         found = 0

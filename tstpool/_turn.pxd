@@ -133,7 +133,8 @@ cdef inline int milliseconds_until(uint64_t when, uint64_t now, int most) noexce
 
 cdef inline int turn_elsewhere(tst_engine *engine, tst_shard *shard) noexcept nogil:
     """What other shards need of the holder of this one, when there are fewer free workers than shards, because handlers
-    block. ELSEWHERE_FREE: one has nobody to poll it; ELSEWHERE_RUNNING: one runs handlers and nobody watches; else 0."""
+    block. ELSEWHERE_FREE: one has nobody to poll it. ELSEWHERE_RUNNING: one runs handlers and nobody watches. Else 0.
+    """
     cdef int i
     cdef int result = 0
     cdef uint64_t token
