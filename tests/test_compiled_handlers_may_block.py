@@ -8,7 +8,7 @@ import time
 
 import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
-from contract_helpers import every_trigger, exchange, in_threads
+from contract_helpers import every_trigger, in_threads, round_trip
 from downstream_handlers import Commands, FramedEcho, Meeting
 from helpers import connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
 
@@ -353,36 +353,30 @@ def test_half_a_message_at_the_end_is_dropped(make_pool, make_client):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_stop_under_load(make_pool, shards):
+def test_stop_under_load(make_pool, make_client, shards):
     """Clients that stream get replies in order up to an end; each connection is disconnected and released once."""
     commands = Mixed()
     pool = make_pool(commands, framing=FRAMING, workers=4, shards=shards)
-    bodies = [b"er"[i % 3 // 2 :][:1] + b"%d" % i for i in range(1000)]
-    data = pack(*bodies)
-    begun = threading.Semaphore(0)
+    data = pack(*(b"er"[i % 3 // 2 :][:1] + b"%d" % i for i in range(1000)))
+    begun = threading.Barrier(5)
 
-    def talk():
-        got = b""
-        with connect(pool) as client:
+    def talk(client):
+        for n in range(10_000):
             try:
-                for _ in range(10_000):
-                    reply = exchange(client, data)
-                    begun.release()
-                    assert reply == data
-            except EOFError as error:
-                got = error.args[0]
-            except ConnectionError:
-                pass
-            else:
-                raise AssertionError("stop() came too late for this test")
-        return got
+                assert round_trip(client, data) == data
+            except (EOFError, ConnectionError):
+                assert n > 0
+                return
+            if n == 0:
+                begun.wait(patient(20))
+        raise AssertionError("stop() came too late for this test")
 
     def stop():
-        for _ in range(4):
-            assert begun.acquire(timeout=patient(20))
+        begun.wait(patient(20))
         return pool.stop(patient(5))
 
-    *_, stopped = in_threads(talk, talk, talk, talk, stop, timeout=60)
+    clients = [make_client(pool) for _ in range(4)]
+    *_, stopped = in_threads(*(lambda client=client: talk(client) for client in clients), stop, timeout=60)
     assert stopped is True
     wait_counts(commands, timeout=0, connected=4, disconnected=4, released=4)
 
