@@ -55,10 +55,25 @@ def test_python_gets_each_byte_that_was_passed_on(make_pool, make_client):
             return b"ok"
 
     client = make_client(make_pool(All(), framing=FRAMING))
-    bodies = [b"", b"x", bytes(range(256)) * 300, b"", b"y" * 100_000]
+    bodies = [b"", b"x", bytes(range(256)) * 300, b"", b"y" * 100_000, b"z" * 1_000_000, b"end"]
     client.sendall(pack(*bodies))
-    assert receive(client, 5) == [b"ok"] * 5
+    assert receive(client, len(bodies)) == [b"ok"] * len(bodies)
     assert got == bodies
+
+
+def test_python_may_be_lent_what_is_passed_on(make_pool, make_client):
+    """copy=False: on_message gets a view, valid inside the call; messages in C do not change."""
+    kinds = set()
+
+    class Viewing(Commands):
+        def on_message(self, sock, data):
+            kinds.add(type(data))
+            sock.send_message(data)
+
+    client = make_client(make_pool(Viewing(), framing=FRAMING, copy=False, workers=2))
+    assert stream(client, [b"er"[i % 5 // 3 :][:1] + b"%d" % i for i in range(1000)])
+    assert stream(client, [b"e" * 500_000, b"r" * 500_000, b"e"])
+    assert kinds == {memoryview}
 
 
 def test_without_framing_all_that_has_arrived_is_passed_on(make_pool, make_client):
