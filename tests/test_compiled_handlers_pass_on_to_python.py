@@ -35,7 +35,7 @@ def test_fast_and_slow_messages_of_one_burst_keep_their_order(make_pool, make_cl
     assert {body[:1] for body in bodies} == {b"e", b"r"}
     clients = [make_client(pool) for _ in range(3)]
     assert all(in_threads(*(lambda client=client: stream(client, bodies) for client in clients), timeout=60))
-    assert pool.stats().messages == 3 * len(bodies)
+    wait_until(lambda: pool.stats().messages == 3 * len(bodies))
 
 
 @pytest.mark.parametrize("pattern", [b"r", b"er", b"re", b"errrrrreee", b"e" * 100 + b"r"])

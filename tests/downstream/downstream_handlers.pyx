@@ -200,8 +200,6 @@ cdef class Commands(Counting):
             self.state_of(sock)
             return TST_RUN
         if command == c"s" or command == c"n" or command == c"q" or command == c"c" or command == c"x":
-            self.state_of(sock)
-            add(&self.numbers[RECEIVED], 1)
             return self.control(sock, command)
         if command == c"p":
             tst_send_message(sock, b"waiting", 7)
@@ -214,19 +212,23 @@ cdef class Commands(Counting):
         return Counting.received(self, sock, data, size)
 
     cdef TstStat control(self, TstSocket sock, char command) noexcept nogil:
+        cdef TstStat stat = TST_SUSPEND
+        self.state_of(sock)
         if command == c"s":
-            return TST_SEND
-        if command == c"n":
-            return TST_SUSPEND if tst_need_send(sock) == 0 else TST_DISCONNECT
-        if command == c"c":
+            stat = TST_SEND
+        elif command == c"n":
+            tst_need_send(sock)
+        elif command == c"c":
             tst_send(sock, b"closed", 6)
             tst_close(sock)
-            return TST_SUSPEND
-        if command == c"x":
+        elif command == c"x":
             dup2(self.new_descriptor, <int>(sock.id & 0x7fffffff))
-            return TST_RECONNECTED
-        tst_send(sock, b"bye", 3)
-        return TST_DISCONNECT
+            stat = TST_RECONNECTED
+        elif command == c"q":
+            tst_send(sock, b"bye", 3)
+            stat = TST_DISCONNECT
+        add(&self.numbers[RECEIVED], 1)        # last: who sees it knows that the above is done
+        return stat
 
     cdef TstStat writable(self, TstSocket sock) noexcept nogil:
         Counting.writable(self, sock)
