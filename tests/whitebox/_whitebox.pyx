@@ -6,7 +6,7 @@ Methods return what the C functions return (>= 0, or -errno). Nothing here is pa
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
@@ -15,9 +15,12 @@ from tstpool._conn cimport (
     table_open, table_slot, tst_connection, tst_table)
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PEND_OUT, STATE_DEAD, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED)
+from tstpool._conn cimport tst_compiled
+from tstpool._core cimport Framing as PublicFraming
 from tstpool._data cimport (
     data_complete, data_fill, data_pin, data_request, data_resize, data_set_done, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, input_unread, tst_data, tst_input)
+from tstpool._entry cimport connection_cut, connection_room
 from tstpool._frame cimport HEADER_MOST, frame_header, frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, RELEASE, SEQ_CST, add64, close, epoll_create1, epoll_event,
@@ -28,9 +31,11 @@ from tstpool._poll cimport (
 from tstpool._queue cimport (
     QUEUE_PIECES, STOCK_MOST, queue_append, queue_consume, queue_drop, queue_pieces, queue_settle, queue_share,
     queue_size, shared_leave, shared_new, stock_free, stock_take_litter, tst_chunk, tst_queue, tst_shared, tst_stock)
+from tstpool._run cimport message_at_hand, run_messages
 from tstpool._shard cimport (
-    ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, TOKEN_POLLING, TOKEN_RUNNING, entry_move, shard_ask,
-    shard_push, shard_take_requests, token_held, token_move, token_of, tst_entry, tst_shard)
+    ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, SCRATCH_SIZE, TOKEN_POLLING, TOKEN_RUNNING, entry_move,
+    shard_ask, shard_push, shard_take_requests, token_held, token_move, token_of, tst_engine, tst_entry, tst_shard,
+    tst_worker)
 from tstpool._stats cimport stats_job, tst_stats
 
 OPEN, OWNED, PAUSED, QUEUED = STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED
@@ -226,6 +231,119 @@ cdef class Framing:
         cdef unsigned char header[HEADER_MOST]
         cdef int n = frame_header(&self.framing, size, header)
         return n if n < 0 else (<char *>header)[:n]
+
+
+cdef int keep_message(void *handler, void *sock, const char *data, size_t size) noexcept with gil:
+    """Stream's compiled handler."""
+    (<Stream>handler).messages.append(data[:size])
+    return 0
+
+
+cdef class Stream:
+    """The input of a connection without a descriptor: reads arrive, and the engine's own code cuts messages from them.
+
+    compiled: as for a handler in C (run_messages), else as for one in Python.
+    """
+
+    cdef tst_connection *connection
+    cdef tst_engine *engine
+    cdef tst_worker *worker
+    cdef tst_compiled compiled
+    cdef PublicFraming framing             # None: bytes as they arrive
+    cdef readonly list messages
+    cdef readonly bint too_large           # the stream has ended with an error
+
+    def __cinit__(self, PublicFraming framing, bint compiled=False):
+        self.connection = <tst_connection *>calloc(1, sizeof(tst_connection))
+        self.engine = <tst_engine *>calloc(1, sizeof(tst_engine))
+        self.worker = <tst_worker *>calloc(1, sizeof(tst_worker))
+        if self.connection == NULL or self.engine == NULL or self.worker == NULL:
+            raise MemoryError
+        self.engine.slow_handler = <uint64_t>-1
+        self.framing = framing
+        self.connection.framing = NULL if framing is None else &framing.framing
+        if compiled:
+            self.compiled.handler = <void *>self
+            self.compiled.received = keep_message
+            self.connection.compiled = &self.compiled
+        self.messages = []
+
+    def __dealloc__(self):
+        if self.connection != NULL:
+            input_free(&self.connection.input)
+        free(self.connection)
+        free(self.engine)
+        free(self.worker)
+
+    def arrive(self, bytes data, size_t step=SCRATCH_SIZE):
+        """Reads of at most `step` bytes, each with a turn of its own, until the stream has ended with an error."""
+        cdef const char *place = data
+        cdef size_t used, left = <size_t>len(data)
+        while left and not self.too_large:
+            used = self.turn(place, min(step, left))
+            place += used
+            left -= used
+
+    cdef size_t turn(self, const char *bytes, size_t size) except 0:
+        """What connection_receive does without the kernel; then messages are handed out and the rest is kept. Returns
+        how many bytes there was room for."""
+        cdef tst_input *input = &self.connection.input
+        cdef char *place
+        cdef char *scratch = NULL
+        if input.size == 0:
+            # In memory of its own, so that a sanitizer sees a read beyond its end or after the turn.
+            scratch = place = <char *>malloc(size)
+            input.view = scratch
+        else:
+            size = min(size, connection_room(self.connection))
+            place = input_reserve(input, size)
+        if place == NULL:
+            raise MemoryError
+        memcpy(place, bytes, size)
+        input.size += size
+        self.hand_out()
+        assert input_keep(input) == 0
+        assert input.size == 0 or input_is_stored(input)
+        free(scratch)
+        return size
+
+    cdef int hand_out(self) except -1:
+        cdef tst_connection *connection = self.connection
+        cdef const char *bytes = NULL
+        cdef size_t size
+        while connection_cut(connection):
+            if connection.framed and connection.too_large:
+                self.too_large = True
+                input_free(&connection.input)
+                break
+            if connection.compiled != NULL:
+                run_messages(self.engine, self.worker, connection)
+                continue
+            size = message_at_hand(connection, &bytes)
+            self.messages.append(bytes[:size])
+            input_consume(&connection.input, connection.frame.whole if connection.framed else size)
+            connection.message_ready = connection.framed = False
+            connection.frame.needed = 0
+        return 0
+
+    def change_byte(self, size_t place, unsigned char value):
+        """Behind the engine's back, in the unread input."""
+        assert place < self.connection.input.size and input_is_stored(&self.connection.input)
+        (<char *>self.connection.input.view)[place] = <char>value
+
+    @property
+    def waiting(self):
+        """The unread input: an unfinished message."""
+        return self.connection.input.view[:self.connection.input.size]
+
+    @property
+    def scanned(self):
+        return self.connection.scanned
+
+    @property
+    def capacity(self):
+        """Bytes of memory that the unread input takes up."""
+        return self.connection.input.capacity
 
 
 # ----------------------------------------------------------------------------------------------------- queue
