@@ -3,6 +3,8 @@
 A handler may take its time (ask a database, call a slow library): other connections are served meanwhile.
 """
 
+import argparse
+
 import tstpool
 
 
@@ -12,4 +14,9 @@ class Echo(tstpool.TstHandler):
 
 
 if __name__ == "__main__":
-    tstpool.serve(Echo(), host="127.0.0.1", port=20001)  # until Ctrl-C or SIGTERM; then what is queued is sent first
+    parser = argparse.ArgumentParser(description="An echo server.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=20001)
+    options = parser.parse_args()
+    print(f"echo on {options.host}:{options.port}; Ctrl-C ends it", flush=True)
+    tstpool.serve(Echo(), options.host, options.port)  # until Ctrl-C or SIGTERM; then what is queued is sent first

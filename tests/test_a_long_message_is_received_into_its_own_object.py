@@ -84,6 +84,21 @@ def test_an_end_in_the_middle_of_it_leaves_nothing_behind(make_pool, traced, end
     wait_until(lambda: traced() < SIZE // 2)
 
 
+@pytest.mark.parametrize("framing", [FRAMING, Fixed(SIZE)], ids=repr)
+def test_a_peer_that_has_sent_nothing_of_it_makes_us_hold_nothing(make_pool, make_client, traced, framing):
+    """A bare header, or silence: a thousand such peers must not cost a gigabyte."""
+    pool = make_pool(handler(on_message=lambda sock, data: None), framing=framing)
+    clients = [make_client(pool) for _ in range(10)]
+    for client in clients:
+        stream = BODY if isinstance(framing, Fixed) else STREAM
+        client.sendall(stream)
+    wait_until(lambda: pool.stats().messages == 10)
+    for client in clients:
+        client.sendall(b"" if isinstance(framing, Fixed) else STREAM[:4])
+    wait_until(lambda: pool.stats().bytes_in >= 10 * SIZE + (0 if isinstance(framing, Fixed) else 80))
+    wait_until(lambda: traced() < SIZE)
+
+
 def test_pausing_in_the_middle_of_it(make_pool, make_client):
     got = []
     pool = make_pool(handler(on_message=lambda sock, data: got.append(data)), framing=FRAMING)

@@ -97,6 +97,7 @@ cdef inline bint connection_wants_body(tst_connection *connection) noexcept nogi
     """Input begins with a message whose size is known, of which the larger part may be still to come."""
     return (connection.framed_by != NULL and connection.body == NULL and not connection.message_ready
             and connection.frame.needed >= BODY_LEAST and connection.frame.needed > connection.input.size
+            and connection.input.size > connection.frame.begin     # else an idle peer, or a bare header, would hold it
             and connection.framed_by.kind != FRAME_DELIMITED and connection.compiled == NULL
             and connection_wants_input(connection))
 

@@ -1,0 +1,194 @@
+"""Remote procedure calls: JSON-RPC 2.0 messages, each with its length in front, four bytes, big-endian.
+
+One service and two ways to write it. ``--style framing`` lets the engine cut messages; ``--style req_len`` is that of
+the C++ original: a function, called for events, that says how many bytes it wants next. Nobody on the other side can
+tell which one runs. Methods may block (`sleep` does): other connections are served meanwhile. A client that does not
+read its replies is not read from until it does.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import tstpool
+from tstpool import EPOLLOUT, ConnectionClosed, LengthPrefixed, TstHandler, TstSocket, TstStat
+
+MESSAGE_MOST = 1 << 20  # bytes without the length in front
+UNSENT_MOST = 1 << 20  # bytes
+ID_MOST = 100  # characters
+
+# ------------------------------------------------------------------------------------------------ the service
+
+
+def add(*numbers: float) -> float:
+    return sum(numbers)
+
+
+def sleep(seconds: float) -> float:
+    if not 0 <= seconds <= 10:
+        raise ValueError("seconds must be 0 to 10")
+    time.sleep(seconds)  # holds this worker and this connection, nobody else
+    return seconds
+
+
+METHODS: dict[str, Callable[..., Any]] = {"add": add, "sleep": sleep, "upper": str.upper}
+
+
+class Refused(Exception):
+    """A request that gets an error for a reply."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.outcome = {"error": {"code": code, "message": message[:1000]}}
+
+
+def parse(message: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(message)
+    except (ValueError, RecursionError):
+        raise Refused(-32700, "this is not JSON") from None
+    if not isinstance(request, dict) or not isinstance(request.get("method"), str):
+        raise Refused(-32600, "this is not a request")
+    number = request.get("id")
+    if not isinstance(number, int | str | None) or len(str(number)) > ID_MOST:
+        raise Refused(-32600, "the id is neither a number nor a short string")
+    return request
+
+
+def call(request: dict[str, Any]) -> Any:
+    method = METHODS.get(request["method"])
+    if method is None:
+        raise Refused(-32601, "there is no such method")
+    params = request.get("params", [])
+    try:
+        return method(**params) if isinstance(params, dict) else method(*params)
+    except (TypeError, ValueError) as error:
+        raise Refused(-32602, f"wrong params: {error}") from error
+    except Exception as error:
+        logging.error("%s failed: %r", request["method"], error)  # %r: what the peer sent stays escaped
+        raise Refused(-32603, "the method failed") from error
+
+
+def encode(number: int | str | None, outcome: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps({"jsonrpc": "2.0", "id": number, **outcome}, allow_nan=False)
+    except ValueError:
+        raise Refused(-32603, "the result has no JSON") from None
+    if len(text) > MESSAGE_MOST:
+        raise Refused(-32603, "the result is too long")
+    return text.encode()
+
+
+def answer(message: bytes) -> bytes | None:
+    """The reply to a message; None when the peer wants none (a request without an id)."""
+    try:
+        request = parse(message)
+    except Refused as refused:
+        return encode(None, refused.outcome)
+    number = request.get("id")
+    try:
+        reply = encode(number, {"result": call(request)})
+    except Refused as refused:
+        reply = encode(number, refused.outcome)
+    return reply if "id" in request else None
+
+
+# -------------------------------------------------------------------------- --style framing: the engine cuts
+
+
+class Service(TstHandler):
+    """Its framing is LengthPrefixed(4)."""
+
+    def on_message(self, sock: TstSocket, data: bytes) -> TstStat | None:
+        reply = answer(data)
+        if reply is not None:
+            with contextlib.suppress(ConnectionClosed):  # while the method ran
+                if sock.send(b"") > UNSENT_MOST:
+                    return send_reply(sock, reply)  # and nothing more is taken from this client until it is sent
+                sock.send_message(reply)
+        return None
+
+
+# --------------------------------------------------------- --style req_len: a function says how much it wants
+
+HEADER: Final = 4
+BUFFER = 4096  # bytes in recv_data and send_data, unless a message needs more
+
+
+def service(sock: TstSocket) -> TstStat:
+    """Called when the bytes that were asked for are there (EPOLLIN), or when a reply has been sent (EPOLLOUT)."""
+    recv = sock.recv_data
+    if sock.events & EPOLLOUT or recv.req_len == 0:  # req_len is 0 at the very first call
+        return want_header(sock)
+    if recv.req_pos == 0:
+        size = int.from_bytes(recv.s[:HEADER], "big")
+        if size > MESSAGE_MOST:
+            return TstStat.DISCONNECT
+        if size > 0:
+            return want_body(sock, size)
+    else:
+        size = recv.req_len
+    reply = answer(bytes(recv.s[HEADER : HEADER + size]))
+    return want_header(sock) if reply is None else send_reply(sock, reply)
+
+
+def want_header(sock: TstSocket) -> TstStat:
+    for data in (sock.recv_data, sock.send_data):
+        data.req_pos = data.req_len = 0
+        if data.s_len > BUFFER:
+            data.resize(BUFFER)  # a long message is over: its memory goes back
+    sock.recv_data.req_len = HEADER
+    return TstStat.SUSPEND
+
+
+def want_body(sock: TstSocket, size: int) -> TstStat:
+    """It goes behind the header. Asking for 0 bytes would mean: whatever comes."""
+    recv = sock.recv_data
+    if recv.s_len < HEADER + size:
+        recv.resize(HEADER + size)
+    recv.req_pos = HEADER
+    recv.req_len = size
+    return TstStat.SUSPEND
+
+
+def send_reply(sock: TstSocket, reply: bytes) -> TstStat:
+    """No request is taken from this client until it is sent: that bounds what one that does not read makes us keep."""
+    data = sock.send_data
+    message = len(reply).to_bytes(HEADER, "big") + reply
+    if data.s_len < len(message):
+        data.resize(len(message))
+    data.s[: len(message)] = message
+    data.req_len = len(message)
+    return TstStat.SEND
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A JSON-RPC server.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=20003)
+    parser.add_argument("--style", choices=["framing", "req_len"], default="framing")
+    parser.add_argument("--workers", type=int, default=16, help="how many methods may block at the same time")
+    options = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    print(f"rpc ({options.style}) on {options.host}:{options.port}; Ctrl-C ends it", flush=True)
+    if options.style == "framing":
+        tstpool.serve(
+            Service(),
+            options.host,
+            options.port,
+            workers=options.workers,
+            framing=LengthPrefixed(HEADER, max_message=MESSAGE_MOST),
+        )
+    else:
+        tstpool.serve(
+            service,
+            options.host,
+            options.port,
+            workers=options.workers,
+            max_recv_size=BUFFER,
+            max_send_size=BUFFER,
+        )
