@@ -1,0 +1,79 @@
+# cython: language_level=3
+"""Glob patterns as Redis has them: `*`, `?`, `[abc]`, `[^a-z]`, and `\` before what is meant literally.
+
+Everything but `*` matches exactly one byte. So when a match fails, only the last `*` need take one byte more; what an
+earlier one took can stay. No recursion, then, and at most size of pattern times size of text steps.
+"""
+from tstkv._text cimport lower
+
+
+cdef inline bint in_range(char first, char last, char byte) noexcept nogil:
+    return first <= byte <= last if first <= last else last <= byte <= first
+
+
+cdef inline size_t glob_set(const char *pattern, size_t size, char byte, bint any_case, bint *matches) noexcept nogil:
+    """Matches a byte with the `[...]` at the beginning of `pattern`; returns how much of the pattern that is.
+
+    One that is not closed reaches to the end. Bytes are signed here, as they are in Redis on most machines.
+    """
+    cdef signed char first, last
+    cdef size_t i = 1
+    cdef bint inverted = i < size and pattern[i] == c'^'
+    cdef bint found = False
+    i += inverted
+    while i < size and pattern[i] != c']':
+        if pattern[i] == c'\\' and i + 1 < size:
+            i += 1
+            found |= pattern[i] == byte
+        elif i + 2 < size and pattern[i + 1] == c'-':
+            first, last = <signed char>pattern[i], <signed char>pattern[i + 2]
+            if any_case:
+                first, last = <signed char>lower(first), <signed char>lower(last)
+            found |= in_range(first, last, lower(byte) if any_case else byte)
+            i += 2
+        else:
+            found |= lower(pattern[i]) == lower(byte) if any_case else pattern[i] == byte
+        i += 1
+    matches[0] = found != inverted
+    return i + 1 if i < size else size
+
+
+cdef inline size_t glob_one(const char *pattern, size_t size, char byte, bint any_case, bint *matches) noexcept nogil:
+    """Matches a byte with the beginning of `pattern`, which is not empty and no `*`; returns how much of it was used."""
+    cdef size_t i = 0
+    if pattern[0] == c'?':
+        matches[0] = True
+        return 1
+    if pattern[0] == c'[':
+        return glob_set(pattern, size, byte, any_case, matches)
+    if pattern[0] == c'\\' and size >= 2:
+        i = 1
+    matches[0] = lower(pattern[i]) == lower(byte) if any_case else pattern[i] == byte
+    return i + 1
+
+
+cdef inline bint glob_matches(const char *pattern, size_t pattern_size, const char *text, size_t text_size,
+                              bint any_case) noexcept nogil:
+    cdef size_t at = 0, i = 0, used
+    cdef size_t retry_at = 0, retry_i = 0  # behind the last `*`, and the byte from which what follows it is tried
+    cdef bint matches, star = False
+    if text_size == 0:
+        return pattern_size == 0           # in Redis no `*` matches nothing at all
+    while i < text_size:
+        if at < pattern_size and pattern[at] == c'*':
+            at += 1
+            star, retry_at, retry_i = True, at, i
+            continue
+        if at < pattern_size:
+            used = glob_one(pattern + at, pattern_size - at, text[i], any_case, &matches)
+            if matches:
+                at += used
+                i += 1
+                continue
+        if not star:
+            return False
+        retry_i += 1
+        at, i = retry_at, retry_i
+    while at < pattern_size and pattern[at] == c'*':
+        at += 1
+    return at == pattern_size

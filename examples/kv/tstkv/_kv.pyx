@@ -1,0 +1,109 @@
+# cython: language_level=3, freethreading_compatible=True
+"""The handler: tstpool's connections on one side, the server's layers (see _serve.pxd) on the other."""
+import os
+
+from libc.stdint cimport uint64_t
+
+from tstkv._call cimport kv_client, kv_server
+from tstkv._libc cimport pthread_mutex_lock, pthread_mutex_unlock
+from tstkv._serve cimport (
+    SERVE_CLOSE, SERVE_PAUSED, client_begin, client_forget, serve_again, serve_chunk, serve_end, server_free,
+    server_init)
+from tstpool cimport (
+    TST_DISCONNECT, TST_SUSPEND, TstNogilHandler, TstSocket, TstStat, tst_need_send, tst_send)
+
+cdef enum:
+    ARGUMENT_MOST = 1 << 29    # Redis's own default; offsets in a request have 32 bits
+    REQUEST_MOST = 1 << 30
+
+
+cdef ssize_t send_to(void *sock, const char *bytes, size_t size) noexcept nogil:
+    return tst_send(<TstSocket>sock, bytes, size)
+
+
+cdef TstStat apply(TstSocket sock, int outcome) noexcept nogil:
+    if outcome == SERVE_PAUSED and tst_need_send(sock) < 0:
+        return TST_DISCONNECT
+    return TST_DISCONNECT if outcome == SERVE_CLOSE else TST_SUSPEND
+
+
+cdef class KeyValueHandler(TstNogilHandler):
+    """Serves a table of its own to all connections of the pools that it is given to. Bytes, all but maxclients:
+
+    maxmemory: what keys and values may take together. maxclients: connections at a time. max_argument: the longest key
+    or value. max_request: what one client may have sent that is not run yet. max_requests: the same of all clients.
+    max_output: replies of one client that wait until it reads them. output_pause: from which on its requests wait too.
+    """
+    cdef kv_server server
+    cdef bint ready
+
+    def __cinit__(self, *, maxmemory=256 << 20, maxclients=10000, max_argument=32 << 20, max_request=64 << 20,
+                  max_requests=1 << 30, max_output=256 << 20, output_pause=1 << 20):
+        cdef uint64_t hash_key[2]
+        if not 0 < max_argument <= ARGUMENT_MOST or not max_argument <= max_request <= REQUEST_MOST:
+            raise ValueError(f"max_argument may be 1 to {ARGUMENT_MOST}, max_request that to {REQUEST_MOST}")
+        self.server.limits.argument = max_argument
+        self.server.limits.request = max_request
+        self.server.limits.requests = max_requests
+        self.server.limits.output = max_output
+        self.server.limits.output_pause = output_pause
+        self.server.limits.clients = maxclients
+        for i in range(2):
+            hash_key[i] = int.from_bytes(os.urandom(8), "little")
+        self.ready = True
+        if server_init(&self.server, maxmemory, hash_key) < 0:
+            raise MemoryError()
+        self.state_size = sizeof(kv_client)
+
+    def __dealloc__(self):
+        if self.ready:
+            server_free(&self.server)
+
+    cdef TstStat connected(self, TstSocket sock) noexcept nogil:
+        cdef bint welcome
+        pthread_mutex_lock(&self.server.mutex)
+        welcome = client_begin(&self.server, <kv_client *>sock.state)
+        pthread_mutex_unlock(&self.server.mutex)
+        if welcome:
+            return TST_SUSPEND
+        tst_send(sock, b"-ERR max number of clients reached\r\n", 36)
+        return TST_DISCONNECT
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        cdef int outcome
+        pthread_mutex_lock(&self.server.mutex)
+        outcome = serve_chunk(&self.server, <kv_client *>sock.state, data, size, send_to, <void *>sock)
+        pthread_mutex_unlock(&self.server.mutex)
+        return apply(sock, outcome)
+
+    cdef TstStat writable(self, TstSocket sock) noexcept nogil:
+        cdef int outcome
+        pthread_mutex_lock(&self.server.mutex)
+        outcome = serve_again(&self.server, <kv_client *>sock.state, send_to, <void *>sock)
+        pthread_mutex_unlock(&self.server.mutex)
+        return apply(sock, outcome)
+
+    cdef void disconnected(self, TstSocket sock) noexcept nogil:
+        pthread_mutex_lock(&self.server.mutex)
+        serve_end(&self.server, <kv_client *>sock.state)
+        pthread_mutex_unlock(&self.server.mutex)
+
+    cdef void release(self, void *state) noexcept nogil:
+        pthread_mutex_lock(&self.server.mutex)
+        client_forget(&self.server, <kv_client *>state)
+        pthread_mutex_unlock(&self.server.mutex)
+
+    def stats(self):
+        """{"keys", "used_memory", "clients", "connections", "commands", "expired_keys"}: as INFO gives them."""
+        pthread_mutex_lock(&self.server.mutex)
+        try:
+            return {
+                "keys": self.server.table.count,
+                "used_memory": self.server.table.used,
+                "clients": self.server.n_clients,
+                "connections": self.server.n_connections,
+                "commands": self.server.n_calls,
+                "expired_keys": self.server.table.n_expired,
+            }
+        finally:
+            pthread_mutex_unlock(&self.server.mutex)

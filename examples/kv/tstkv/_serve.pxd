@@ -1,0 +1,240 @@
+# cython: language_level=3
+"""From bytes that a client has sent to bytes that it gets: runs each whole request of a chunk and keeps what is left.
+
+    unread      [ run already |  not run yet  |  room  ]
+                0           begin            end    capacity
+
+A chunk that finds nothing unread is run where it was received, and only what is left of it is kept. Its replies are
+collected and sent once, at the end of the chunk.
+
+What one client can make us hold has these limits (kv_limits):
+
+    argument        longer: an error as Redis words it, and the connection is closed
+    request         more unread, or more since MULTI: closed. The buffers are at most twice as large
+    output_pause    more replies waiting: its next requests stay unread until it has read the replies (SERVE_PAUSED)
+    output          more, by one command: closed
+    requests        more unread by all clients together: who needs more memory then is closed
+"""
+from libc.errno cimport ENOMEM
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memmove
+
+from tstkv._call cimport CALL_CLOSE, CALL_DONE, kv_call, kv_client, kv_server, now_milliseconds
+from tstkv._dispatch cimport commands_init, dispatch
+from tstkv._libc cimport kv_rarely, pthread_mutex_destroy, pthread_mutex_init
+from tstkv._multi cimport queued_forget
+from tstkv._reply cimport (
+    kv_reply, kv_send, reply_begin, reply_flush, reply_free, reply_init, reply_peer_text, reply_text)
+from tstkv._resp cimport (
+    LINE_MOST, RESP_BROKEN, RESP_PARTIAL, RESP_WHOLE, kv_request, request_free, request_init, request_memory,
+    request_reset, resp_parse)
+from tstkv._table cimport table_free, table_init
+
+cdef enum:
+    UNREAD_LEAST = 1024        # bytes in a buffer
+
+# What is to be done with the connection now.
+cdef enum:
+    SERVE_MORE = 0             # wait for more requests
+    SERVE_PAUSED = 1           # call serve_again once its replies have been sent
+    SERVE_CLOSE = 2            # close it when what is queued has been sent
+
+
+# ---------------------------------------------------------------------------------------- server and client
+
+cdef inline int server_init(kv_server *server, uint64_t maxmemory, const uint64_t *hash_key) noexcept nogil:
+    """Of a zeroed server whose limits are set. 0 or -ENOMEM."""
+    pthread_mutex_init(&server.mutex, NULL)
+    commands_init(server)
+    server.started = now_milliseconds()
+    server.line = <char *>malloc(LINE_MOST)
+    if server.line == NULL or reply_init(&server.reply, server.limits.output) < 0:
+        return -ENOMEM
+    return table_init(&server.table, maxmemory, hash_key)
+
+
+cdef inline void server_free(kv_server *server) noexcept nogil:
+    table_free(&server.table)
+    reply_free(&server.reply)
+    free(server.line)
+    pthread_mutex_destroy(&server.mutex)
+
+
+cdef inline bint client_begin(kv_server *server, kv_client *client) noexcept nogil:
+    """Of a zeroed client. False: there are too many."""
+    request_init(&client.request)
+    server.n_connections += 1
+    client.id = server.n_connections
+    if server.n_clients >= server.limits.clients:
+        client.closed = True
+        return False
+    client.counted = True
+    server.n_clients += 1
+    return True
+
+
+cdef inline void client_forget(kv_server *server, kv_client *client) noexcept nogil:
+    """Frees what the client holds; also of one that never began."""
+    if client.id:
+        request_reset(&client.request)
+        request_free(&client.request)
+    queued_forget(&client.queued)
+    free(client.unread)
+    client.unread = NULL
+    server.requests_memory -= client.memory
+    client.memory = 0
+    server.n_clients -= client.counted
+    client.counted = False
+
+
+# --------------------------------------------------------------------------------------------------- unread
+
+cdef inline bint unread_grow(kv_client *client, size_t size) noexcept nogil:
+    """Makes room for `size` bytes behind `end`. False: no memory."""
+    cdef size_t capacity = max(client.capacity, <size_t>UNREAD_LEAST)
+    cdef char *unread
+    # Moving them up is paid for by as many that were run; so a long backlog is not moved for each few of them.
+    if client.begin >= client.end - client.begin:
+        memmove(client.unread, client.unread + client.begin, client.end - client.begin)
+        client.end -= client.begin
+        client.begin = 0
+    while capacity - client.end < size:
+        capacity *= 2
+    if capacity == client.capacity:
+        return True
+    unread = <char *>realloc(client.unread, capacity)
+    if unread == NULL:
+        return False
+    client.unread, client.capacity = unread, capacity
+    return True
+
+
+cdef inline bint unread_keep(kv_server *server, kv_client *client, const char *bytes, size_t size) noexcept nogil:
+    """Appends. False: that is more than the client may have, or than there is."""
+    if size > server.limits.request or client.end - client.begin > server.limits.request - size:
+        return False
+    if client.capacity - client.end < size and not unread_grow(client, size):
+        return False
+    memcpy(client.unread + client.end, bytes, size)
+    client.end += size
+    return True
+
+
+cdef inline void unread_took(kv_client *client, size_t size) noexcept nogil:
+    """The first `size` unread bytes have been run."""
+    client.begin += size
+    if client.begin == client.end:
+        free(client.unread)
+        client.unread = NULL
+        client.begin = client.end = client.capacity = 0
+
+
+cdef inline bint client_account(kv_server *server, kv_client *client) noexcept nogil:
+    """Enters what the client holds now. False: all of them together hold too much."""
+    cdef size_t before = client.memory
+    client.memory = client.capacity + client.queued.capacity + request_memory(&client.request)
+    server.requests_memory += client.memory - before
+    return client.memory <= before or server.requests_memory <= server.limits.requests
+
+
+# ------------------------------------------------------------------------------------------------- requests
+
+cdef inline void reply_broken(kv_reply *reply, kv_request *request) noexcept nogil:
+    reply_text(reply, "-ERR Protocol error: ")
+    reply_text(reply, request.error)
+    if request.unexpected:
+        reply_text(reply, "'")
+        reply_peer_text(reply, &request.unexpected, 1)
+        reply_text(reply, "'")
+    reply_text(reply, "\r\n")
+
+
+cdef inline int run(kv_server *server, kv_client *client, const char *bytes, size_t size, size_t *done) noexcept nogil:
+    """Runs the whole requests at the beginning of `bytes`; they took `done` bytes. Returns SERVE_*."""
+    cdef kv_call call
+    cdef size_t used = 0
+    cdef int found, result
+    call.server, call.client, call.reply, call.request = server, client, &server.reply, &client.request
+    call.now = now_milliseconds()
+    done[0] = 0
+    while done[0] < size:
+        if kv_rarely(server.reply.waiting >= server.limits.output_pause):
+            return SERVE_PAUSED
+        found = resp_parse(&client.request, bytes + done[0], size - done[0], server.limits.argument, server.line, &used)
+        if found == RESP_PARTIAL:
+            return SERVE_MORE
+        if kv_rarely(found != RESP_WHOLE):
+            if found == RESP_BROKEN:
+                reply_broken(&server.reply, &client.request)
+            return SERVE_CLOSE
+        call.bytes, call.size = bytes + done[0], used
+        result = dispatch(&call) if client.request.n else CALL_DONE
+        request_reset(&client.request)
+        done[0] += used
+        if kv_rarely(result == CALL_CLOSE or server.reply.broken):
+            return SERVE_CLOSE
+    return SERVE_MORE
+
+
+cdef inline int run_unread(kv_server *server, kv_client *client) noexcept nogil:
+    cdef size_t done = 0
+    cdef int outcome = run(server, client, client.unread + client.begin, client.end - client.begin, &done)
+    unread_took(client, done)
+    return outcome
+
+
+cdef inline int run_chunk(kv_server *server, kv_client *client, const char *bytes, size_t size) noexcept nogil:
+    cdef size_t done = 0
+    cdef int outcome
+    if client.unread != NULL or client.waits:
+        if not unread_keep(server, client, bytes, size):
+            return SERVE_CLOSE
+        return SERVE_PAUSED if client.waits else run_unread(server, client)
+    outcome = run(server, client, bytes, size, &done)
+    if outcome != SERVE_CLOSE and done < size and not unread_keep(server, client, bytes + done, size - done):
+        return SERVE_CLOSE
+    return outcome
+
+
+cdef inline int finish(kv_server *server, kv_client *client, int outcome) noexcept nogil:
+    """Ends a chunk: sends its replies. Returns SERVE_*."""
+    reply_flush(&server.reply)
+    if server.reply.broken or not client_account(server, client):
+        outcome = SERVE_CLOSE
+    elif outcome == SERVE_MORE and server.reply.waiting >= server.limits.output_pause:
+        outcome = SERVE_PAUSED
+    client.waits = outcome == SERVE_PAUSED
+    client.closed = outcome == SERVE_CLOSE
+    return outcome
+
+
+# The caller holds server.mutex for each of these.
+
+cdef inline int serve_chunk(kv_server *server, kv_client *client, const char *bytes, size_t size, kv_send send,
+                            void *to) noexcept nogil:
+    """The client has sent `bytes`. Its replies go through send(to, ...). Returns SERVE_*."""
+    if client.closed:
+        return SERVE_CLOSE
+    reply_begin(&server.reply, send, to, client.resp3)
+    return finish(server, client, run_chunk(server, client, bytes, size))
+
+
+cdef inline int serve_again(kv_server *server, kv_client *client, kv_send send, void *to) noexcept nogil:
+    """The client has read its replies: the requests that waited for that are run. Returns SERVE_*."""
+    if client.closed:
+        return SERVE_CLOSE
+    client.waits = False
+    reply_begin(&server.reply, send, to, client.resp3)
+    return finish(server, client, run_unread(server, client) if client.unread != NULL else SERVE_MORE)
+
+
+cdef inline ssize_t send_nowhere(void *client, const char *bytes, size_t size) noexcept nogil:
+    return 0
+
+
+cdef inline void serve_end(kv_server *server, kv_client *client) noexcept nogil:
+    """The client is gone. What it had sent is run, as if it had been run when it came; nobody gets the replies."""
+    if client.waits and not client.closed:
+        serve_again(server, client, send_nowhere, NULL)
+    client.closed = True

@@ -1,0 +1,671 @@
+"""examples/kv is a server that Redis's own tools, its Python client and its protocol take for a Redis.
+
+The judge is a real redis-server: both get the same bytes, and must answer with the same bytes.
+"""
+
+import contextlib
+import random
+import re
+import socket
+import subprocess
+import threading
+
+import pytest
+from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kv_example import (
+    MISSING,
+    PLAIN_ENVIRONMENT,
+    SOURCE,
+    WHY_MISSING,
+    array,
+    arrays,
+    cut,
+    elements,
+    inline,
+    probe,
+    replies,
+    running_redis,
+    running_tstkv,
+    talk,
+)
+
+pytestmark = [
+    pytest.mark.skipif(not SOURCE.is_dir(), reason="needs examples/"),
+    pytest.mark.skipif(bool(MISSING), reason=WHY_MISSING),
+]
+
+ENOUGH = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+
+
+@pytest.fixture(scope="module")
+def kv():
+    with running_tstkv() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def redis_server():
+    with running_redis() as address:
+        yield address
+
+
+# --------------------------------------------------------------------------- the same bytes as Redis sends
+
+# Each a conversation that begins with an empty server. QUIT is added.
+CONVERSATIONS = {
+    "ping and echo": [(b"PING",), (b"ping", b"hello"), (b"PiNg", b"a", b"b"), (b"ECHO", b"x\r\ny"), (b"ECHO",)],
+    "get and set": [
+        (b"GET", b"a"),
+        (b"SET", b"a", b"1"),
+        (b"GET", b"a"),
+        (b"SET", b"a", b""),
+        (b"GET", b"a"),
+        (b"SET", b"", b"empty key"),
+        (b"GET", b""),
+        (b"SET", b"\x00\xff", b"\r\n\x00"),
+        (b"GET", b"\x00\xff"),
+        (b"GET",),
+        (b"GET", b"a", b"b"),
+        (b"SET", b"a"),
+        (b"SET", b"long", b"x" * 100_000),
+        (b"GET", b"long"),
+        (b"SET", b"long", b"y" * 70_000),
+        (b"GET", b"long"),
+    ],
+    "options of set": [
+        (b"SET", b"a", b"1", b"XX"),
+        (b"SET", b"a", b"1", b"NX"),
+        (b"SET", b"a", b"2", b"nx"),
+        (b"SET", b"a", b"3", b"xX"),
+        (b"SET", b"a", b"4", b"NX", b"XX"),
+        (b"SET", b"a", b"4", b"NX", b"NX", b"GET"),
+        (b"GET", b"a"),
+        (b"SET", b"a", b"5", b"EX", b"100"),
+        (b"TTL", b"a"),
+        (b"SET", b"a", b"6", b"KEEPTTL"),
+        (b"TTL", b"a"),
+        (b"SET", b"a", b"7", b"GET"),
+        (b"TTL", b"a"),
+        (b"SET", b"new", b"7", b"GET", b"PX", b"100000", b"NX"),
+        (b"TTL", b"new"),
+        (b"SET", b"a", b"8", b"EX", b"10", b"PX", b"10"),
+        (b"SET", b"a", b"8", b"EX", b"10", b"EX", b"500"),
+        (b"TTL", b"a"),
+        (b"SET", b"a", b"8", b"EX", b"10", b"KEEPTTL"),
+        (b"SET", b"a", b"8", b"KEEPTTL", b"PX", b"10"),
+        (b"SET", b"a", b"8", b"EX"),
+        (b"SET", b"a", b"8", b"PX"),
+        (b"SET", b"a", b"8", b"what"),
+        *((b"SET", b"a", b"8", b"EX", bad) for bad in (b"0", b"-1", b"x", b"", b"1.0", b"01", b"9223372036854775807")),
+        *((b"SET", b"a", b"8", b"PX", bad) for bad in (b"0", b"-5", b"9223372036854775807", b"9223372036854775808")),
+        (b"GET", b"a"),
+    ],
+    "numbers": [
+        (b"INCR", b"n"),
+        (b"INCR", b"n"),
+        (b"DECR", b"n"),
+        (b"DECRBY", b"n", b"100"),
+        (b"INCRBY", b"n", b"-5"),
+        (b"GET", b"n"),
+        *((b"INCRBY", b"n", bad) for bad in (b"x", b"", b"1.5", b"+1", b" 1", b"00", b"-0", b"9223372036854775808")),
+        *((word, b"n", b"-9223372036854775808") for word in (b"DECRBY", b"INCRBY", b"INCRBY")),
+        (b"SET", b"n", b"9223372036854775807"),
+        (b"INCR", b"n"),
+        (b"DECR", b"n"),
+        (b"SET", b"n", b"-9223372036854775808"),
+        (b"DECR", b"n"),
+        (b"DECRBY", b"n", b"-9223372036854775807"),
+        *((b"SET", b"n", bad, b"EX", b"100") for bad in (b"x", b"", b" 1", b"1 ", b"01", b"9223372036854775808")),
+        (b"INCR", b"n"),
+        (b"TTL", b"n"),
+        (b"SET", b"n", b"9", b"EX", b"100"),
+        (b"INCR", b"n"),
+        (b"TTL", b"n"),
+        (b"INCR",),
+        (b"INCRBY", b"n"),
+    ],
+    "many keys": [
+        (b"MSET", b"a", b"1", b"b", b"2", b"a", b"3"),
+        (b"MSET", b"a", b"1", b"b"),
+        (b"MSET",),
+        (b"MGET", b"a", b"b", b"c", b"a"),
+        (b"MGET",),
+        (b"EXISTS", b"a", b"a", b"c", b"b"),
+        (b"EXISTS",),
+        (b"DBSIZE",),
+        (b"DBSIZE", b"x"),
+        (b"DEL", b"a", b"a", b"c"),
+        (b"DEL",),
+        (b"DBSIZE",),
+        (b"MSET", *(b"k%d" % i for i in range(1000))),
+        (b"MGET", *(b"k%d" % i for i in range(1000))),
+        (b"DBSIZE",),
+        (b"FLUSHDB", b"what"),
+        (b"FLUSHDB", b"SYNC", b"ASYNC"),
+        (b"FLUSHDB", b"async"),
+        (b"DBSIZE",),
+        (b"FLUSHALL",),
+    ],
+    "expiry": [
+        (b"EXPIRE", b"a", b"100"),
+        (b"TTL", b"a"),
+        (b"SET", b"a", b"1"),
+        (b"TTL", b"a"),
+        (b"EXPIRE", b"a", b"100", b"XX"),
+        (b"EXPIRE", b"a", b"100", b"GT"),
+        (b"EXPIRE", b"a", b"100", b"LT"),
+        (b"EXPIRE", b"a", b"200", b"nx"),
+        (b"EXPIRE", b"a", b"200", b"LT"),
+        (b"EXPIRE", b"a", b"200", b"gt"),
+        (b"EXPIRE", b"a", b"300", b"XX", b"GT"),
+        (b"TTL", b"a"),
+        (b"EXPIRE", b"a", b"300", b"NX", b"XX"),
+        (b"EXPIRE", b"a", b"300", b"GT", b"LT"),
+        (b"EXPIRE", b"a", b"300", b"or\r\nelse\r\n"),
+        *((b"EXPIRE", b"a", bad) for bad in (b"x", b"", b"9223372036854775807", b"-9223372036854775807", b"1.5")),
+        (b"PEXPIRE", b"a", b"9223372036854775807"),
+        (b"PEXPIRE", b"a", b"500000"),
+        (b"TTL", b"a"),
+        (b"SET", b"a", b"1"),
+        (b"TTL", b"a"),
+        (b"EXPIRE", b"a", b"0"),
+        (b"EXISTS", b"a"),
+        (b"SET", b"a", b"1"),
+        (b"EXPIRE", b"a", b"-5"),
+        (b"GET", b"a"),
+        (b"SET", b"a", b"1"),
+        (b"PEXPIRE", b"a", b"-9223372036854775808"),
+        (b"GET", b"a"),
+        (b"PTTL", b"a"),
+    ],
+    "transactions": [
+        (b"EXEC",),
+        (b"DISCARD",),
+        (b"MULTI",),
+        (b"EXEC",),
+        (b"MULTI",),
+        (b"MULTI",),
+        (b"SET", b"a", b"1"),
+        (b"INCR", b"a"),
+        (b"SET", b"a", b"1", b"what"),
+        (b"GET", b"a"),
+        (b"EXEC",),
+        (b"GET", b"a"),
+        (b"MULTI",),
+        (b"SET", b"a", b"100"),
+        (b"DISCARD",),
+        (b"MULTI",),
+        (b"GET",),
+        (b"SET", b"a", b"100"),
+        (b"EXEC",),
+        (b"MULTI",),
+        (b"NOSUCH",),
+        (b"EXEC",),
+        (b"GET", b"a"),
+        (b"MULTI",),
+        (b"SET", b"b", b"not set: QUIT comes before EXEC"),
+    ],
+    "what is unknown": [
+        (b"NOSUCH",),
+        (b"nosuch", b"a", b"b c", b"\r\nd", b"e\x00f"),
+        (b"x" * 200, b"y" * 50, b"z" * 200, b"not shown"),
+        (b"x\x00y", b"1"),
+        (b"",),
+        (b" GET", b"a"),
+        (b"\x00GET", b"a"),
+        (b"!FLUSHDB",),
+        (b"GET\x00", b"a"),
+        (b"CONFIG",),
+        (b"CONFIG", b"NOSUCH"),
+        (b"config", b"no\r\nsuch", b"x"),
+        (b"CONFIG", b"GET"),
+        (b"CLIENT",),
+        (b"CLIENT", b"NOSUCH"),
+        (b"CLIENT", b"GETNAME", b"x"),
+        (b"COMMAND", b"NOSUCH"),
+    ],
+    "what clients ask first": [
+        (b"CONFIG", b"GET", b"save"),
+        (b"CONFIG", b"GET", b"AppendOnly"),
+        (b"CONFIG", b"GET", b"nosuch"),
+        (b"CONFIG", b"GET", b"APPENDON[l]*", b"nosuch"),
+        (b"SELECT", b"0"),
+        (b"SELECT", b"1"),
+        (b"SELECT", b"-1"),
+        (b"SELECT", b"x"),
+        (b"SELECT",),
+        (b"CLIENT", b"GETNAME"),
+        (b"CLIENT", b"SETNAME", b"tester"),
+        (b"CLIENT", b"GETNAME"),
+        (b"CLIENT", b"SETNAME", b"two words"),
+        (b"CLIENT", b"SETNAME", b""),
+        (b"CLIENT", b"GETNAME"),
+        (b"HELLO", b"x"),
+        (b"HELLO", b"1"),
+        (b"HELLO", b"4"),
+        (b"HELLO", b"2", b"what"),
+    ],
+    "the nulls and maps of RESP3": [
+        (b"HELLO", b"3"),
+        (b"GET", b"a"),
+        (b"MGET", b"a", b"b"),
+        (b"SET", b"a", b"1", b"XX"),
+        (b"CLIENT", b"GETNAME"),
+        (b"CONFIG", b"GET", b"save"),
+        (b"CONFIG", b"GET", b"nosuch"),
+        (b"COMMAND", b"INFO", b"nosuch"),
+        (b"HELLO", b"2"),
+        (b"GET", b"a"),
+    ],
+}
+
+
+def told_apart(words, reply):
+    """What may differ between two right servers taken out: the order of keys, a second more or less, an id."""
+    name = words[0].upper()
+    if name == b"KEYS" and reply.startswith(b"*"):
+        return sorted(elements(reply))
+    if name == b"TTL" and reply[:1] == b":" and int(reply[1:]) > 0:
+        return round(int(reply[1:]) / 10)  # the tests' own times are far from the halves of tens
+    if name == b"HELLO" and reply[:1] in b"*%":
+        return re.sub(rb"(\$2\r\nid\r\n):\d+", rb"\1", reply)
+    return reply
+
+
+def assert_same(address, redis_address, requests, pieces_of):
+    """Both servers get the same requests, ours in the given pieces, and answer the same."""
+    requests = [(b"FLUSHALL",), *requests, (b"QUIT",)]
+    stream = arrays(requests)
+    theirs = replies(talk(redis_address, [stream]))
+    for pieces in pieces_of(stream):
+        ours = replies(talk(address, pieces))
+        compare(requests, ours, theirs)
+        compare(requests, replies(fed_exactly(pieces)), theirs)
+
+
+def fed_exactly(pieces):
+    """The replies of a server that gets exactly these pieces: the kernel can't join any."""
+    module = probe()
+    client = module.Client(module.Server())
+    for piece in pieces:
+        if client.feed(piece) == module.CLOSE:
+            break
+    return client.take()
+
+
+def compare(requests, ours, theirs):
+    assert len(ours) == len(theirs), (ours, theirs)
+    for words, our, their in zip(requests, ours, theirs, strict=False):
+        assert told_apart(words, our) == told_apart(words, their), words
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_it_answers_as_redis_does_however_the_requests_are_split(name, kv, redis_server):
+    chance = random.Random(name)
+
+    def pieces_of(stream):
+        yield [stream]
+        yield cut(stream, [chance.randrange(len(stream)) for _ in range(20)])
+        if len(stream) < 5000:
+            yield cut(stream, range(len(stream)))  # byte by byte
+
+    assert_same(kv, redis_server, CONVERSATIONS[name], pieces_of)
+
+
+KEYS = st.sampled_from([b"a", b"b", b"c", b"abc", b"b[a]c", b"A", b"", b"k" * 40, b"\x00\xff", b"*"])
+NUMBERS = st.sampled_from([b"0", b"1", b"-1", b"12", b"-9223372036854775808", b"9223372036854775807", b"01", b"x", b""])
+VALUES = NUMBERS | st.binary(max_size=30) | st.integers(1000, 40_000).map(lambda n: b"v" * n)
+TIMES = st.sampled_from([b"100", b"2000", b"100000000", b"0", b"-1", b"x", b"9223372036854775807"])
+PATTERN = st.lists(
+    st.sampled_from([b"*", b"?", b"a", b"b", b"c", b"k", b"[", b"]", b"^", b"-", b"\\", b"[ab]", b"[^a]", b"[a-c]"]),
+    max_size=6,
+).map(b"".join)
+SET_OPTIONS = st.lists(
+    st.sampled_from([(b"NX",), (b"XX",), (b"GET",), (b"KEEPTTL",)])
+    | st.tuples(st.sampled_from([b"EX", b"px"]), TIMES)
+    | st.tuples(VALUES),
+    max_size=3,
+).map(lambda options: sum(options, ()))
+EXPIRE_OPTIONS = st.lists(st.sampled_from([b"NX", b"XX", b"GT", b"lt", b"what"]), max_size=2).map(tuple)
+REQUESTS = st.one_of(
+    st.tuples(st.sampled_from([b"GET", b"get", b"INCR", b"Decr", b"TTL", b"DEL", b"EXISTS", b"GET", b"DEL"]), KEYS),
+    st.tuples(st.just(b"SET"), KEYS, VALUES),
+    st.builds(lambda key, value, options: (b"SET", key, value, *options), KEYS, VALUES, SET_OPTIONS),
+    st.builds(lambda key, time, options: (b"EXPIRE", key, time, *options), KEYS, TIMES, EXPIRE_OPTIONS),
+    st.tuples(st.sampled_from([b"INCRBY", b"DECRBY"]), KEYS, NUMBERS),
+    st.builds(lambda name, keys: (name, *keys), st.sampled_from([b"MGET", b"DEL", b"EXISTS"]), st.lists(KEYS)),
+    st.builds(lambda words: (b"MSET", *words), st.lists(KEYS | VALUES, max_size=7)),
+    st.tuples(st.just(b"KEYS"), PATTERN),
+    st.sampled_from([(b"DBSIZE",), (b"PING",), (b"FLUSHDB",), (b"KEYS", b"*")]),
+    # Whatever name with whatever arguments, but CONFIG GET and the like, which tell of the server.
+    st.builds(
+        lambda name, words: (name, *words),
+        st.sampled_from([b"GET", b"SET", b"PING", b"ECHO", b"KEYS", b"SELECT", b"INCR", b"TTL", b"DBSIZE", b"FLUSHDB"])
+        | st.binary(max_size=10).filter(lambda name: name.strip(b"\0")[:1] not in b"cChHiI"),
+        st.lists(VALUES, max_size=4),
+    ),
+)
+
+
+@settings(max_examples=scaled(200, minimum=10), **ENOUGH)
+@given(st.data())
+def test_it_answers_any_requests_as_redis_does(kv, redis_server, data):
+    requests = data.draw(st.lists(REQUESTS, max_size=25))
+    places = data.draw(st.lists(st.integers(1, 2000), max_size=15))
+    assert_same(kv, redis_server, requests, lambda stream: [cut(stream, places)])
+
+
+LINES = st.lists(st.sampled_from(list(rb"""ab"'\x41nrt ;""") + [0x0B, 0x0C, 0x0D, 0x09, 0xFF]), max_size=20).map(bytes)
+
+
+@settings(max_examples=scaled(200, minimum=10), **ENOUGH)
+@given(LINES, st.lists(st.integers(1, 25), max_size=5))
+def test_any_line_is_split_into_words_as_redis_does_it(kv, redis_server, words, places):
+    line = b"ECHO " + words + b"\n"
+    theirs = talk(redis_server, [line + b"QUIT\r\n"])
+    # What follows an error is not sent: who closes while bytes come in resets the connection, and the reply may be lost.
+    stream = line if b"Protocol error" in theirs else line + b"QUIT\r\n"
+    assert talk(kv, cut(stream, places)) == theirs
+    assert fed_exactly(cut(stream, places)) == theirs
+
+
+@settings(max_examples=scaled(60, minimum=10), **ENOUGH)
+@given(st.lists(st.tuples(st.just(b"ECHO"), st.binary(max_size=40)), max_size=5))
+def test_a_quoted_line_says_the_same_as_an_array(kv, requests):
+    stream = b"".join(inline(*words) for words in requests) + inline(b"QUIT")
+    assert talk(kv, [stream]) == talk(kv, [arrays([*requests, (b"QUIT",)])])
+
+
+# ------------------------------------------------------------------------------------------ protocol errors
+
+BROKEN = {
+    "count that is no number": b"*x\r\n",
+    "count without digits": b"*\r\n",
+    "count with a sign": b"*+1\r\n",
+    "count that is too large": b"*2147483648\r\n",
+    "count beyond 64 bits": b"*99999999999999999999\r\n",
+    "count that never ends": b"*" + b"1" * 70_000,
+    "no size before an argument": b"*1\r\nPING\r\n",
+    "line end instead of a size": b"*1\r\n\r\n",
+    "line feed instead of a size": b"*1\r\n\n$\r\n",
+    "size that is no number": b"*1\r\n$x\r\n",
+    "size that is empty": b"*1\r\n$\r\n",
+    "size that is negative": b"*1\r\n$-1\r\n",
+    "size that is too large": b"*1\r\n$33554433\r\n",
+    "size beyond 64 bits": b"*1\r\n$18446744073709551616\r\n",
+    "size that never ends": b"*1\r\n$" + b"1" * 70_000,
+    "wrong second argument": b"*2\r\n$4\r\nECHO\r\n:5\r\n",
+    "line that never ends": b"x" * 100_000,
+    "quote that never ends": b'ECHO "abc\r\n',
+    "quote that goes on": b'ECHO "abc"d\r\n',
+    "single quote that never ends": b"ECHO 'abc\\'\r\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_the_protocol_is_answered_in_redis_words_and_ends_the_connection(name, kv, redis_server):
+    stream = array(b"ECHO", b"before") + BROKEN[name]
+    ours = talk(kv, [stream])
+    assert ours.startswith(b"$6\r\nbefore\r\n-ERR Protocol error: ")
+    assert ours == talk(redis_server, [stream])
+    if len(stream) < 1000:
+        assert talk(kv, cut(stream, range(len(stream)))) == ours
+        assert fed_exactly(cut(stream, range(len(stream)))) == ours
+
+
+HARMLESS = {
+    "empty arrays": b"*0\r\n*-1\r\n*-10\r\n",
+    "empty lines": b"\r\n\n  \r\n",
+    "bare line feeds": b"PING\nECHO hello\n",
+    "whatever stands where a line ends": b"*1\rX$4\rXPINGXX",
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_redis_lets_pass_passes(name, kv, redis_server):
+    stream = HARMLESS[name] + array(b"PING") + array(b"QUIT")
+    ours = talk(kv, [stream])
+    assert ours.endswith(b"+PONG\r\n+OK\r\n")
+    assert ours == talk(redis_server, [stream])
+    assert fed_exactly(cut(stream, range(len(stream)))) == ours
+
+
+# ------------------------------------------------------------------------------------- Redis's own programs
+
+
+def redis_tool(address, name, *arguments, stdin=""):
+    command = [name, "-h", address[0], "-p", str(address[1]), *arguments]
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=patient(60), env=PLAIN_ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_redis_cli_works(kv):
+    assert redis_tool(kv, "redis-cli", "flushall").stdout == "OK\n"
+    lines = "set a 1\nincr a\nget nothing\nset b 'two words' ex 100\nmget a b\nnosuch x\n"
+    done = redis_tool(kv, "redis-cli", "--no-raw", stdin=lines)
+    assert done.stdout.splitlines() == [
+        *("OK", "(integer) 2", "(nil)", "OK", '1) "2"', '2) "two words"'),
+        "(error) ERR unknown command 'nosuch', with args beginning with: 'x' ",
+        "",
+    ][: len(done.stdout.splitlines())]
+    assert len(done.stdout.splitlines()) >= 7
+    assert redis_tool(kv, "redis-cli", "-3", "get", "a").stdout.strip() == "2"
+    assert "redis_version:" in redis_tool(kv, "redis-cli", "info").stdout
+
+
+def test_redis_cli_inserts_masses_through_its_pipe(kv):
+    n = scaled(50_000, minimum=1000)
+    redis_tool(kv, "redis-cli", "flushall")
+    requests = "".join(f"SET key:{i} {i}\r\n" for i in range(n))
+    done = redis_tool(kv, "redis-cli", "--pipe", stdin=requests)
+    assert f"errors: 0, replies: {n}" in done.stdout
+    assert redis_tool(kv, "redis-cli", "dbsize").stdout.strip() == str(n)
+    assert redis_tool(kv, "redis-cli", "get", f"key:{n - 1}").stdout.strip() == str(n - 1)
+
+
+@pytest.mark.parametrize("depth", [1, 16, 64])
+def test_redis_benchmark_works(kv, depth):
+    n = scaled(20_000, minimum=1000)
+    tests = "ping,set,get,incr,mset"
+    done = redis_tool(kv, "redis-benchmark", "-t", tests, "-P", str(depth), "-c", "50", "-n", str(n), "-r", "1000", "--csv")
+    rates = dict(re.findall(r'^"([^"]+)","([0-9.]+)"', done.stdout, re.MULTILINE))
+    assert set(rates) == {"PING_INLINE", "PING_MBULK", "SET", "GET", "INCR", "MSET (10 keys)"}
+    assert all(float(rate) > 0 for rate in rates.values())
+    assert "WARNING" not in done.stderr and "rror" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------ the client of PyPI
+
+
+@contextlib.contextmanager
+def redis_client(address, **options):
+    redis = pytest.importorskip("redis", reason="the redis package is not installed")
+    with redis.Redis(host=address[0], port=address[1], socket_timeout=patient(20), **options) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.mark.parametrize("options", [{}, {"protocol": 2}, {"protocol": 3}], ids=str)
+def test_the_redis_client_works_unchanged(kv, options):
+    with redis_client(kv, client_name="tester", **options) as client:
+        assert client.ping() is True
+        assert client.client_getname() in ("tester", b"tester")
+        assert client.set("a", "1") is True
+        assert client.set("a", "2", nx=True) is None
+        assert client.set("b", "x", ex=100) is True
+        assert 98 <= client.ttl("b") <= 100
+        assert client.get("a") == b"1" and client.get("nothing") is None
+        assert client.incr("a") == 2 and client.incr("a", 10) == 12 and client.decr("a") == 11
+        assert client.mset({"c": b"\x00\xff", "d": ""}) is True
+        assert client.mget("a", "nothing", "c") == [b"11", None, b"\x00\xff"]
+        assert client.exists("a", "nothing", "a") == 2
+        assert client.expire("a", 50) is True and client.expire("nothing", 50) is False
+        assert sorted(client.keys("[a-c]")) == [b"a", b"b", b"c"]
+        assert client.dbsize() == 4 and client.delete("a", "b") == 2
+        assert client.echo("hello") == b"hello"
+        assert client.config_get("save") == {"save": ""}
+        assert client.info()["redis_version"].startswith("7.")
+        assert client.command_count() > 20 and "get" in client.command()
+        assert client.flushdb() is True and client.keys() == []
+
+
+@pytest.mark.parametrize("transaction", [True, False])
+def test_the_redis_clients_pipeline_works(kv, transaction):
+    with redis_client(kv) as client, client.pipeline(transaction=transaction) as pipeline:
+        for i in range(1000):
+            pipeline.set(f"k{i}", i)
+        pipeline.incr("k7").get("k7").get("nothing")
+        assert pipeline.execute() == [True] * 1000 + [8, b"8", None]
+
+
+def test_the_redis_client_raises_what_the_server_says(kv):
+    redis = pytest.importorskip("redis", reason="the redis package is not installed")
+    with redis_client(kv) as client:
+        client.set("a", "x")
+        with pytest.raises(redis.ResponseError, match="value is not an integer or out of range"):
+            client.incr("a")
+        with pytest.raises(redis.ResponseError, match="unknown command 'LPUSH'"):
+            client.lpush("a", "1")
+
+
+# ------------------------------------------------------------------------------------------- time and limits
+
+
+def test_a_key_is_gone_when_its_time_is_over(kv):
+    with connect(kv) as client:
+        client.sendall(array(b"SET", b"soon", b"x", b"PX", b"50") + array(b"GET", b"soon"))
+        assert recv_exact(client, 12) == b"+OK\r\n$1\r\nx\r\n"
+
+        def is_gone():
+            client.sendall(array(b"EXISTS", b"soon"))
+            return recv_exact(client, 4) == b":0\r\n"
+
+        wait_until(is_gone)
+        client.sendall(array(b"TTL", b"soon") + array(b"SET", b"soon", b"y", b"NX"))
+        assert recv_exact(client, 10) == b":-2\r\n+OK\r\n"
+
+
+def test_memory_that_is_full_is_refused_in_redis_words_and_freed_by_del():
+    refusal = b"-OOM command not allowed when used memory > 'maxmemory'.\r\n"
+    with running_redis("--maxmemory", "1") as address:
+        assert talk(address, [array(b"SET", b"a", b"1") + array(b"QUIT")]) == refusal + b"+OK\r\n"
+    with running_tstkv("--maxmemory", "64kb") as address, connect(address) as client:
+        for name, *words in ((b"SET", b"a"), (b"MSET", b"a"), (b"MSET", b"b", b"1", b"a")):
+            client.sendall(array(name, *words, b"x" * 66_000))
+            assert recv_exact(client, len(refusal)) == refusal
+        client.sendall(array(b"MGET", b"a", b"b") + array(b"SET", b"a", b"x" * 40_000) + array(b"SET", b"b", b"x" * 40_000))
+        assert recv_exact(client, 14 + 5 + len(refusal)) == b"*2\r\n$-1\r\n$-1\r\n+OK\r\n" + refusal
+        client.sendall(array(b"DEL", b"a") + array(b"SET", b"b", b"x" * 40_000) + array(b"GET", b"b"))
+        assert recv_exact(client, 40_000 + 19) == b":1\r\n+OK\r\n$40000\r\n" + b"x" * 40_000 + b"\r\n"
+
+
+def test_one_client_more_than_maxclients_is_told_so_and_a_place_is_free_again_after_a_close():
+    with running_tstkv("--maxclients", "2") as address:
+
+        def answers():
+            with connect(address) as client:
+                client.sendall(array(b"PING"))
+                return client.recv(100) == b"+PONG\r\n"
+
+        with connect(address) as first, connect(address) as second:
+            for client in (first, second):
+                client.sendall(array(b"PING"))
+                assert recv_exact(client, 7) == b"+PONG\r\n"
+            with connect(address) as third:
+                assert recv_until_eof(third) == b"-ERR max number of clients reached\r\n"
+        wait_until(answers)
+
+
+def test_requests_of_who_does_not_read_wait_and_all_are_answered_once_it_reads(kv):
+    value = bytes(range(256)) * 4096  # a megabyte
+    n = scaled(40, minimum=10)
+    request = array(b"GET", b"large")
+    with connect(kv, timeout=30) as slow, connect(kv) as other:
+        slow.sendall(array(b"SET", b"large", value))
+        assert recv_exact(slow, 5) == b"+OK\r\n"
+        slow.sendall(request * n + array(b"INCR", b"after"))
+        for _ in range(100):  # nobody else waits for it, and what it asked for has not all been done
+            other.sendall(array(b"PING"))
+            assert recv_exact(other, 7) == b"+PONG\r\n"
+        other.sendall(array(b"EXISTS", b"after"))
+        assert recv_exact(other, 4) == b":0\r\n"
+        for _ in range(n):
+            assert recv_exact(slow, 10 + len(value) + 2) == b"$1048576\r\n" + value + b"\r\n"
+        assert recv_exact(slow, 4) == b":1\r\n"
+        slow.sendall(array(b"FLUSHALL"))
+        assert recv_exact(slow, 5) == b"+OK\r\n"
+
+
+def test_what_a_client_had_sent_before_it_left_is_done_although_nobody_reads_the_replies(kv):
+    value = b"x" * 1_000_000
+    with connect(kv, timeout=30) as other:
+        with connect(kv, timeout=30) as leaver:
+            leaver.sendall(array(b"SET", b"large", value))
+            assert recv_exact(leaver, 5) == b"+OK\r\n"
+            leaver.sendall(array(b"GET", b"large") * 20 + array(b"SET", b"left", b"1"))
+
+        def is_done():
+            other.sendall(array(b"EXISTS", b"left"))
+            return recv_exact(other, 4) == b":1\r\n"
+
+        wait_until(is_done, timeout=20)
+        other.sendall(array(b"FLUSHALL"))
+        assert recv_exact(other, 5) == b"+OK\r\n"
+
+
+def test_many_clients_on_several_threads_see_one_table():
+    rounds, depth, n_clients = scaled(100, minimum=10), 50, 8
+    failures = []
+
+    def count(address):
+        try:
+            with connect(address) as client:
+                for _ in range(rounds):
+                    client.sendall(array(b"INCR", b"n") * depth + array(b"SET", b"s", b"x" * 100) + array(b"GET", b"s"))
+                    received = recv_count(client, depth + 2)
+                    assert received[-1] == b"$100\r\n" + b"x" * 100 + b"\r\n"
+        except Exception as error:
+            failures.append(error)
+
+    with running_tstkv("--shards", "3") as address:
+        threads = [threading.Thread(target=count, args=(address,)) for _ in range(n_clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        total = b"%d" % (rounds * depth * n_clients)
+        assert talk(address, [array(b"GET", b"n") + array(b"QUIT")]) == b"$%d\r\n%s\r\n+OK\r\n" % (len(total), total)
+
+
+def recv_count(client, n):
+    """The next n replies; no more may come."""
+    data = b""
+    while True:
+        with contextlib.suppress(ValueError, IndexError):
+            found = replies(data)
+            if len(found) == n and sum(map(len, found)) == len(data):
+                return found
+        piece = client.recv(65536)
+        assert piece, "closed"
+        data += piece
+
+
+def test_it_serves_on_a_unix_socket(tmp_path_factory):
+    where = tmp_path_factory.mktemp("s")
+    path = where / "kv"
+    with running_tstkv("--host", f"unix:{path}"), socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(patient(10))
+        client.connect(str(path))
+        client.sendall(b"PING\r\n")
+        assert recv_exact(client, 7) == b"+PONG\r\n"
+
+
+def test_the_repository_says_how_to_run_it():
+    text = (ROOT / "examples" / "kv" / "README.md").read_text()
+    assert "python -m tstkv" in text and "pip install" in text
