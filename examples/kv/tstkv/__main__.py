@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 
 import tstpool
@@ -39,10 +40,8 @@ def main() -> None:
     address = pool.listen(options.host, options.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"tstkv {__version__} listens on {address[0]} port {address[1]}", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # that is how a server is ended; the pool has stopped then
         pool.serve_forever()
-    except KeyboardInterrupt:
-        pass  # the pool has stopped: that is how a server is ended
 
 
 if __name__ == "__main__":

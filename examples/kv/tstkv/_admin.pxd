@@ -264,8 +264,9 @@ cdef inline void reply_command(kv_reply *reply, const kv_command *command) noexc
     reply_integer(reply, command.first_key)
     reply_integer(reply, command.last_key)
     reply_integer(reply, command.key_step)
-    for i in range(3):
-        reply_set(reply, 0)
+    reply_set(reply, 0)
+    reply_set(reply, 0)
+    reply_set(reply, 0)
     reply_array(reply, 0)
 
 

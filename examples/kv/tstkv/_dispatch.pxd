@@ -163,7 +163,7 @@ cdef inline bint arity_is_right(kv_call *call) noexcept nogil:
 
 
 cdef inline bint find_command(kv_call *call) noexcept nogil:
-    """Finds the request's command. False: there is none, or not with so many arguments, and the client has been told."""
+    """Finds the request's command. False: none takes so many arguments, or none has the name; the client was told."""
     cdef uint64_t word = word_of(argument(call, 0), argument_size(call, 0))
     call.command = find(call.server, 0, word)
     if kv_rarely(call.command == NULL):

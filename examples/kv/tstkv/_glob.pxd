@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Glob patterns as Redis has them: `*`, `?`, `[abc]`, `[^a-z]`, and `\` before what is meant literally.
+"""Glob patterns as Redis has them: `*`, `?`, `[abc]`, `[^a-z]`, and a backslash before what is meant literally.
 
 Everything but `*` matches exactly one byte. So when a match fails, only the last `*` need take one byte more; what an
 earlier one took can stay. No recursion, then, and at most size of pattern times size of text steps.
@@ -39,7 +39,7 @@ cdef inline size_t glob_set(const char *pattern, size_t size, char byte, bint an
 
 
 cdef inline size_t glob_one(const char *pattern, size_t size, char byte, bint any_case, bint *matches) noexcept nogil:
-    """Matches a byte with the beginning of `pattern`, which is not empty and no `*`; returns how much of it was used."""
+    """Matches a byte with the beginning of `pattern`, which is there and no `*`; returns how much of it was used."""
     cdef size_t i = 0
     if pattern[0] == c'?':
         matches[0] = True

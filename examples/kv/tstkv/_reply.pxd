@@ -4,8 +4,8 @@
 A reply that is longer than the buffer goes to the client from where it lies. So nothing here grows, and nothing fails
 but the client: once it takes no more (`broken`), what is written is dropped.
 
-They are RESP2. A client that asks for RESP3 (HELLO 3, which some libraries insist on) gets that for the few kinds of reply
-in which it differs: null, map, set, and text that is for people.
+They are RESP2. A client that asks for RESP3 (HELLO 3, which some libraries insist on) gets that for the few kinds of
+reply in which it differs: null, map, set, and text for people.
 """
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc

@@ -202,8 +202,8 @@ cdef inline int parse_inline(kv_request *request, const char *bytes, size_t size
 
 cdef inline int parse_number(kv_request *request, const char *bytes, size_t size, int64_t *number,
                              bint *valid) noexcept nogil:
-    """The number in the line at `at`, behind its first byte. RESP_WHOLE: `at` is behind the line. RESP_BROKEN: it is too
-    long for a line."""
+    """The number in the line at `at`, behind its first byte. RESP_WHOLE: `at` is behind the line. RESP_BROKEN: the line
+    is too long."""
     cdef size_t begin = request.at
     cdef size_t left = size - begin
     cdef size_t most = left if left <= LINE_MOST else LINE_MOST + 1

@@ -1,8 +1,8 @@
 # cython: language_level=3
 """SipHash-1-3 (Aumasson, Bernstein), the keyed hash: who does not know the key cannot choose keys that collide.
 
-Peers choose the keys of the table. With a hash that they can compute they could put a million keys into one place and make
-each look-up as slow as a search through all of them.
+Peers choose the keys of the table. With a hash that they can compute they could put a million keys into one place and
+make each look-up as slow as a search through all of them.
 """
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy

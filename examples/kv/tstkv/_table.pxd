@@ -8,16 +8,16 @@ An entry stands in the slot that its hash names, or behind it, with no empty slo
 one moves those behind it up, so that there are no marks of what was.
 
 Growth: a new array of twice the size becomes `slots`, the old one stays as `old`, and each insertion moves the next
-MOVE_STEP of its slots. A key is then in exactly one of the two. Nothing enters `old`; what leaves it leaves GONE behind,
-so that no search in it ends early.
+MOVE_STEP of its slots. A key is then in exactly one of the two. Nothing enters `old`; what leaves it leaves gone()
+behind, so that no search in it ends early.
 
     1. count <= three quarters of capacity, the entries in `old` included.
-    2. `old` is empty before the next growth: moving takes capacity / 2 / MOVE_STEP insertions, growth comes after 3/8 of
-       capacity.
+    2. `old` is empty before the next growth: that comes after capacity * 3/8 insertions, moving takes
+       capacity / 2 / MOVE_STEP of them.
     3. used <= maxmemory, whatever clients do. `used` counts slots, entries, and what malloc adds to them.
 
-Times are milliseconds on the monotonic clock. What has expired is removed when somebody asks for it, and by table_sweep,
-a little at each insertion.
+Times are milliseconds on the monotonic clock. What has expired is removed when somebody asks for it, and by
+table_sweep, a little at each insertion.
 """
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t

@@ -1,0 +1,408 @@
+"""White box: the layers of examples/kv, without a connection: time, memory and every split are the test's to choose."""
+
+import random
+import re
+import sys
+import time
+
+import pytest
+from helpers import patient, run_python, scaled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_example import SOURCE, array, cut, probe, replies
+
+pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="needs examples/")
+
+SLOT, ENTRY, EXTRA = 16, 24, 16  # bytes: of a slot, of an entry beside key and value, of malloc
+
+
+@pytest.fixture
+def kv():
+    return probe()
+
+
+def fed(client, pieces):
+    """The last outcome."""
+    outcome = probe().MORE
+    for piece in pieces:
+        outcome = client.feed(piece)
+        if outcome == probe().CLOSE:
+            break
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------- hash, numbers, globs
+
+
+def test_the_hash_is_siphash_1_3(kv):
+    """Python's own hash of bytes is the same function, and PYTHONHASHSEED=0 gives it a key of zeros."""
+    if sys.hash_info.algorithm != "siphash13":
+        pytest.skip(f"this Python's hash is {sys.hash_info.algorithm}")
+    code = "print(*[hash(bytes(range(n))) for n in range(1, 100)])"
+    expected = run_python("-c", code, env={"PYTHONHASHSEED": "0"}).stdout.split()
+    found = [kv.siphash(bytes(16), bytes(range(n))) for n in range(1, 100)]
+    assert found == [int(number) % 2**64 for number in expected]
+    assert kv.siphash(bytes(15) + b"\1", b"abc") != kv.siphash(bytes(16), b"abc")
+
+
+@settings(deadline=None)
+@given(
+    st.one_of(
+        st.integers(-(2**65), 2**65).map(lambda n: b"%d" % n), st.text("-+0123456789 x", max_size=21).map(str.encode)
+    )
+)
+def test_an_integer_is_written_in_one_way_only(text):
+    valid = re.fullmatch(rb"0|-?[1-9][0-9]*", text) and -(2**63) <= int(text) < 2**63
+    assert probe().to_integer(text) == (int(text) if valid else None)
+
+
+@pytest.mark.parametrize("number", [0, 1, -1, 9, 10, -10, 2**63 - 1, -(2**63)])
+def test_an_integer_and_its_text_say_the_same(kv, number):
+    assert kv.from_integer(number) == b"%d" % number
+    assert kv.to_integer(b"%d" % number) == number
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "matches"),
+    [
+        (b"h?llo", b"hello", True),
+        (b"h*llo", b"heeeello", True),
+        (b"h[ae]llo", b"hillo", False),
+        (b"h[^e]llo", b"hallo", True),
+        (b"h[c-a]llo", b"hbllo", True),
+        (rb"h\*llo", b"hello", False),
+        (rb"h[\]]llo", b"h]llo", True),
+        (b"h[ab", b"ha", True),
+        (b"", b"", True),
+        (b"**", b"", False),
+        (b"a*", b"a", True),
+        (b"*a*b*", b"xxaxxbxx", True),
+        (b"*ab", b"aab", True),
+        (b"\\", b"\\", True),
+    ],
+)
+def test_a_pattern_matches_what_redis_says(kv, pattern, text, matches):
+    assert kv.glob(pattern, text) is matches
+    assert kv.glob(pattern.upper(), text, True) is matches
+
+
+def test_a_pattern_of_many_stars_takes_no_exponential_time(kv):
+    begin = time.thread_time()
+    assert kv.glob(b"*a" * 200 + b"b", b"a" * 5000) is False
+    assert time.thread_time() - begin < patient(5)
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+
+def memory_of(items):
+    return sum(ENTRY + EXTRA + (len(key) + len(value) + 15) // 16 * 16 for key, value in items)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_table_does_what_a_dict_does_while_it_grows_and_shrinks(kv, seed):
+    chance = random.Random(seed)
+    table, model = kv.Table(key=chance.randbytes(16)), {}
+    n = scaled(3000, minimum=300)
+    for round_no in range(n):
+        key = b"%d" % chance.randrange(n)
+        if chance.random() < (0.8 if round_no < n // 2 else 0.3):
+            value = chance.randbytes(chance.choice([0, 1, 5, 40, 300]))
+            assert table.set(key, value)
+            model[key] = value
+        else:
+            assert table.remove(key) == (model.pop(key, None) is not None)
+        key = b"%d" % chance.randrange(n)
+        assert table.get(key) == model.get(key)
+        assert len(table) == len(model)
+        if round_no % 100 == 0:
+            assert sorted(table.items()) == sorted(model.items())
+    assert sorted(table.items()) == sorted(model.items())
+    for key in list(model):
+        assert table.remove(key)
+    assert table.items() == []
+    assert table.get(b"1") is None
+
+
+def test_keys_of_one_slot_are_told_apart(kv):
+    """Their hashes end with the same bits, as an attacker who knew the key would choose them."""
+    chosen = [key for key in (b"%d" % i for i in range(60_000)) if kv.siphash(bytes(16), key) & 0x3FF == 0x3FF]
+    assert len(chosen) > 30
+    table, chance = kv.Table(), random.Random(1)
+    for key in chosen:
+        assert table.set(key, b"v" + key)
+    for _ in range(3):
+        chance.shuffle(chosen)
+        for i, key in enumerate(chosen):
+            assert table.remove(key)
+            assert all(table.get(other) == b"v" + other for other in chosen[i + 1 :])
+        for key in chosen:
+            assert table.set(key, b"v" + key)
+
+
+def test_growing_moves_few_entries_at_a_time_and_ends_before_the_next_growth(kv):
+    table = kv.Table()
+    keys, grew = [], 0
+    while table.capacity < 1 << 14:
+        capacity, was_growing = table.capacity, table.growing
+        keys.append(b"%d" % len(keys))
+        assert table.set(keys[-1], b"x")
+        if table.capacity > capacity:
+            grew += 1
+            assert not was_growing
+            assert table.growing and table.capacity == 2 * capacity
+        assert len(table) <= table.capacity // 4 * 3
+        assert table.get(keys[len(keys) // 2]) == b"x"
+    assert grew == 10
+    while table.growing:
+        assert table.set(b"more", b"x")
+    assert all(table.get(key) == b"x" for key in keys)
+
+
+def test_used_memory_is_counted_to_the_byte_and_all_of_it_comes_back(kv):
+    table = kv.Table()
+    assert table.used == table.capacity * SLOT
+    for i in range(1000):
+        assert table.set(b"%d" % i, b"v" * (i % 100))
+    while table.growing:
+        assert table.set(b"0", b"")
+    assert table.used == table.capacity * SLOT + memory_of(table.items())
+    assert table.set(b"1", b"v" * 1000)
+    assert table.set(b"1", b"v")  # does not keep the room of the long one
+    assert table.used == table.capacity * SLOT + memory_of(table.items())
+    table.clear()
+    assert (len(table), table.used, table.n_expiring) == (0, table.capacity * SLOT, 0)
+
+
+def test_an_expired_key_is_not_there_and_its_successor_has_no_time(kv):
+    table = kv.Table()
+    assert table.set(b"a", b"1", expires=10)
+    assert table.get(b"a", now=10) == b"1"
+    assert table.items(now=11) == []
+    assert table.get(b"a", now=11) is None
+    assert (len(table), table.n_expiring) == (0, 0)
+    assert table.set(b"a", b"2", now=11)
+    assert table.get(b"a", now=10**15) == b"2"
+
+
+def test_expired_keys_that_nobody_asks_for_go_as_others_come(kv):
+    table = kv.Table()
+    for i in range(1000):
+        assert table.set(b"old%d" % i, b"x", expires=10)
+    for i in range(2000):
+        assert table.set(b"new%d" % (i % 10), b"x", now=11)
+    assert len(table) == 10 and table.n_expiring == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_used_memory_never_exceeds_maxmemory(kv, seed):
+    chance = random.Random(seed)
+    table, refused = kv.Table(maxmemory=200_000), 0
+    for _ in range(scaled(5000, minimum=1000)):
+        key = b"%d" % chance.randrange(2000)
+        if chance.random() < 0.9:
+            refused += not table.set(key, bytes(chance.choice([1, 50, 500])))
+        else:
+            table.remove(key)
+        assert table.used <= 200_000
+    assert refused
+
+
+def test_memory_of_expired_keys_is_given_to_new_ones(kv):
+    table = kv.Table(maxmemory=100_000)
+    i = 0
+    while table.set(b"%d" % i, bytes(100), expires=10):
+        i += 1
+    assert i > 100
+    assert table.set(b"new", bytes(1000), now=11)
+
+
+# ------------------------------------------------------------------------------------ requests in pieces, limits
+
+
+@settings(deadline=None, max_examples=scaled(300, minimum=20))
+@given(
+    st.lists(
+        st.sampled_from([b"*", b"$", b"\r\n", b"\n", b"1", b"3", b"0", b"-", b" ", b'"', b"'", b"\\x41", b"\0"])
+        | st.sampled_from(
+            [
+                b"SET",
+                b"GET",
+                b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n",
+                b"a",
+                b"*1\r\n$4\r\nPING\r\n",
+                b"MULTI\r\n",
+                b"EXEC\r\n",
+            ]
+        )
+        | st.binary(max_size=5),
+        max_size=40,
+    ).map(b"".join),
+    st.lists(st.integers(1, 200), max_size=12),
+)
+def test_any_bytes_mean_the_same_however_they_are_split(stream, places):
+    module = probe()
+    results = []
+    for pieces in (cut(stream, []), cut(stream, places), cut(stream, range(len(stream)))):
+        server = module.Server()
+        client = module.Client(server)
+        outcome = fed(client, pieces)
+        unread = client.unread if outcome == module.MORE else None
+        results.append((outcome, client.take(), unread))
+        del client
+        assert server.requests_memory == 0 and server.n_clients == 0
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_long_request_in_small_pieces_is_parsed_once(kv):
+    """Parsed from its beginning at each piece it would take minutes."""
+    n = scaled(100_000, minimum=10_000)
+    stream = array(b"MGET", *[b"k"] * n)
+    client = kv.Client(kv.Server())
+    begin = time.thread_time()
+    for at in range(0, len(stream), 7):
+        assert client.feed(stream[at : at + 7]) == kv.MORE
+    assert time.thread_time() - begin < patient(10)
+    assert client.take() == b"*%d\r\n" % n + b"$-1\r\n" * n
+
+
+def test_a_line_that_is_too_long_is_refused_wherever_it_is_cut(kv):
+    for prefix, words in ((b"", b"too big inline request"), (b"*", b"too big mbulk count string")):
+        for size in (65_537, 70_000):
+            stream = prefix + b"1" * (size - len(prefix))
+            for step in (1000, 65_537):
+                client = kv.Client(kv.Server())
+                assert fed(client, cut(stream, range(0, len(stream), step))) == kv.CLOSE
+                assert client.take() == b"-ERR Protocol error: " + words + b"\r\n"
+        client = kv.Client(kv.Server())
+        assert client.feed(prefix + b"1" * (65_536 - len(prefix))) == kv.MORE
+
+
+def test_an_array_of_too_many_arguments_is_refused_before_they_come(kv):
+    client = kv.Client(kv.Server())
+    assert client.feed(b"*1048577\r\n") == kv.CLOSE
+    assert client.take() == b"-ERR Protocol error: invalid multibulk length\r\n"
+    client = kv.Client(server := kv.Server())
+    assert client.feed(b"*1048576\r\n") == kv.MORE
+    assert server.requests_memory < 10_000  # room is made for arguments as they come
+
+
+def test_an_argument_that_is_announced_takes_no_memory_before_it_comes(kv):
+    client = kv.Client(server := kv.Server(argument=1 << 20))
+    assert client.feed(b"*1\r\n$1048576\r\n") == kv.MORE
+    assert server.requests_memory < 10_000
+    client = kv.Client(server)
+    assert client.feed(b"*1\r\n$1048577\r\n") == kv.CLOSE
+
+
+def test_a_client_with_too_much_unread_is_closed_and_its_memory_comes_back(kv):
+    server = kv.Server(argument=100_000, request=100_000)
+    client = kv.Client(server)
+    assert client.feed(b"*3\r\n$3\r\nSET\r\n") == kv.MORE
+    assert client.feed(b"$90000\r\n" + b"x" * 89_000) == kv.MORE
+    assert server.requests_memory <= 2 * 131_072
+    assert client.feed(b"x" * 1000 + b"\r\n$90000\r\n" + b"x" * 50_000) == kv.CLOSE
+    del client
+    assert server.requests_memory == 0
+
+
+def test_all_clients_together_may_have_only_so_much_unread(kv):
+    server = kv.Server(argument=100_000, request=200_000, requests=500_000)
+    clients, outcomes = [], []
+    for _ in range(10):
+        clients.append(kv.Client(server))
+        outcomes.append(clients[-1].feed(b"*2\r\n$3\r\nGET\r\n$100000\r\n" + b"x" * 99_000))
+    assert outcomes[:3] == [kv.MORE] * 3 and kv.CLOSE in outcomes
+    assert clients[0].feed(b"x" * 1000 + b"\r\n") == kv.MORE  # who was there first is not disturbed
+    assert clients[0].take() == b"$-1\r\n"
+
+
+def test_requests_of_who_does_not_read_wait(kv):
+    server = kv.Server(output_pause=10_000)
+    client = kv.Client(server)
+    assert client.feed(array(b"SET", b"a", b"v" * 1000)) == kv.MORE
+    assert client.take() == b"+OK\r\n"
+    reply = b"$1000\r\n" + b"v" * 1000 + b"\r\n"
+    outcome, received, most = client.feed(array(b"GET", b"a") * 1000), b"", 0
+    assert client.feed(array(b"INCR", b"n")) == outcome == kv.PAUSED
+    for _ in range(1000):
+        most = max(most, len(client.replies))
+        received += client.take()
+        outcome = client.again()
+        if outcome != kv.PAUSED:
+            break
+    received += client.take()
+    assert outcome == kv.MORE
+    assert replies(received) == [reply] * 1000 + [b":1\r\n"]
+    assert most < 10_000 + 65_536 + len(reply)  # one buffer of replies more
+    assert client.unread == 0 and server.requests_memory == 0
+
+
+def test_who_does_not_read_and_goes_on_sending_is_closed(kv):
+    client = kv.Client(kv.Server(output_pause=1, request=50_000, argument=1000))
+    outcome, n = client.feed(array(b"PING")), 0
+    assert outcome == kv.PAUSED
+    while outcome == kv.PAUSED and n < 10_000:
+        outcome = client.feed(array(b"PING") * 100)
+        n += 1
+    assert outcome == kv.CLOSE and n < 100
+    assert client.take() == b"+PONG\r\n"
+
+
+def test_one_request_with_a_reply_without_measure_ends_the_connection(kv):
+    client = kv.Client(kv.Server(output=1_000_000))
+    assert client.feed(array(b"SET", b"a", b"v" * 100_000)) == kv.MORE
+    assert client.feed(array(b"MGET", *[b"a"] * 10_000)) == kv.CLOSE
+    assert len(client.take()) < 1_000_000 + 200_000
+
+
+def test_a_client_that_takes_nothing_more_is_closed_and_what_it_asked_is_done(kv):
+    client = kv.Client(server := kv.Server())
+    client.refuses = True
+    assert client.feed(array(b"SET", b"a", b"1") + array(b"GET", b"a")) == kv.CLOSE
+    assert client.feed(array(b"SET", b"a", b"2")) == kv.CLOSE  # nothing is run any more
+    other = kv.Client(server)
+    assert other.feed(array(b"GET", b"a")) == kv.MORE
+    assert other.take() == b"$1\r\n1\r\n"
+
+
+def test_requests_that_waited_are_run_when_the_client_has_gone(kv):
+    client = kv.Client(server := kv.Server(output_pause=1))
+    assert client.feed(array(b"PING")) == kv.PAUSED
+    assert client.feed(array(b"SET", b"a", b"1")) == kv.PAUSED
+    other = kv.Client(server)
+    other.feed(array(b"GET", b"a"))
+    assert other.take() == b"$-1\r\n"
+    client.end()
+    assert other.again() == kv.MORE
+    other.feed(array(b"GET", b"a"))
+    assert other.take() == b"$1\r\n1\r\n"
+
+
+def test_what_multi_queues_is_limited_too(kv):
+    client = kv.Client(server := kv.Server(request=100_000, argument=10_000))
+    assert client.feed(array(b"MULTI")) == kv.MORE
+    outcomes = [client.feed(array(b"SET", b"a", b"v" * 10_000)) for _ in range(11)]
+    assert outcomes[0] == kv.MORE and outcomes[-1] == kv.CLOSE
+    del client
+    assert server.requests_memory == 0
+
+
+def test_mset_that_does_not_fit_sets_nothing(kv):
+    client = kv.Client(kv.Server(maxmemory=20_000))
+    words = [b"MSET"]
+    for i in range(100):
+        words += [b"k%d" % i, b"v" * 200]
+    assert client.feed(array(*words)) == kv.MORE
+    assert client.take().startswith(b"-OOM ")
+    assert client.feed(array(b"DBSIZE")) == kv.MORE
+    assert client.take() == b":0\r\n"
+
+
+def test_names_of_clients_are_short(kv):
+    client = kv.Client(kv.Server())
+    client.feed(
+        array(b"CLIENT", b"SETNAME", b"n" * 64) + array(b"CLIENT", b"SETNAME", b"n" * 65) + array(b"CLIENT", b"GETNAME")
+    )
+    first, second, third = replies(client.take())
+    assert first == b"+OK\r\n" and second.startswith(b"-ERR ") and third == b"$64\r\n" + b"n" * 64 + b"\r\n"
