@@ -276,7 +276,7 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
 cdef inline void collect_requests(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                   uint64_t now) noexcept nogil:
     cdef tst_connection *connection
-    while shard.todo != NULL and batch_has_room(batch) and not worker.lost:
+    while not worker.lost and shard.todo != NULL and batch_has_room(batch):
         connection = shard.todo
         shard.todo = connection.next_request
         collect_request(engine, worker, shard, batch, connection, now)
@@ -285,7 +285,7 @@ cdef inline void collect_requests(tst_engine *engine, tst_worker *worker, tst_sh
 cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                 uint64_t now) noexcept nogil:
     cdef epoll_event *event
-    while batch.next_event < batch.n_events and batch_has_room(batch) and not worker.lost:
+    while not worker.lost and batch.next_event < batch.n_events and batch_has_room(batch):
         event = &batch.events[batch.next_event]
         batch.next_event += 1
         collect_event(engine, worker, shard, batch, event.data.u64, event.events, now)

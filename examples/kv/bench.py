@@ -142,9 +142,7 @@ def measure(server: Server, options: list[str], requests: int, cores: set[int], 
 def table(results: dict[str, dict[str, Figures]]) -> list[str]:
     """results: server -> test -> figures."""
     ours, theirs = results["tstkv"], results["redis-server"]
-    lines = [
-        "| | tstkv | redis-server | ratio | least, most in a round | CPU for one, us: tstkv | redis-server |"
-    ]
+    lines = ["| | tstkv | redis-server | ratio | least, most in a round | CPU for one, us: tstkv | redis-server |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for test, our in ours.items():
         their = theirs[test]
