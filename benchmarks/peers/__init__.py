@@ -90,6 +90,7 @@ FRAMED = (
     framed("tstpool-lent", "tstpool, copy=False", _python("tstpool_framed", "lend"), TSTPOOL, sets=("full",)),
     framed("tstpool-nogil-framed", "tstpool, nogil handler", _python("tstpool_nogil", "framed"), NOGIL),
     framed("uvloop-tuned", "uvloop, tuned Protocol", _python("framed_tuned", "uvloop"), UVLOOP),
+    framed("uvloop-handler", "uvloop, tuned, with a handler", _python("framed_handler", "uvloop"), UVLOOP),
     framed("uvloop-tuned-buffered", "uvloop, tuned BufferedProtocol", _python("framed_buffered", "uvloop"), UVLOOP),
     framed("uvloop-naive", "uvloop, plain Protocol", _python("framed_naive", "uvloop"), UVLOOP),
     framed("uvloop-streams-framed", "uvloop streams", _python("framed_streams", "uvloop"), UVLOOP, sets=("full",)),
