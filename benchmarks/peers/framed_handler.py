@@ -1,5 +1,5 @@
-"""The tuned Protocol of framed_tuned.py, with what tstpool does for its handler too: the body is cut out of its frame, a
-method is called with it, and what that returns is sent in a frame of its own."""
+"""The tuned Protocol of framed_tuned.py, with what tstpool does for its handler too: the body is cut out of its frame,
+a method is called with it, and what that returns is sent in a frame of its own."""
 
 import asyncio
 import struct
