@@ -32,7 +32,8 @@ ctypedef enum TstStat:
 # Queues a copy of `size` bytes. Returns how many bytes of this connection wait now for the kernel to take them.
 cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil
 
-# The same for one message in the frame of the socket's framing. -EMSGSIZE: the framing has no frame for it.
+# The same for one message in the frame of the socket's framing. -EMSGSIZE: the framing has no frame for so many bytes,
+# -EINVAL: the message holds the delimiter.
 cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noexcept nogil
 
 # Closes the connection once what is queued has been sent. 1: this call began it, 0: it was closing already.
