@@ -12,7 +12,7 @@ import time
 
 import pytest
 from example_helpers import FOREIGN, Example
-from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+from helpers import ROOT, SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
 
 MESSAGE_MOST = 1 << 20
 STYLES = ["framing", "req_len"]
@@ -228,7 +228,8 @@ def test_a_client_that_does_not_read_is_not_read_from(rpc):
         while sent < total and select.select([], [client], [], 0.5)[1]:
             sent += client.send(message[sent % len(message) :])
         assert sent < total // 2
-        assert rpc.resident_bytes() - before < total // 4
+        if not SANITIZER:  # it keeps what was freed
+            assert rpc.resident_bytes() - before < total // 4
         assert talk(other, "add", 2) == 2
         client.settimeout(patient(10))
         for _ in range(sent // len(message)):
