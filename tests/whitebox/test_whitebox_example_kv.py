@@ -198,7 +198,7 @@ def test_expired_keys_that_nobody_asks_for_go_as_others_come(kv):
 def test_used_memory_never_exceeds_maxmemory(kv, seed):
     chance = random.Random(seed)
     table, refused = kv.Table(maxmemory=200_000), 0
-    for _ in range(scaled(5000, minimum=1000)):
+    for _ in range(5000):
         key = b"%d" % chance.randrange(2000)
         if chance.random() < 0.9:
             refused += not table.set(key, bytes(chance.choice([1, 50, 500])))

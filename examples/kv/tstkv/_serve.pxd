@@ -95,7 +95,7 @@ cdef inline bint unread_grow(kv_client *client, size_t size) noexcept nogil:
     cdef size_t capacity = max(client.capacity, <size_t>UNREAD_LEAST)
     cdef char *unread
     # Moving them up is paid for by as many that were run; so a long backlog is not moved for each few of them.
-    if client.begin >= client.end - client.begin:
+    if client.begin > 0 and client.begin >= client.end - client.begin:
         memmove(client.unread, client.unread + client.begin, client.end - client.begin)
         client.end -= client.begin
         client.begin = 0
