@@ -111,10 +111,8 @@ def test_the_peer_is_slowed_down_and_the_pool_is_quiet(make_pool, make_client, t
     sent = 0
     with pytest.raises(TimeoutError):
         while True:
+            cpu = process_cpu_seconds()  # of the call that waits in vain: the kernel may find room for a little more
             sent += client.send(b"x" * 65536)
-    cpu = process_cpu_seconds()
-    with pytest.raises(TimeoutError):
-        client.send(b"x" * 65536)
     assert process_cpu_seconds() - cpu < 0.15
     assert total[0] == 0
     client.settimeout(patient(10))
