@@ -1,12 +1,13 @@
 """examples/echo.py, driven by Debian's clients and by a socket."""
 
 import contextlib
+import select
 import signal
 import subprocess
 
 import pytest
 from example_helpers import FOREIGN, Example, Tool, need
-from helpers import connect, patient, recv_exact, scaled
+from helpers import SANITIZER, connect, patient, recv_exact, scaled
 
 # How each is told to send a file, end its output, and wait for all of the reply.
 COMMANDS = {
@@ -48,3 +49,19 @@ def test_many_talk_at_once():
             client.sendall(bytes([i]) * 1000)
         for i, client in enumerate(clients):
             assert recv_exact(client, 1000) == bytes([i]) * 1000
+
+
+@pytest.mark.xfail(reason="nothing bounds the output queue of a connection", strict=True)
+def test_a_peer_that_does_not_read_fills_no_memory():
+    """B34: it sends as much as is taken of it, reads nothing meanwhile, and still gets all of it in the end."""
+    total = 64 << 20
+    with Example("echo.py") as echo, connect(echo.addr) as client:
+        before = echo.resident_bytes()
+        client.setblocking(False)
+        piece, sent = bytes(range(256)) * 256, 0
+        while sent < total and select.select([], [client], [], 0.5)[1]:
+            sent += client.send(piece[sent % len(piece) :])
+        assert sent < total // 2
+        assert SANITIZER or echo.resident_bytes() - before < total // 4
+        client.settimeout(patient(30))
+        assert recv_exact(client, sent) == (piece * (sent // len(piece) + 1))[:sent]
