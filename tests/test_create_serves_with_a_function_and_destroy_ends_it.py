@@ -107,7 +107,7 @@ def test_port_zero_means_no_listener(pool):
 
 @pytest.mark.xfail(reason="shards= is cut to workers= in __init__ only: nobody polls the other three", strict=True)
 def test_fewer_workers_than_shards_serve_every_connection(make_pool, make_client):
-    """S2, DESIGN 3: thread_count of create() comes after shards= of TstPool(): no shard may be left without a worker."""
+    """S2, DESIGN 3: thread_count of create() comes after shards= of TstPool(): no shard is without a worker."""
     pool, port = make_pool(listen=None, start=False, shards=4, workers=8), free_port()
     pool.create(1, "127.0.0.1", port, as_function(echo))
     clients = [make_client(("127.0.0.1", port), timeout=1) for _ in range(8)]
