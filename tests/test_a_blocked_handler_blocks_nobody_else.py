@@ -1,10 +1,12 @@
 """Issue 2, defects 1 and 2, B11, B12, B14: blocking handlers, and the wake-ups of those who are free."""
 
+import random
+import socket
 import threading
 import time
 
 import pytest
-from contract_helpers import Gate, echo, every_style, every_trigger, handler, in_threads, round_trip, serve
+from contract_helpers import Gate, echo, every_style, every_trigger, handler, ignore, in_threads, round_trip, serve
 from helpers import SANITIZER, patient, process_cpu_seconds, recv_exact, scaled, wait_until
 
 
@@ -127,6 +129,34 @@ def ping_pong(client, rounds):
     return times
 
 
+@every_trigger
+@pytest.mark.parametrize("where", ["on_message", "on_writable"])
+def test_input_for_a_blocked_handler_waits_quietly(make_pool, make_client, trigger, where):
+    """B14, B16, S15: the kernel reports it to the others, who must neither spin nor forget it."""
+    with Gate() as gate:
+        pool = make_pool(
+            handler(on_message=blocking(gate), on_writable=lambda sock: gate.wait()), workers=2, trigger=trigger
+        )
+        stuck, other = make_client(pool), make_client(pool)
+        wait_until(lambda: len(pool.sockets()) == 2)
+        (sock,) = (sock for sock in pool.sockets() if sock.peer == stuck.getsockname())
+        if where == "on_message":
+            stuck.sendall(b"block")
+        else:
+            pool.need_send(sock)
+        wait_until(lambda: gate.inside)
+        round_trip(other, b"taken over")
+        stuck.sendall(b"more input")
+        for _ in range(5):
+            round_trip(other, b"later than that")
+        cpu = process_cpu_seconds()
+        time.sleep(0.3)  # a window to measure in, not a wait
+        assert process_cpu_seconds() - cpu < (0.25 if SANITIZER else 0.1)
+        gate.open()
+        expected = b"blockmore input" if where == "on_message" else b"more input"
+        assert recv_exact(stuck, len(expected)) == expected
+
+
 @pytest.mark.parametrize("rounds", [5000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("style", ["create", "handler"])
 def test_no_ping_pong_takes_longer_than_100_ms(make_pool, make_client, style, rounds):
@@ -155,6 +185,43 @@ def test_no_wake_up_is_lost_with_pauses_between_the_messages(make_pool, make_cli
         time.sleep(0.0001 * (i % 20))  # the pauses are what is tested
 
 
+@pytest.mark.parametrize("rounds", [30_000, pytest.param(400_000, marks=pytest.mark.slow)])
+def test_no_send_is_lost_while_the_worker_falls_asleep(make_pool, rounds):
+    """Defect 1, B11: between "nothing to do" and epoll_wait; nothing after it would wake the worker.
+
+    The first send wakes it; the second comes up to 50 microseconds later, when it may be about to sleep again.
+    """
+    pool = make_pool(handler(on_message=ignore), listen=None, workers=1)
+    client, theirs = socket.socketpair()  # TCP would hold the second byte back until the first is acknowledged
+    with client:
+        client.settimeout(patient(5))
+        sock = pool.addsocket(theirs)
+        dice = random.Random(11)
+        for _ in range(scaled(rounds, minimum=1000)):
+            moment = dice.randrange(1500)
+            sock.send(b"a")
+            for _ in range(moment):
+                pass
+            sock.send(b"b")
+            assert recv_exact(client, 2) == b"ab"
+
+
+@every_style
+@every_trigger
+def test_a_handler_that_blocks_after_a_long_silence_blocks_nobody_else(make_pool, make_client, style, trigger):
+    """B14, B16: after 50 ms without work nobody watches any more; the first job must wake the watcher."""
+    with Gate() as gate:
+        pool = serve(make_pool, style, blocking(gate), trigger=trigger, workers=2)
+        stuck, other = make_client(pool), make_client(pool)
+        round_trip(stuck, b"hello")
+        time.sleep(0.2)  # the silence is what is tested
+        stuck.sendall(b"block")
+        wait_until(lambda: gate.inside)
+        assert round_trip(other, b"hello") == b"hello"
+        gate.open()
+        assert recv_exact(stuck, 5) == b"block"
+
+
 def test_an_idle_pool_uses_no_cpu(make_pool, make_client):
     """B16: with connections, without traffic."""
     pool = make_pool(handler(on_message=echo), workers=8)
@@ -163,6 +230,170 @@ def test_an_idle_pool_uses_no_cpu(make_pool, make_client):
     cpu = process_cpu_seconds()
     time.sleep(0.5)  # a window to measure in, not a wait
     assert process_cpu_seconds() - cpu < (0.3 if SANITIZER else 0.05)
+
+
+@every_trigger
+def test_a_hundred_messages_of_one_peer_do_not_keep_another_waiting(make_pool, make_client, trigger):
+    """B13: they are there at once, cut into messages by req_len; the other's turn comes after some of them."""
+    order = []
+    with Gate() as gate:
+
+        def note(sock, data):
+            if data == b"hold":
+                gate.wait()
+            order.append(data)
+            until = time.perf_counter() + 2e-5  # a share is one of time
+            while time.perf_counter() < until:
+                pass
+
+        def ask(sock):
+            sock.recv_data.req_len = 4
+
+        pool = make_pool(handler(on_connect=ask, on_message=note), workers=1, trigger=trigger)
+        holder, first, second = (make_client(pool) for _ in range(3))
+        wait_until(lambda: len(pool.sockets()) == 3)
+        holder.sendall(b"hold")
+        wait_until(lambda: gate.inside)
+        first.sendall(b"many" * 500)
+        second.sendall(b"once")
+        gate.open()
+        wait_until(lambda: len(order) == 502)
+    assert order.index(b"once") < 100
+
+
+@every_trigger
+def test_early_replies_do_not_wait_for_late_handlers(make_pool, make_client, trigger):
+    """B13: twenty messages come in one batch, each takes a while; the first reply is out before the last is handled."""
+    done = []
+    with Gate() as gate:
+
+        def work(sock, data):
+            if data == b"hold":
+                gate.wait()
+            time.sleep(0.02)
+            sock.send(data)
+            done.append(data)
+
+        pool = make_pool(handler(on_message=work), workers=1, trigger=trigger)
+        holder, *clients = (make_client(pool) for _ in range(21))
+        wait_until(lambda: len(pool.sockets()) == 21)
+        holder.sendall(b"hold")
+        wait_until(lambda: gate.inside)
+        for client in clients:
+            client.sendall(b"work")
+        gate.open()
+        assert recv_exact(clients[0], 4) == b"work"
+        assert len(done) < 15
+        for client in clients[1:]:
+            assert recv_exact(client, 4) == b"work"
+
+
+@every_trigger
+def test_each_connection_of_a_slow_batch_is_finished_once(make_pool, make_client, trigger):
+    """S23: twenty peers leave at once, and the batch is looked at after each on_disconnect: nothing is closed twice."""
+    ended = []
+    with Gate() as gate:
+
+        def end(sock, reason):
+            time.sleep(0.001)
+            ended.append(sock)
+
+        pool = make_pool(
+            handler(on_message=lambda sock, data: gate.wait(), on_disconnect=end), workers=1, trigger=trigger
+        )
+        holder, *clients = (make_client(pool) for _ in range(21))
+        wait_until(lambda: len(pool.sockets()) == 21)
+        holder.sendall(b"hold")
+        wait_until(lambda: gate.inside)
+        for client in clients:
+            client.close()
+        gate.open()
+        wait_until(lambda: len(ended) == 20)
+    wait_until(lambda: pool.stats().closed >= 20)
+    assert len(set(ended)) == len(ended) == pool.stats().closed == 20
+    assert len(pool) == len(pool.sockets()) == 1
+    heirs = [make_client(pool) for _ in range(20)]
+    wait_until(lambda: len(pool) == len(pool.sockets()) == 1 + len(heirs))
+
+
+@every_trigger
+def test_a_flood_of_clients_does_not_keep_a_message_waiting(make_pool, make_client, trigger):
+    """B13: a hundred wait to be accepted; the message of one who is there comes after some of them."""
+    order = []
+    with Gate() as gate:
+
+        def note(sock, data):
+            if data == b"hold":
+                gate.wait()
+            order.append(data)
+
+        pool = make_pool(
+            handler(on_connect=lambda sock: order.append(b"connect"), on_message=note), workers=1, trigger=trigger
+        )
+        holder, speaker = make_client(pool), make_client(pool)
+        wait_until(lambda: len(pool.sockets()) == 2)
+        holder.sendall(b"hold")
+        wait_until(lambda: gate.inside)
+        for _ in range(100):
+            make_client(pool)
+        speaker.sendall(b"speak")
+        gate.open()
+        wait_until(lambda: len(order) == 104)
+    assert order.index(b"speak") < 50
+
+
+@every_trigger
+@pytest.mark.parametrize("what", ["need_send", "close"])
+def test_a_flood_of_input_does_not_keep_a_request_waiting(make_pool, make_client, trigger, what):
+    """S6, S27, B13: forty peers have sent what ten turns receive; another thread's request comes in between."""
+    order = []
+    with Gate() as gate:
+
+        def note(sock, data):
+            if data == b"hold":
+                gate.wait()
+            order.append("message")
+
+        def asked(sock, *reason):
+            order.append("asked")
+
+        pool = make_pool(handler(on_message=note, on_writable=asked, on_disconnect=asked), workers=1, trigger=trigger)
+        holder, target = make_client(pool), make_client(pool)
+        wait_until(lambda: len(pool.sockets()) == 2)
+        (sock,) = (sock for sock in pool.sockets() if sock.peer == target.getsockname())
+        fillers = [make_client(pool) for _ in range(40)]
+        wait_until(lambda: len(pool.sockets()) == 42)
+        holder.sendall(b"hold")
+        wait_until(lambda: gate.inside)
+        for filler in fillers:
+            filler.sendall(b"x" * 60_000)
+        assert pool.need_send(sock) if what == "need_send" else pool.closesocket(sock)
+        gate.open()
+        wait_until(lambda: order.count("message") > 40 and "asked" in order)
+    assert order.index("asked") < 25
+
+
+def voluntary_switches(name):
+    """How often the threads of that name have gone to sleep so far."""
+    total = 0
+    for thread in threading.enumerate():
+        if thread.name.startswith(name):
+            with open(f"/proc/self/task/{thread.native_id}/status") as status:
+                total += next(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
+    return total
+
+
+def test_an_idle_pool_makes_no_wake_ups(make_pool, make_client):
+    """B16: after a while nobody watches; not one of the workers wakes up in a quarter of a second."""
+    pool = make_pool(handler(on_message=echo), workers=4, name="sleeper")
+    round_trip(make_client(pool), b"x")
+
+    def asleep():
+        before = voluntary_switches("sleeper")
+        time.sleep(0.25)  # a window to measure in, not a wait
+        return voluntary_switches("sleeper") == before > 0
+
+    wait_until(asleep)
 
 
 def test_one_flood_does_not_starve_the_others(make_pool, make_client):

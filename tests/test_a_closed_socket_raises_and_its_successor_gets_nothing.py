@@ -1,6 +1,7 @@
 """S3, S8, S9, defects 6 and 9, B01, B02: identity of connections whose descriptor number is used again."""
 
 import contextlib
+import os
 import struct
 import threading
 
@@ -261,6 +262,26 @@ def test_events_that_are_left_over_for_a_connection_that_has_ended_are_dropped(m
         assert set(accepted[len(clients) :]) & set(accepted[42 : len(clients)])  # numbers were used again
         assert pool.stats().stale_events > 0
     assert got == {"victim": 0, "heir": len(heirs)}
+
+
+@every_trigger
+def test_a_duplicate_that_outlives_its_connection_makes_no_events(make_pool, make_client, trigger):
+    """Defect 9, B45: epoll forgets a descriptor with its last duplicate only, so the pool must take it out itself."""
+    pool = make_pool(handler(on_message=echo), trigger=trigger, workers=1)
+    client = make_client(pool)
+    round_trip(client, b"hello")
+    (sock,) = pool.sockets()
+    duplicate = os.dup(sock.sd)
+    try:
+        pool.closesocket(sock)
+        wait_until(lambda: len(pool) == 0)
+        client.sendall(b"to nobody")
+        client.close()
+        for _ in range(20):
+            assert round_trip(make_client(pool), b"hello") == b"hello"
+        assert pool.stats().stale_events == 0
+    finally:
+        os.close(duplicate)
 
 
 def test_the_table_finds_by_descriptor(make_pool, make_client):

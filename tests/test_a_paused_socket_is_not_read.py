@@ -2,10 +2,11 @@
 
 import socket
 import threading
+import time
 
 import pytest
 from contract_helpers import echo, every_style, every_trigger, handler, ignore, round_trip, serve
-from helpers import patient, process_cpu_seconds, recv_exact, wait_until
+from helpers import SANITIZER, patient, process_cpu_seconds, recv_exact, reset, wait_until
 
 
 def talk_to(client, rounds=20):
@@ -126,15 +127,18 @@ def test_data_and_fin_wait_for_resume(make_pool, make_client, trigger):
     """S26, B17: nothing is lost when the peer leaves meanwhile."""
     got, reasons = [], []
     pool = make_pool(
-        handler(on_message=lambda sock, data: got.append(data), on_disconnect=lambda s, reason: reasons.append(reason)),
+        handler(on_message=collector(got), on_disconnect=lambda s, reason: reasons.append(reason)),
         trigger=trigger,
         workers=1,
     )
     client = make_client(pool)
     (sock,) = wait_until(pool.sockets)
+    sock.user_data = "paused"
     sock.pause()
     client.sendall(b"last words")
     client.shutdown(socket.SHUT_WR)
+    talk_to(make_client(pool))
+    assert (got, reasons) == ([], [])
     sock.resume()
     wait_until(lambda: reasons)
     assert (b"".join(got), reasons) == (b"last words", [None])
@@ -151,3 +155,24 @@ def test_pause_and_resume_any_number_of_times(make_pool, make_client):
     assert round_trip(client, b"hello") == b"hello"
     sock.resume()
     assert round_trip(client, b"hello") == b"hello"
+
+
+@every_trigger
+def test_a_reset_while_paused_waits_quietly(make_pool, make_client, trigger):
+    """B16, B19: epoll reports an error whatever it was asked for; nobody spins on it, and resume() ends the socket."""
+    reasons = []
+    pool = make_pool(
+        handler(on_message=echo, on_disconnect=lambda sock, reason: reasons.append(type(reason))), trigger=trigger
+    )
+    client = make_client(pool)
+    round_trip(client, b"hello")
+    (sock,) = pool.sockets()
+    sock.pause()
+    reset(client)
+    round_trip(make_client(pool), b"the reset has been seen")
+    cpu = process_cpu_seconds()
+    time.sleep(0.3)  # a window to measure in, not a wait
+    assert process_cpu_seconds() - cpu < (0.25 if SANITIZER else 0.1)
+    sock.resume()
+    wait_until(lambda: reasons)
+    assert reasons == [ConnectionResetError]

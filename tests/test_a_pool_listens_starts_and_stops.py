@@ -311,6 +311,19 @@ def test_a_peer_that_never_reads_does_not_hold_stop_longer_than_its_time(make_po
     assert not pool.running
 
 
+def test_a_peer_that_never_reads_does_not_outlive_the_drain_of_a_stop_that_nobody_waits_for(make_pool, make_client):
+    """B41, B42: stop() inside a handler returns at once; the engine itself must cut off what is left after the time."""
+
+    def reply(sock, data):
+        sock.send(b"z" * (32 << 20))
+        pool.stop(0.2)
+
+    pool = make_pool(handler(on_message=reply), workers=2, name="draining")
+    make_client(pool).sendall(b"x")
+    # An ordinary close would give the peer 5 s.
+    wait_until(lambda: not any(thread.name.startswith("draining") for thread in threading.enumerate()), timeout=3)
+
+
 def test_serve_forever_ends_when_somebody_stops_the_pool(make_client):
     """Issue 2: serve_forever starts if needed and blocks until stop()."""
     pool = TstPool(handler(on_message=echo), workers=2)

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from contract_helpers import every_style, every_trigger, handler, ignore, replying, round_trip, serve
+from contract_helpers import every_style, every_trigger, handler, ignore, in_threads, replying, round_trip, serve
 from helpers import patient, scaled, wait_until
 
 from tstpool import ConnectionClosed, TstStat
@@ -108,6 +108,28 @@ def test_flush_returns_when_the_kernel_has_everything(make_pool):
         sock.flush(timeout=patient(20))
         reader.join(10)
         assert pool.stats().bytes_out == len(DATA[: 4 << 20])
+
+
+@every_trigger
+def test_threads_that_flush_at_once_send_each_byte_once(make_pool, make_client, trigger):
+    """DESIGN 3: four threads and the workers flush one queue: one of them at a time, or bytes go out twice."""
+    rounds, size, threads = scaled(40, minimum=10), 50_000, 4
+    pool = make_pool(handler(on_message=ignore), workers=2, trigger=trigger)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+
+    def speak(who):
+        for i in range(rounds):
+            sock.send(b"%d:%05d," % (who, i) * (size // 8))
+            sock.flush(patient(20))
+
+    total = threads * rounds * (size // 8) * 8
+    *_, received = in_threads(
+        *(lambda who=who: speak(who) for who in range(threads)), lambda: receive(client, total, 1 << 18)
+    )
+    calls = [bytes(received[i : i + size]) for i in range(0, total, size)]
+    assert sorted(calls) == sorted(b"%d:%05d," % (w, i) * (size // 8) for w in range(threads) for i in range(rounds))
+    assert pool.stats().bytes_out == total
 
 
 def test_flush_gives_up_after_its_timeout(make_pool):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from contract_helpers import ServerProcess, exchange, faults, is_open, round_trip
-from helpers import connect, patient, recv_exact, reset, scaled, wait_until
+from helpers import connect, patient, recv_exact, reset, run_python, scaled, wait_until
 
 SERVER = """
 pool = TstPool(Echo(), workers=2, trigger=os.environ.get("TRIGGER", "level"))
@@ -156,3 +156,33 @@ def test_sigpipe_at_its_default_does_not_kill(make_client):
         with connect(server.addr) as client:
             assert round_trip(client, b"hello") == b"hello"
         server.finish()
+
+
+SENDS_TO_NOBODY = """
+import signal, socket, time, tstpool
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+reasons = []
+
+class Late(tstpool.TstHandler):
+    def on_message(self, sock, data):
+        sock.user_data.close()
+        for _ in range(data[0]):  # each of them is a piece of its own in the queue
+            sock.send(b"x" * 5000)
+
+    def on_disconnect(self, sock, reason):
+        reasons.append(reason)
+
+with tstpool.TstPool(Late(), workers=1) as pool:
+    for pieces in (1, 3):
+        ours, theirs = socket.socketpair()
+        pool.addsocket(theirs, user_data=ours)
+        ours.send(bytes([pieces]))
+        while not reasons:
+            time.sleep(0.001)
+        print(pieces, type(reasons.pop()).__name__)
+"""
+
+
+def test_sigpipe_is_never_raised():
+    """B26: EPIPE, from send and from sendmsg. TCP mostly hides it behind ECONNRESET; a socketpair does not."""
+    assert run_python("-c", SENDS_TO_NOBODY).stdout == "1 BrokenPipeError\n3 BrokenPipeError\n"

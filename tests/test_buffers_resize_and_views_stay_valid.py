@@ -55,6 +55,20 @@ def test_growing_and_shrinking_keep_what_fits(open_socket, side):
 
 
 @pytest.mark.parametrize("side", ["recv_data", "send_data"])
+def test_a_new_buffer_is_zero_whatever_the_memory_held_before(make_pool, make_client, side):
+    """S18, S21: nothing of another life of the memory can reach a peer."""
+    pool = make_pool(handler(on_message=echo), max_recv_size=700, max_send_size=700)
+    make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    junk = [bytearray(b"\xff" * size) for size in (700, 900) for _ in range(100)]
+    del junk
+    data = getattr(sock, side)
+    assert bytes(data.s) == bytes(700)
+    data.resize(900)
+    assert bytes(data.s) == bytes(900)
+
+
+@pytest.mark.parametrize("side", ["recv_data", "send_data"])
 @pytest.mark.parametrize("wrong", [0, -1, 39])
 def test_a_size_that_is_too_small_is_a_value_error(open_socket, side, wrong):
     """S18, bad input: 0, negative, or less than what is asked for now."""

@@ -1,5 +1,6 @@
 """S11, S12, S16, S17, S31, S32, S33, defect 8: TstData and the transfers that it asks for."""
 
+import random
 import threading
 import time
 
@@ -103,6 +104,27 @@ def test_pieces_accumulate_up_to_req_len(make_pool, make_client, style, trigger,
         client.sendall(text[i : i + step])
         wait_until(lambda i=i: pool.stats().bytes_in == min(i + step, len(text)))  # the pool has met the end of it
     wait_until(lambda: len(calls) == rounds)
+    assert calls == [(text[i : i + size], size) for i in range(0, len(text), size)]
+
+
+@every_trigger
+def test_large_pieces_accumulate_in_place(make_pool, make_client, trigger):
+    """S16, defect 8: what is received straight into a large transfer; the EAGAIN after each piece never counts."""
+    calls, size = [], 200_000
+
+    def ask(sock):
+        sock.recv_data.req_len = size
+
+    def collect(sock, data):
+        calls.append((data, sock.recv_data.com_len))
+
+    pool = serve(make_pool, "handler", collect, on_connect=ask, trigger=trigger, max_recv_size=size, workers=2)
+    client = make_client(pool)
+    text = random.Random(16).randbytes(3 * size)
+    for i in range(0, len(text), 30_000):
+        client.sendall(text[i : i + 30_000])
+        wait_until(lambda i=i: pool.stats().bytes_in == min(i + 30_000, len(text)))
+    wait_until(lambda: len(calls) == 3)
     assert calls == [(text[i : i + size], size) for i in range(0, len(text), size)]
 
 
@@ -216,6 +238,51 @@ def test_a_handler_that_reads_nothing_is_called_again(make_pool, make_client, tr
     assert round_trip(make_client(pool), b"others") == b"others"
     read.set()
     assert recv_exact(client, 5) == b"hello"
+
+
+@pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
+def test_no_more_than_a_limit_is_read_ahead_for_a_handler_that_does_not_read(make_pool, make_client, trigger):
+    """S32: 256 KiB and what one more recv brings; TCP holds the rest back, and nothing of it is lost."""
+    waiting, reading, total = [0], threading.Event(), [0]
+
+    def lazy(sock):
+        waiting[0] = max(waiting[0], sock.recv_data.checked_len)
+        if reading.is_set():
+            total[0] += len(sock.read())
+
+    pool = make_pool(as_function_of(lazy), trigger=trigger, workers=1)
+    client = make_client(pool)
+    sent, size = threading.Event(), 16 << 20
+    sender = threading.Thread(target=lambda: (client.sendall(b"x" * size), sent.set()))
+    sender.start()
+    try:
+        wait_until(lambda: waiting[0] >= 1 << 18, timeout=3)
+        spins = pool.stats().spins
+        wait_until(lambda: pool.stats().spins > spins + 100)
+    finally:
+        reading.set()
+        sender.join(10)
+    wait_until(lambda: total[0] == size)
+    assert sent.is_set()
+    assert waiting[0] <= (256 + 64) << 10
+
+
+@pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
+def test_a_handler_may_wait_until_enough_is_there(make_pool, make_client, trigger):
+    """S29, S32: it looks at checked_len and leaves all unread until the message is whole."""
+    got = []
+
+    def patient_handler(sock):
+        if sock.recv_data.checked_len >= 10:
+            got.append(sock.read())
+
+    pool = make_pool(as_function_of(patient_handler), trigger=trigger, workers=2)
+    client = make_client(pool)
+    client.sendall(b"01234")
+    wait_until(lambda: pool.stats().spins > 10)
+    client.sendall(b"56789")
+    wait_until(lambda: got, timeout=3)
+    assert got == [b"0123456789"]
 
 
 def test_read_and_read_into(make_pool, make_client):

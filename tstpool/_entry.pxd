@@ -21,8 +21,8 @@ from tstpool._libc cimport (
     ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, fcntl, load32, load_pointer, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_drop_body, connection_flush,
-    connection_retire, connection_silence, flush_result, sys_control, sys_recv, sys_writable)
+    TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_drop_body, connection_flush, connection_retire,
+    connection_silence, flush_result, sys_control, sys_recv, sys_writable)
 from tstpool._queue cimport queue_append, queue_drop, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, entry_move, shard_ask, shard_drain_add,
@@ -420,8 +420,7 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     spin_lock(&connection.lock)
     if connection_is(connection, entry.generation):
         connection.want_room = want_room
-        if not pushed or connection.trigger != TRIGGER_ONESHOT:
-            broken = connection_arm(connection, want_input, &worker.stats) < 0
+        broken = connection_arm(connection, want_input, &worker.stats) < 0
         # A thread that appended while we owned the connection trusted us to send it.
         again = queue_size(&connection.out) != 0 and not connection.want_out and not connection.flushing
     spin_unlock(&connection.lock)
