@@ -170,6 +170,9 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         connection.hold_input = connection.call_writable = connection.ask_writable = False
     if pending & PEND_CONNECT:
         what |= DO_CONNECT
+        if pending & PEND_OUT and not connection.closing:      # asked for before on_connect: told after it
+            connection.ask_writable = True
+            connection_transfer(connection, now)
     else:
         if pending & PEND_OUT and not connection.closing:
             connection.ask_writable = True
@@ -182,7 +185,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             what |= DO_WRITABLE
         if what:
             # The handler is told first: it may ask for another transfer, and input must not go into the old one.
-            connection.readable |= arrived
+            connection.readable |= arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN != 0)
         else:
             take_input(connection, batch, worker,
                        arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN), now)
@@ -215,9 +218,9 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
     if connection.type == TYPE_LISTEN:
         accept_burst(engine, worker, shard, batch, connection, now)
         return
-    if connection.trigger == TRIGGER_ONESHOT:
+    if connection.trigger != TRIGGER_LEVEL:
         spin_lock(&connection.lock)
-        connection_fired(connection)
+        connection_fired(connection, events)
         spin_unlock(&connection.lock)
     if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
         connection_flush(connection, generation, True, connection.trigger != TRIGGER_ONESHOT, &worker.stats)
@@ -257,15 +260,16 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
     """Serves a connection that came from the stack of requests: flushes it at once, acquires it if anything else is
     wanted."""
     cdef uint64_t word = fetch_and64(&connection.state, ~<uint64_t>STATE_QUEUED, SEQ_CST)
+    cdef uint32_t generation = generation_of(word)     # the slot may be another connection's soon
     cdef uint64_t pending = 0
     if word & STATE_DEAD:
         connection_free(connection, &worker.stats)
         return
-    connection_flush(connection, generation_of(word), False, True, &worker.stats)
+    connection_flush(connection, generation, False, True, &worker.stats)
     word = load64(&connection.state, ACQUIRE)
     if not word & PEND_ANY and not load32(&connection.out_error, RELAXED):
         return
-    if connection_acquire(connection, generation_of(word), &pending) != ACQUIRED:
+    if connection_acquire(connection, generation, &pending) != ACQUIRED:
         return                 # its owner sees the pending bits when it releases
     if connection.type == TYPE_LISTEN:
         listener_request(worker, shard, connection, pending)

@@ -319,7 +319,7 @@ cdef inline bint word_is(uint64_t word, uint32_t generation) noexcept nogil:
 cdef inline bint output_is_left(tst_connection *connection, uint64_t word) noexcept nogil:
     """Nobody is on the way to send what was just queued. Lock held; `word`: the state as it was read under it.
 
-    An owner that is not DETACHED releases, then takes the lock and looks at the queue: it comes after us, or we would
+    An owner that is not DETACHED releases, and then looks at the queue, under the lock: it comes after us, or we would
     have seen it gone.
     """
     return not connection.want_out and not connection.flushing and word & (STATE_OWNED | STATE_DETACHED) != STATE_OWNED

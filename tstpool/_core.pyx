@@ -18,9 +18,9 @@ from libc.string cimport memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
-    TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
-    generation_of, table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_notified)
+    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED,
+    STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is,
+    connection_mark, generation_of, table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
@@ -2116,11 +2116,11 @@ cdef class Worker:
         self.batch = batch
         if left != NULL:
             self.worker.left = NULL
-            self.run_one(left)
+            self.run_one(shard, left)
             if not token_held(shard, self.worker.no):
                 return 0
         for i in range(batch.n_entries):
-            if not self.run_one(&batch.entries[i]):
+            if not self.run_one(shard, &batch.entries[i]):
                 continue
             if not token_held(shard, self.worker.no):
                 return 0
@@ -2130,10 +2130,13 @@ cdef class Worker:
                 self.worker.clock = flushed = tick_now(&self.worker.ticks)
         return 0
 
-    cdef bint run_one(self, tst_entry *entry) except -1:
+    cdef bint run_one(self, tst_shard *shard, tst_entry *entry) except -1:
         """False: another thread runs the entry, or has run it, or it has nothing to be run."""
         if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
             return False
+        if not token_held(shard, self.worker.no):
+            # Who took the shard over may have looked at the entry before it was RUNNING (batch_detach).
+            connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
         try:
             self.run_entry(entry)
         finally:

@@ -415,9 +415,10 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
         return
     pending = entry_left_over(worker, connection, entry.generation, now)
     want_input = connection_wants_input(connection) and not connection_input_full(connection)
-    want_room = connection.ask_writable
+    # Another thread may be the one that sends the last of the output, and it tells nobody: EPOLLOUT will.
+    want_room = connection.ask_writable or (pending == 0 and (connection.call_writable or connection.closing))
+    spin_lock(&connection.lock)            # before the release: the next owner must find what we leave, not undo it
     pushed = connection_release(connection, pending)
-    spin_lock(&connection.lock)
     if connection_is(connection, entry.generation):
         connection.want_room = want_room
         broken = connection_arm(connection, want_input, &worker.stats) < 0

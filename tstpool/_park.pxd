@@ -203,6 +203,8 @@ cdef inline int engine_park(tst_engine *engine, tst_worker *worker, tst_shard **
                 break
         else:
             wait_until(engine, &engine.standby, idle_at)
+    if engine.watcher == -1:
+        pthread_cond_signal(&engine.standby)   # we may have been woken to watch, and leave for another reason
     pthread_mutex_unlock(&engine.mutex)
     worker_waited(engine, worker, clock_now())
     return result

@@ -32,11 +32,11 @@ from tstpool._conn cimport (
     PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, connection_id, connection_is, generation_of, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET,
-    SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait, iovec, load32,
-    load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
-    write)
+    ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    SOL_SOCKET, SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait,
+    iovec, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32,
+    store64, sub32, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
     QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_settle, queue_size, shared_leave)
@@ -194,10 +194,13 @@ cdef inline int connection_silence(tst_connection *connection, tst_stats *stats)
     return connection_control(connection, mask, stats)
 
 
-cdef inline void connection_fired(tst_connection *connection) noexcept nogil:
-    """An event came under ONESHOT: the kernel has disabled the descriptor by itself. Lock held."""
+cdef inline void connection_fired(tst_connection *connection, uint32_t events) noexcept nogil:
+    """An event came. Under ONESHOT the kernel has disabled the descriptor by itself; under EDGE the edge is used up, and
+    only MOD brings another one while the socket stays writable. Lock held."""
     if connection.armed & EPOLLONESHOT:
         connection.armed = EPOLLONESHOT
+    elif connection.trigger == TRIGGER_EDGE:
+        connection.armed &= ~(events & EPOLLOUT)
 
 
 # ------------------------------------------------------------------------------------------------- output
@@ -292,6 +295,7 @@ cdef inline void connection_drop_body(tst_connection *connection) noexcept nogil
         shared_leave(connection.body, connection.out.stock)
         connection.body = NULL
 
+
 cdef inline void connection_free(tst_connection *connection, tst_stats *stats) noexcept nogil:
     """Frees the slot and closes the descriptor, once the last of {owner, flusher, request queue} has let go.
 
@@ -299,13 +303,18 @@ cdef inline void connection_free(tst_connection *connection, tst_stats *stats) n
     requests calls it again. The shard's count goes down last of all: a shard may end when it is 0.
     """
     cdef uint64_t word = load64(&connection.state, ACQUIRE)
-    cdef uint64_t dead
+    cdef uint64_t closed
     cdef int fd = connection.fd
     cdef uint32_t *shard_open = connection.shard_open
-    while word & STATE_QUEUED:
-        dead = (word & ~<uint64_t>(STATE_OPEN | PEND_ANY)) | STATE_DEAD
-        if compare_exchange64(&connection.state, &word, dead, True, ACQ_REL, ACQUIRE):
-            return
+    while True:
+        # With OPEN goes the right to ask: nobody can push it any more between this look for QUEUED and the end.
+        closed = word & ~<uint64_t>(STATE_OPEN | PEND_ANY)
+        if word & STATE_QUEUED:
+            closed |= STATE_DEAD
+        if compare_exchange64(&connection.state, &word, closed, True, SEQ_CST, ACQUIRE):
+            break
+    if word & STATE_QUEUED:
+        return
     spin_lock(&connection.lock)
     queue_drop(&connection.out)
     input_free(&connection.input)

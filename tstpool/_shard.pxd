@@ -284,7 +284,7 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
 cdef inline bint entry_move(tst_entry *entry, uint32_t old, uint32_t fresh) noexcept nogil:
     if load32(&entry.state, SEQ_CST) != old:
         return False
-    return compare_exchange32(&entry.state, &old, fresh, False, ACQ_REL, ACQUIRE)
+    return compare_exchange32(&entry.state, &old, fresh, False, SEQ_CST, ACQUIRE)
 
 
 cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil:
@@ -294,7 +294,7 @@ cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil
     cdef tst_entry *entry
     for i in range(batch.n_entries):
         entry = &batch.entries[i]
-        if load32(&entry.state, ACQUIRE) == ENTRY_RUNNING:
+        if load32(&entry.state, SEQ_CST) == ENTRY_RUNNING:
             if connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation):
                 connection_flush(entry.connection, entry.generation, False, True, stats)
 

@@ -627,7 +627,7 @@ cdef class Connection:
         return result
 
     def fired(self):
-        connection_fired(self.connection)
+        connection_fired(self.connection, 0)
 
     def retire(self):
         """The owner lets go for ever; the descriptor is closed unless a flusher or a request still has it."""
