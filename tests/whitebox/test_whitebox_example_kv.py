@@ -359,7 +359,8 @@ def test_one_request_with_a_reply_without_measure_ends_the_connection(kv):
 def test_a_client_that_takes_nothing_more_is_closed_and_what_it_asked_is_done(kv):
     client = kv.Client(server := kv.Server())
     client.refuses = True
-    assert client.feed(array(b"SET", b"a", b"1") + array(b"GET", b"a")) == kv.CLOSE
+    large = array(b"ECHO", b"x" * 100_000)  # does not wait for the end of the chunk
+    assert client.feed(array(b"SET", b"a", b"0") + large + array(b"SET", b"a", b"1")) == kv.CLOSE
     assert client.feed(array(b"SET", b"a", b"2")) == kv.CLOSE  # nothing is run any more
     other = kv.Client(server)
     assert other.feed(array(b"GET", b"a")) == kv.MORE
