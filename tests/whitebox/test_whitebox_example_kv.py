@@ -73,6 +73,8 @@ def test_an_integer_and_its_text_say_the_same(kv, number):
         (rb"h\*llo", b"hello", False),
         (rb"h[\]]llo", b"h]llo", True),
         (b"h[ab", b"ha", True),
+        (rb"[\1", b"1", True),
+        (rb"[\1", b"\\", False),
         (b"", b"", True),
         (b"**", b"", False),
         (b"a*", b"a", True),
@@ -157,6 +159,19 @@ def test_growing_moves_few_entries_at_a_time_and_ends_before_the_next_growth(kv)
     while table.growing:
         assert table.set(b"more", b"x")
     assert all(table.get(key) == b"x" for key in keys)
+
+
+def test_keys_removed_while_the_table_grows_hide_no_others(kv):
+    table, keys = kv.Table(), []
+    while not (table.growing and table.capacity == 2048):  # all of them are still in the old slots, most in a row
+        keys.append(b"%d" % len(keys))
+        assert table.set(keys[-1], b"x")
+    random.Random(1).shuffle(keys)
+    while keys:
+        assert table.remove(keys.pop())
+        assert table.growing
+        assert all(table.get(key) == b"x" for key in keys)
+    assert len(table) == 0 and table.items() == []
 
 
 def test_used_memory_is_counted_to_the_byte_and_all_of_it_comes_back(kv):
@@ -359,7 +374,8 @@ def test_one_request_with_a_reply_without_measure_ends_the_connection(kv):
 def test_a_client_that_takes_nothing_more_is_closed_and_what_it_asked_is_done(kv):
     client = kv.Client(server := kv.Server())
     client.refuses = True
-    assert client.feed(array(b"SET", b"a", b"1") + array(b"GET", b"a")) == kv.CLOSE
+    large = array(b"ECHO", b"x" * 100_000)  # does not wait for the end of the chunk
+    assert client.feed(array(b"SET", b"a", b"0") + large + array(b"SET", b"a", b"1")) == kv.CLOSE
     assert client.feed(array(b"SET", b"a", b"2")) == kv.CLOSE  # nothing is run any more
     other = kv.Client(server)
     assert other.feed(array(b"GET", b"a")) == kv.MORE

@@ -2,7 +2,7 @@
 """Replies, written into one buffer, which goes to the client when a chunk of requests is done, or when it is full.
 
 A reply that is longer than the buffer goes to the client from where it lies. So nothing here grows, and nothing fails
-but the client: once it takes no more (`broken`), what is written is dropped.
+but the client: once it takes no more (`gone`, `too_much`), what is written is dropped.
 
 They are RESP2. A client that asks for RESP3 (HELLO 3, which some libraries insist on) gets that for the few kinds of
 reply in which it differs: null, map, set, and text for people.
@@ -28,8 +28,9 @@ cdef struct kv_reply:
     kv_send send
     void *client               # borrowed for one chunk of requests
     size_t waiting             # bytes that wait for the client, as of the last send
-    size_t waiting_most        # more, and the client is broken
-    bint broken
+    size_t waiting_most
+    bint too_much              # more than that would wait: the client is to be closed
+    bint gone                  # the client takes nothing more; what it has sent is run all the same
     bint resp3                 # the client has asked for it
 
 
@@ -50,20 +51,19 @@ cdef inline void reply_begin(kv_reply *reply, kv_send send, void *client, bint r
     reply.size = reply.waiting = 0
     reply.send = send
     reply.client = client
-    reply.broken = False
+    reply.too_much = reply.gone = False
     reply.resp3 = resp3
 
 
 cdef inline void reply_pass(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
     """Hands bytes to the client."""
     cdef ssize_t waiting
-    if reply.broken:
+    if reply.too_much or reply.gone:
         return
     waiting = reply.send(reply.client, bytes, size)
-    if waiting < 0 or <size_t>waiting > reply.waiting_most:
-        reply.broken = True
-    else:
-        reply.waiting = <size_t>waiting
+    reply.gone = waiting < 0
+    reply.waiting = 0 if reply.gone else <size_t>waiting
+    reply.too_much = reply.waiting > reply.waiting_most
 
 
 cdef inline void reply_flush(kv_reply *reply) noexcept nogil:

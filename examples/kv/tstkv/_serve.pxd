@@ -172,7 +172,7 @@ cdef inline int run(kv_server *server, kv_client *client, const char *bytes, siz
         result = dispatch(&call) if client.request.n else CALL_DONE
         request_reset(&client.request)
         done[0] += used
-        if kv_rarely(result == CALL_CLOSE or server.reply.broken):
+        if kv_rarely(result == CALL_CLOSE or server.reply.too_much):
             return SERVE_CLOSE
     return SERVE_MORE
 
@@ -200,7 +200,7 @@ cdef inline int run_chunk(kv_server *server, kv_client *client, const char *byte
 cdef inline int finish(kv_server *server, kv_client *client, int outcome) noexcept nogil:
     """Ends a chunk: sends its replies. Returns SERVE_*."""
     reply_flush(&server.reply)
-    if server.reply.broken or not client_account(server, client):
+    if server.reply.gone or server.reply.too_much or not client_account(server, client):
         outcome = SERVE_CLOSE
     elif outcome == SERVE_MORE and server.reply.waiting >= server.limits.output_pause:
         outcome = SERVE_PAUSED
