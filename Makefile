@@ -34,13 +34,14 @@ install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
-.PHONY: help build demo test test-slow debug asan tsan werror cov lint format bench bench-full bench-check wheel clean distclean
+.PHONY: help build demo test test-slow model debug asan tsan werror cov lint format bench bench-full bench-check wheel clean distclean
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
 	@echo "make test       build and run the tests (ARGS=... goes to pytest)"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make build      build only"
+	@echo "make model      searches the models of the hand-over (needs spin)"
 	@echo "make debug      the tests with the engine's invariants checked"
 	@echo "make asan       the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the tests under ThreadSanitizer"
@@ -81,6 +82,9 @@ debug asan tsan werror: $(BUILT)
 
 cov: $(VENV)/.extra-cov
 	bash .ci/flavour $@ $(VENV) $(ARGS)
+
+model:
+	$(PYTHON) tests/model/run.py $(ARGS)
 
 lint: $(VENV)/.extra-lint
 	$(BIN)/ruff check .

@@ -195,8 +195,8 @@ cdef inline int connection_silence(tst_connection *connection, tst_stats *stats)
 
 
 cdef inline void connection_fired(tst_connection *connection, uint32_t events) noexcept nogil:
-    """An event came. Under ONESHOT the kernel has disabled the descriptor by itself; under EDGE the edge is used up, and
-    only MOD brings another one while the socket stays writable. Lock held."""
+    """An event came. Under ONESHOT the kernel has disabled the descriptor by itself; under EDGE the edge is used up,
+    and only MOD brings another one while the socket stays writable. Lock held."""
     if connection.armed & EPOLLONESHOT:
         connection.armed = EPOLLONESHOT
     elif connection.trigger == TRIGGER_EDGE:

@@ -13,8 +13,9 @@
  *   next     the kernel gives the descriptor's number to another connection as soon as it is closed
  *   judge    looks at what is left when nobody can do anything any more
  *
- * -DLEVEL, -DONESHOT or -DEDGE: the trigger. -DNEW: the connection is new (addsocket) and nobody is stuck. -DFOREVER: the stuck
- * handler never returns. -DOPS=n: how many things the thread does. -DBUG_x: a fault that the judge, or an assertion, must find.
+ * -DLEVEL, -DONESHOT or -DEDGE: the trigger. -DNEW: the connection is new (addsocket) and nobody is stuck. -DFOREVER:
+ * the stuck handler never returns. -DOPS=n: how many things the thread does. -DBUG_x: a fault that the judge, or an
+ * assertion, must find.
  */
 #if !defined(LEVEL) && !defined(ONESHOT) && !defined(EDGE)
 #define LEVEL
@@ -313,7 +314,8 @@ inline entry_left_over() {
         pend = 0;
         if
         :: closing ->
-            if :: unsent == 0 && drained -> pend = P_CLOSE :: else -> skip fi  /* shard_drain_add: 5 s are for ever here */
+            /* shard_drain_add: 5 s are for ever here */
+            if :: unsent == 0 && drained -> pend = P_CLOSE :: else -> skip fi
         :: else ->
             if
             :: cut -> pend = P_IN          /* message_ready */
@@ -345,11 +347,7 @@ inline entry_finish_arm() {
     if
     :: is_ours ->
         want_room = room;
-#ifdef ONESHOT
-        if :: !push -> connection_arm(want_in) :: else fi;
-#else
         connection_arm(want_in);
-#endif
 #ifdef BUG_NO_SECOND_LOOK_AT_THE_QUEUE
         again = false
 #else
@@ -367,9 +365,9 @@ inline entry_finish(retires) {
         atomic {
             want_in = wants_input;
 #ifdef BUG_SENT_BY_ANOTHER
-            room = ask_writable            /* as the code had it: nobody tells the owner that the rest has been sent */
+            room = ask_writable            /* nobody tells the owner that the rest has been sent */
 #else
-            room = ask_writable || call_writable || closing
+            room = ask_writable || (pend == 0 && (call_writable || closing))
 #endif
         };
 #ifdef BUG_RELEASE_BEFORE_THE_LOCK

@@ -89,7 +89,10 @@ end_stuck:
 }
 
 inline entry_finish(c) {
-    atomic { assert(owned[c] && in_handler[c] == 0 && ran[c] == 1 && finished[c] == 0); finished[c]++; owned[c] = false }
+    atomic {
+        assert(owned[c] && in_handler[c] == 0 && ran[c] == 1 && finished[c] == 0);
+        finished[c]++; owned[c] = false
+    }
 }
 
 inline batch_finish(b) {
