@@ -4,18 +4,18 @@
 An entry whose handler is compiled is run and finished here at once, while what was received is in the processor's
 cache; the others wait until all are there, for one attachment to the interpreter.
 """
-from libc.errno cimport EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM
+from libc.errno cimport EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EUSERS
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    ACQUIRED, GONE, PEND_ANY, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DEAD, STATE_OWNED, STATE_QUEUED,
-    connection_acquire, connection_is, connection_release, generation_of, slot_of, table_open, table_slot,
-    tst_connection)
+    ACQUIRED, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, PEND_TIMER, STATE_DEAD,
+    STATE_OWNED, STATE_QUEUED, TYPE_LISTEN, TYPE_SUB, connection_acquire, connection_is, connection_release,
+    generation_of, slot_of, table_open, table_slot, tst_connection)
 from tstpool._data cimport input_keep
 from tstpool._entry cimport (
-    TYPE_LISTEN, TYPE_SUB, connection_begin_close, connection_break, connection_due, connection_has_room,
-    connection_sent, connection_transfer, connection_wants_body, take_input)
+    connection_begin_close, connection_break, connection_due, connection_expire, connection_has_room,
+    connection_is_aborted, connection_linger, connection_sent, connection_transfer, connection_wants_body, take_input)
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
     fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer)
@@ -25,9 +25,10 @@ from tstpool._poll cimport (
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
-    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_WRITABLE, SCRATCH_FULL, batch_add, shard_ask, shard_push, tst_batch,
-    tst_engine, tst_entry, tst_shard, tst_worker)
+    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, SCRATCH_FULL, batch_add, shard_ask, shard_push,
+    tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
+from tstpool._timer cimport connection_deadline, tick_before, tick_of
 
 cdef enum:
     ACCEPTS_PER_TURN = 16                  # so that a flood of clients does not starve the clients that are there
@@ -66,6 +67,35 @@ cdef inline void keep_peer(tst_connection *connection, sockaddr_storage *address
         memcpy(connection.peer.bytes, <char *>address + sizeof(connection.peer.family), sizeof(connection.peer.bytes))
 
 
+cdef inline bint engine_is_full(tst_engine *engine) noexcept nogil:
+    """There are as many connections as there may be."""
+    cdef int i
+    cdef uint64_t n = 0
+    if engine.max_connections == 0:
+        return False
+    for i in range(engine.n_shards):
+        n += load32(&engine.shards[i].open, RELAXED)
+    return n >= <uint64_t>engine.max_connections + load32(&engine.n_listeners, RELAXED)
+
+
+cdef inline void accept_excess(tst_worker *worker, tst_connection *listener) noexcept nogil:
+    """Takes one connection from the backlog and closes it."""
+    cdef sockaddr_storage address
+    cdef socklen_t size = sizeof(address)
+    cdef int fd = sys_accept(listener.fd, <sockaddr *>&address, &size)
+    if fd >= 0:
+        close(fd)
+        count(&worker.stats.rejected, 1)
+
+
+cdef inline void accept_pause(tst_worker *worker, tst_shard *shard, int reason, uint64_t now) noexcept nogil:
+    """No more for a while."""
+    shard.accept_again = now + ACCEPT_PAUSE
+    worker.accept_errno = reason
+    count(&worker.stats.accept_pauses, 1)
+    listeners_silence(shard)
+
+
 cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                               tst_connection *listener, uint64_t now) noexcept nogil:
     cdef sockaddr_storage address
@@ -77,6 +107,13 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
     for _n in range(ACCEPTS_PER_TURN):
         if batch.n_entries == BATCH_ENTRIES:
             return
+        if engine_is_full(engine):
+            if engine.close_excess:
+                accept_excess(worker, listener)
+                continue
+            shard.full = True
+            accept_pause(worker, shard, EUSERS, now)
+            return
         size = sizeof(address)
         address.ss_family = 0
         fd = sys_accept(listener.fd, <sockaddr *>&address, &size)
@@ -84,12 +121,11 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
             return
         if fd < 0:
             count(&worker.stats.accept_errors, 1)
-            worker.accept_errno = -fd
+            worker.accept_errno = -fd      # to be logged
             failures += 1
             # That client is gone (ECONNABORTED ...), and the next one is not; unless it goes on like that.
             if (fd == -EMFILE or fd == -ENFILE or fd == -ENOBUFS or fd == -ENOMEM or failures == ACCEPTS_PER_TURN):
-                shard.accept_again = now + ACCEPT_PAUSE
-                listeners_silence(shard)
+                accept_pause(worker, shard, -fd, now)
                 return
             continue
         home = engine_least_loaded(engine)
@@ -105,6 +141,8 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
             sys_prepare(fd)
         connection_settle_in(connection, engine, home, TYPE_SUB)
         store_pointer(<void **>&connection.framing, <void *>listener.framing, RELEASE)
+        connection.limits = listener.limits
+        connection.active_tick = tick_of(now)
         if home == shard:
             batch_add(batch, connection, DO_CONNECT)
         else:
@@ -117,19 +155,31 @@ cdef inline void listeners_silence(tst_shard *shard) noexcept nogil:
         spin_lock(&listener.lock)
         connection_silence(listener, NULL)
         spin_unlock(&listener.lock)
-        listener = listener.drain_next
+        listener = listener.timer_next
 
 
-cdef inline void listeners_resume(tst_shard *shard, uint64_t now) noexcept nogil:
+cdef inline bint accepting_may_resume(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
+    """A pause is over: its time, or, when there were too many connections, because one has gone."""
+    if shard.accept_again == 0:
+        return False
+    if shard.full:
+        return not engine_is_full(engine)
+    return now >= shard.accept_again
+
+
+cdef inline void listeners_resume(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
     cdef tst_connection *listener = shard.listeners
-    if shard.accept_again == 0 or now < shard.accept_again:
+    if not accepting_may_resume(engine, shard, now):
+        if shard.full and now >= shard.accept_again:
+            shard.accept_again = now + ACCEPT_PAUSE    # look again: who goes in another shard does not wake this one
         return
+    shard.full = False
     shard.accept_again = 0
     while listener != NULL:
         spin_lock(&listener.lock)
         connection_arm(listener, True, NULL)
         spin_unlock(&listener.lock)
-        listener = listener.drain_next
+        listener = listener.timer_next
 
 
 cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_connection *listener,
@@ -138,13 +188,13 @@ cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_conn
     cdef tst_connection **place = &shard.listeners
     if pending & PEND_CLOSE or shard.draining:
         while place[0] != NULL and place[0] != listener:
-            place = &place[0].drain_next
+            place = &place[0].timer_next
         if place[0] == listener:
-            place[0] = listener.drain_next
+            place[0] = listener.timer_next
         connection_retire(listener, &worker.stats)
         return
     if pending & PEND_CONNECT:
-        listener.drain_next = shard.listeners
+        listener.timer_next = shard.listeners
         shard.listeners = listener
     connection_release(listener, 0)
     if shard.accept_again == 0:
@@ -163,7 +213,14 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
     cdef size_t scratch_used = batch.scratch_used
     cdef uint32_t what = 0
     cdef bint arrived = events & (input_mask() | EPOLLERR | EPOLLHUP) != 0
+    if connection.lingering:
+        collect_lingering(shard, batch, connection, pending, arrived or pending & PEND_IN != 0, now)
+        return
     store32(&connection.events, events, RELAXED)
+    if pending & PEND_ARM:
+        connection.active_tick = tick_of(now)      # while it was paused the peer was not to blame
+    if pending & PEND_TIMER:
+        connection_expire(worker, connection, now)
     if pending & PEND_CLOSE or (shard.draining and pending & PEND_CONNECT):
         connection_begin_close(connection)
     if load32(&connection.out_error, RELAXED):
@@ -177,7 +234,8 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         if pending & PEND_OUT and not connection.closing:
             connection.ask_writable = True
             connection_transfer(connection, now)
-            connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, &worker.stats)
+            connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now,
+                             &worker.stats)
         if connection.ask_writable and connection_has_room(connection):
             connection.ask_writable = False
             what |= DO_WRITABLE
@@ -198,6 +256,23 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
     entry = batch_add(batch, connection, what)
     if what == 0 or (entry.compiled and entry_run_compiled(engine, worker, shard, batch, entry)):
         batch.scratch_used = scratch_used      # nothing that is still needed lies there
+
+
+cdef inline void collect_lingering(tst_shard *shard, tst_batch *batch, tst_connection *connection, uint64_t pending,
+                                   bint arrived, uint64_t now) noexcept nogil:
+    """A connection that its handler is through with: only what the peer still sends is left."""
+    cdef uint32_t due = 0
+    cdef bint over = pending & PEND_CLOSE != 0 and (shard.aborted or connection_is_aborted(connection))
+    cdef tst_entry *entry
+    if arrived and not connection_linger(connection, batch, now):
+        over = True
+    if pending & PEND_TIMER:
+        connection.has_timer = False
+        connection_deadline(connection, False, True, &due)
+        over = over or not tick_before(tick_of(now), due)
+    entry = batch_add(batch, connection, 0)
+    if over:
+        entry.what = DO_RETIRE
 
 
 cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
@@ -223,7 +298,7 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
         connection_fired(connection, events)
         spin_unlock(&connection.lock)
     if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
-        connection_flush(connection, generation, True, connection.trigger != TRIGGER_ONESHOT, &worker.stats)
+        connection_flush(connection, generation, True, connection.trigger != TRIGGER_ONESHOT, now, &worker.stats)
     while True:
         got = connection_acquire(connection, generation, &pending)
         if got == ACQUIRED:
@@ -262,13 +337,14 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
     cdef uint64_t word = fetch_and64(&connection.state, ~<uint64_t>STATE_QUEUED, SEQ_CST)
     cdef uint32_t generation = generation_of(word)     # the slot may be another connection's soon
     cdef uint64_t pending = 0
+    cdef int waiting
     if word & STATE_DEAD:
         connection_free(connection, &worker.stats)
         return
-    connection_flush(connection, generation, False, True, &worker.stats)
+    waiting = connection_flush(connection, generation, False, True, now, &worker.stats)
     word = load64(&connection.state, ACQUIRE)
-    if not word & PEND_ANY and not load32(&connection.out_error, RELAXED):
-        return
+    if not word & PEND_ANY and waiting == 0:
+        return                 # else its owner is to see to a deadline for the rest, or to its end
     if connection_acquire(connection, generation, &pending) != ACQUIRED:
         return                 # its owner sees the pending bits when it releases
     if connection.type == TYPE_LISTEN:

@@ -28,7 +28,7 @@ connection of another generation:
     PAUSED      the user wants no input for now
     QUEUED      the connection is in its shard's stack of requests
     DETACHED    its owner is stuck in a handler and has lost its shard: output can't wait for it
-    PEND_*      what to do with it as soon as somebody can own it: CONNECT, IN, OUT, CLOSE, ARM
+    PEND_*      what to do with it as soon as somebody can own it: CONNECT, IN, OUT, CLOSE, ARM, TIMER
     DEAD        retired while QUEUED: whoever takes it from the stack frees it
 
 **Who may touch what.** Each field says which of three rules holds for it: `atomic`; `locked` (only with
@@ -62,7 +62,8 @@ cdef enum:
     PEND_OUT = 0x400
     PEND_CLOSE = 0x800
     PEND_ARM = 0x1000
-    PEND_ANY = 0x1f00
+    PEND_TIMER = 0x2000
+    PEND_ANY = 0x3f00
 
 cdef enum:
     FRAME_WHOLE = 8191         # bytes up to which a message and its header are queued in one step, in one piece
@@ -70,6 +71,24 @@ cdef enum:
 cdef enum:
     TABLE_CHUNK = 256          # connections in one chunk
     TABLE_CHUNKS = 8192        # 2,097,152 descriptors: twice the usual fs.nr_open
+
+
+cdef enum:
+    TYPE_SUB = 0
+    TYPE_LISTEN = 2
+
+cdef enum:
+    NO_TIMER = 0xffffffff      # timer_slot of a connection that is in no wheel
+
+
+# How long a connection may be without something, in ticks of _timer.pxd; 0: for ever.
+cdef struct tst_limits:
+    uint32_t first_byte
+    uint32_t message
+    uint32_t idle
+    uint32_t write
+    uint32_t linger
+    tst_limits *next           # owned: all that a pool ever made
 
 
 # What the engine knows of a compiled handler (TstNogilHandler): functions that are called without the interpreter.
@@ -99,7 +118,7 @@ cdef struct tst_connection:
     tst_connection *next_request   # owned by the stack of requests, while QUEUED
     void *shard                # borrowed; fixed while OPEN
     uint32_t *shard_open       # borrowed, atomic: the shard's count of descriptors that are not closed yet
-    uint8_t type               # TstSockType; fixed while OPEN
+    uint8_t type               # TYPE_*, or another TstSockType; fixed while OPEN
     uint8_t trigger            # TRIGGER_*; fixed while OPEN
 
     uint8_t registered         # locked: epoll knows the descriptor
@@ -109,6 +128,7 @@ cdef struct tst_connection:
     uint8_t out_closed         # locked: no more output is accepted
     uint8_t out_drop           # locked: the flusher is to forget what is left
     uint8_t retired            # locked: the owner has let go for ever
+    uint8_t aborted            # locked: the peer is to get a reset
     uint32_t out_error         # atomic, written locked: errno of the send that failed
     uint32_t armed             # locked: the event mask that the kernel holds
     tst_queue out              # locked
@@ -126,6 +146,15 @@ cdef struct tst_connection:
     uint8_t too_large          # owner: the peer has announced, or sent, more than a message may have
     uint8_t has_read           # owner: the handler took some input with read() in this call
     uint8_t passed_on          # owner: the compiled handler has passed on what is at hand: it is Python's
+    uint8_t heard              # owner: something has arrived
+    uint8_t bulky              # owner: much arrived at once when something arrived last
+    uint8_t unfinished         # owner: a message has begun to arrive, at since_tick
+    uint8_t close_noted        # owner: since_tick is when closing began
+    uint8_t lingering          # owner: it is closed, and what still arrives is dropped
+    uint8_t has_timer          # owner: it is in the wheel, or the wheel has asked for it
+    uint32_t active_tick       # owner: when something arrived last, or a handler returned
+    uint32_t since_tick        # owner: when the unfinished message began, or the closing, or the lingering
+    uint32_t output_tick       # atomic, written locked: when the kernel took output last, or began not to
     uint32_t rebind            # atomic: sock.handler was assigned; the owner is to look it up anew
     int reason                 # owner: errno that ended it, 0 for a clean end
     const tst_compiled *compiled   # owner; borrowed from a Binding. NULL: its handler is Python's alone
@@ -144,10 +173,11 @@ cdef struct tst_connection:
     tst_data *send             # the same
     PyObject *sock             # owned reference to the TstSocket, while OPEN; locked
 
-    tst_connection *drain_next     # the shard's list of closing connections, guarded by its mutex
-    tst_connection *drain_previous
-    uint64_t drain_until           # monotonic nanoseconds; 0: not in the list
-    uint64_t drain_sent            # out.sent when it was entered, to see progress
+    const tst_limits *limits       # borrowed from the engine; fixed while OPEN
+    tst_connection *timer_next     # a slot of the shard's wheel, guarded by its mutex; of a listener: the next listener
+    tst_connection *timer_previous
+    uint32_t timer_due             # written by the owner with the mutex held
+    uint32_t timer_slot            # guarded by the mutex; NO_TIMER
     tst_address peer           # fixed while OPEN
 
 
@@ -225,6 +255,7 @@ cdef inline tst_connection *table_open(tst_table *table, int fd, uint64_t flags,
     memset(&connection.fd, 0, sizeof(tst_connection) - <size_t>(<char *>&connection.fd - <char *>connection))
     connection.fd = fd
     connection.thread_no = -1
+    connection.timer_slot = NO_TIMER
     id[0] = generation << 32 | <uint64_t>fd
     store64(&connection.state, generation << 32 | STATE_OPEN | flags, RELEASE)
     spin_unlock(&connection.lock)

@@ -10,7 +10,7 @@ somebody holds it or a memoryview of it. Nothing here may be constructed by hand
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from tstpool._conn cimport tst_address, tst_compiled, tst_connection
+from tstpool._conn cimport tst_address, tst_compiled, tst_connection, tst_limits
 from tstpool._data cimport tst_data
 from tstpool._frame cimport tst_framing
 from tstpool._queue cimport tst_shared
@@ -168,6 +168,7 @@ cdef class TstPool:
     cdef tst_engine *engine                # owned
     cdef Binding binding                   # of the pool's handler, None until it is known
     cdef bint copy                         # on_message gets bytes, not a view
+    cdef dict timeouts                     # name -> seconds or None: what listeners are not told otherwise
     cdef list framings                     # the pool's, then its listeners'; connections borrow them
     cdef dict hooks                        # setEvent...: hook name -> function
     cdef bint opened                       # shards have their descriptors
@@ -188,11 +189,12 @@ cdef class TstPool:
     cdef object fault                      # the exception that stopped the engine by itself
     cdef object name
     cdef object __weakref__
-    cdef long long _abi_reserve[8]         # growth comes out of it, so that what cimports us need not be compiled anew
+    cdef long long _abi_reserve[7]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1
-    cdef object add_listener(self, object listener, Framing framing)
+    cdef tst_limits *limits_from(self, dict timeouts) except NULL
+    cdef object add_listener(self, object listener, Framing framing, tst_limits *limits)
     cdef TstSocket add(self, int fd, int type, object binding, object user_data, Framing framing)
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept
     cdef int begin(self, uint64_t id) except -1

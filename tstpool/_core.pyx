@@ -11,7 +11,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.errno cimport EAGAIN, EBUSY, EINVAL, EMSGSIZE, ENOMEM, ENOSYS, ENOTCONN, errno
+from libc.errno cimport EAGAIN, EBUSY, EINVAL, EMSGSIZE, ENOMEM, ENOSYS, ENOTCONN, EUSERS, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -19,26 +19,28 @@ from libc.string cimport memcpy, memset
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
     GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED,
-    STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, connection_append, connection_close_output, connection_id, connection_is,
-    connection_mark, generation_of, table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_notified)
+    STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id,
+    connection_is, connection_mark, generation_of, table_chunk, table_find, table_open, tst_compiled, tst_connection,
+    tst_limits, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
-    TYPE_LISTEN, batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut,
-    connection_due, connection_reconnect, connection_wants_body)
+    batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut, connection_due,
+    connection_reconnect, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED, RELEASE,
-    SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1, eventfd, gettid, load32, load64, load_pointer,
-    poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy, pthread_condattr_init,
-    pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init, shutdown, store32,
-    store64, store_pointer)
+    SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1, eventfd, gettid, load32, load64,
+    load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
+    pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
+    shutdown, store32, store64, store_pointer)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_wake)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, flush_result, sys_control, sys_prepare, sys_recv,
+    sys_reset_on_close, sys_wake)
 from tstpool._queue cimport (
     SHARE_LEAST, queue_drop, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
     tst_stock)
@@ -49,6 +51,7 @@ from tstpool._shard cimport (
     shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_scratch,
     tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
+from tstpool._timer cimport TICK_BITS, tick_of
 from tstpool._turn cimport (
     ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
     engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
@@ -66,6 +69,7 @@ import inspect
 import logging
 import operator
 import os
+import resource
 import socket
 import sys
 import threading
@@ -92,7 +96,7 @@ cdef enum:
     READ_CHUNK = 65536                 # most that one read() without a size takes from the kernel
 
 cdef dict TRIGGERS = {"level": TRIGGER_LEVEL, "oneshot": TRIGGER_ONESHOT, "edge": TRIGGER_EDGE}
-cdef object POOLS_FRAMING = object()   # "the pool's", where None means "no framing"
+cdef object THE_POOLS = object()       # "the pool's", where None means "none"
 cdef object NOTHING = object()         # "no argument", where None is one
 cdef object POOLS_KEY = object()       # who does not have it can't make a TstSocket or TstData
 
@@ -672,7 +676,7 @@ cdef class TstSocket:
         try:
             while not self.sent_up_to(goal):
                 with nogil:
-                    connection_flush(self.connection, self.generation(), True, True, &outside)
+                    connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside)
                 if self.sent_up_to(goal):
                     return
                 if until and clock_now() >= until:
@@ -774,12 +778,20 @@ cdef class TstSocket:
 
     # -- control
 
-    def close(self):
-        """Closes the connection once what is queued has been sent; a peer that takes none of it for 5 s is cut off.
+    def close(self, abort=False):
+        """Closes the connection once what is queued has been sent; a peer that takes none of it for the pool's
+        linger_timeout is cut off. What the peer sends meanwhile is read and dropped, so that the reply reaches it.
 
-        Any thread, any number of times. Returns True for the call that began it. Messages not yet handled are dropped.
+        abort: at once instead: what is queued is dropped, and the peer gets a reset. Any thread, any number of times.
+        Returns True for the call that began it. Messages not yet handled are dropped.
         """
+        cdef bint began
         self.pool.check_alive()
+        if abort:
+            began = not self.closed
+            if connection_abort(self.connection, self.generation()):
+                shard_ask(self.connection, self.generation(), PEND_CLOSE)
+            return began
         if connection_close_output(self.connection, self.generation()) != 1:
             return False
         shard_ask(self.connection, self.generation(), PEND_CLOSE)
@@ -794,6 +806,21 @@ cdef class TstSocket:
         """Goes on after pause(). Any thread."""
         if connection_mark(self.connection, STATE_PAUSED, False, STATE_OPEN, self.generation()):
             shard_ask(self.connection, self.generation(), PEND_ARM)
+
+
+cdef bint connection_abort(tst_connection *connection, uint32_t generation) noexcept:
+    """Drops the output, and has close() send a reset. False: the connection is gone."""
+    cdef bint there
+    spin_lock(&connection.lock)
+    there = connection_is(connection, generation)
+    if there:
+        connection.aborted = connection.out_drop = True
+        if not connection.flushing:
+            flush_result(connection, 0, 0)
+        connection.out_closed = True
+        sys_reset_on_close(connection.fd)
+    spin_unlock(&connection.lock)
+    return there
 
 
 cdef tst_shared *share_object(bytes data) except NULL:
@@ -1118,6 +1145,14 @@ cdef class TstPool:
     max_recv_size, max_send_size: bytes in each socket's recv_data and send_data.
     shards: epoll sets, each polled by one worker at a time. Default: 1 under a GIL, one a core on a free-threaded build
     or with a TstNogilHandler; never more than workers.
+    max_connections: accepted and added, open at the same time; default 10,000, or the process's limit of descriptors
+    less 32 where that is lower. when_full: "wait": more clients wait in the kernel's backlog until one leaves (another
+    pool or process may take them, or they give up); "close": they are accepted and closed.
+    first_byte_timeout, message_timeout, idle_timeout: seconds that an accepted connection may take until its first byte
+    (15), from the first byte of a message to its last, however steadily it sends (60), between messages (75).
+    write_timeout: seconds in which a peer takes none of the output that waits for it (60). None: for ever. When one has
+    passed the connection is closed, with a TimeoutError as the reason. Time in which handlers do not read (pause, a
+    handler that runs) does not count. linger_timeout: seconds without progress while closing (5).
     idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
     name: prefix of the threads' names.
 
@@ -1138,14 +1173,24 @@ cdef class TstPool:
         pthread_condattr_destroy(&monotonic)
 
     def __init__(self, handler=None, *, framing=None, workers=None, copy=True, trigger="level", max_recv_size=4096,
-                 max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool"):
+                 max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool",
+                 max_connections=None, when_full="wait", first_byte_timeout=15.0, message_timeout=60.0,
+                 idle_timeout=75.0, write_timeout=60.0, linger_timeout=5.0):
         if self.hooks is not None:
             raise TstError("a TstPool is initialised once")
         if trigger not in TRIGGERS:
             raise ValueError(f"trigger must be one of {', '.join(TRIGGERS)}: {trigger!r}")
+        if when_full not in ("wait", "close"):
+            raise ValueError(f"when_full must be 'wait' or 'close': {when_full!r}")
         self.framings = [framing_from(framing)]
+        self.timeouts = {"first_byte": first_byte_timeout, "message": message_timeout, "idle": idle_timeout,
+                         "write": write_timeout, "linger": linger_timeout}
+        self.engine.max_connections = <uint32_t>(
+            usual_max_connections() if max_connections is None else positive(max_connections, "max_connections"))
+        self.engine.close_excess = when_full == "close"
         self.copy = bool(copy)
         self.mutex = threading.Lock()
+        self.limits_from(self.timeouts)
         self.ended = threading.Event()
         self.ended.set()
         self.threads = []
@@ -1235,21 +1280,51 @@ cdef class TstPool:
         """How input is cut into messages, unless a listener or a socket says otherwise."""
         return self.framings[0]
 
-    def listen(self, host, port=0, backlog=1024, framing=POOLS_FRAMING):
+    def listen(self, host, port=0, backlog=1024, framing=THE_POOLS, *,
+               first_byte_timeout=THE_POOLS, message_timeout=THE_POOLS, idle_timeout=THE_POOLS,
+               write_timeout=THE_POOLS, linger_timeout=THE_POOLS):
         """Listens on an address, before or after start(), any number of times.
 
         host: a name or address; None or "::" for all addresses, IPv6 and IPv4 by one listener; "unix:/path" for a unix
         socket. port: 0 lets the system choose. backlog: connections that the kernel holds until they are accepted.
-        framing: of its connections, the pool's unless given.
+        framing: of its connections, the pool's unless given; likewise first_byte_timeout, message_timeout,
+        idle_timeout, write_timeout and linger_timeout, in seconds or None.
         Returns the real (host, port). Raises OSError with the address in its text.
         """
+        cdef tst_limits *limits
         self.check_alive()
-        used = self.framing if framing is POOLS_FRAMING else framing_from(framing)
+        limits = self.limits_from({"first_byte": first_byte_timeout, "message": message_timeout, "idle": idle_timeout,
+                                   "write": write_timeout, "linger": linger_timeout})
+        used = self.framing if framing is THE_POOLS else framing_from(framing)
         sockets = _net.listening_sockets(host, port, backlog)
-        addresses = [self.add_listener(listener, used) for listener in sockets]
+        addresses = [self.add_listener(listener, used, limits) for listener in sockets]
         return addresses[0]
 
-    cdef object add_listener(self, object listener, Framing framing):
+    cdef tst_limits *limits_from(self, dict timeouts) except NULL:
+        """The limits of a listener, in seconds, where THE_POOLS stands for the pool's. They live as long as the
+        pool."""
+        cdef tst_limits *limits
+        cdef dict seconds = {name: self.timeouts[name] if value is THE_POOLS else value
+                             for name, value in timeouts.items()}
+        if seconds["linger"] is None:
+            raise ValueError("linger_timeout must be a number of seconds: a closing connection may not wait for ever")
+        ticks = {name: ticks_from(value, name + "_timeout") for name, value in seconds.items()}
+        if seconds == self.timeouts and self.engine.limits != NULL:
+            return self.engine.limits
+        limits = <tst_limits *>calloc(1, sizeof(tst_limits))
+        if limits == NULL:
+            raise MemoryError("no memory for a listener")
+        limits.first_byte, limits.message, limits.idle = ticks["first_byte"], ticks["message"], ticks["idle"]
+        limits.write, limits.linger = ticks["write"], ticks["linger"]
+        with self.mutex:
+            if self.engine.limits == NULL:
+                self.engine.limits = limits
+            else:
+                limits.next = self.engine.limits.next
+                self.engine.limits.next = limits
+        return limits
+
+    cdef object add_listener(self, object listener, Framing framing, tst_limits *limits):
         listener.setblocking(False)
         address = _net.address_of(listener)
         cdef uint64_t id = 0
@@ -1266,12 +1341,14 @@ cdef class TstPool:
                 close(fd)
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
+            connection.limits = limits
+            add32(&self.engine.n_listeners, 1, RELAXED)
             self.listeners.append((address[0], address[1], id))
         self.begin(id)
         return address
 
     def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
-                framing=POOLS_FRAMING):
+                framing=THE_POOLS):
         """Connects to a server, in the calling thread, and adds the connection to the pool.
 
         timeout: seconds for connecting. Returns the TstSocket. Raises OSError with the address in its text.
@@ -1279,7 +1356,7 @@ cdef class TstPool:
         self.check_alive()
         return self.addsocket(_net.connected_socket(host, port, timeout), type, handler, user_data, framing)
 
-    def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=POOLS_FRAMING):
+    def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
 
         sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close.
@@ -1291,7 +1368,7 @@ cdef class TstPool:
             raise TstError("the pool is stopping")
         number = TstSockType(type)
         binding = None if handler is None else bind(handler, {})
-        used = self.framing if framing is POOLS_FRAMING else framing_from(framing)
+        used = self.framing if framing is THE_POOLS else framing_from(framing)
         is_number = not isinstance(sock, socket.socket)
         if is_number:
             sock = socket.socket(fileno=operator.index(sock))
@@ -1304,7 +1381,7 @@ cdef class TstPool:
         if number == TYPE_LISTEN:
             if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ValueError("the socket does not listen")
-            self.add_listener(sock, used)
+            self.add_listener(sock, used, self.engine.limits)
             return None
         return self.add(adopt(sock), number, binding, user_data, used)
 
@@ -1320,6 +1397,8 @@ cdef class TstPool:
                 raise MemoryError("no slot for the socket")
             path = read_peer(connection)
             connection.framing = framing_pointer(framing)
+            connection.limits = self.engine.limits
+            connection.active_tick = tick_of(clock_now())
             sock = new_socket(self, connection)
             sock.peer_path = path
             sock.data = user_data
@@ -1386,7 +1465,9 @@ cdef class TstPool:
                 failure = system_error(errno, "epoll is not available: " + os.strerror(errno))
                 self.close_descriptors()
                 raise failure
-            shard.draining = shard.aborted = False
+            shard.draining = shard.aborted = shard.full = False
+            memset(&shard.wheel, 0, sizeof(shard.wheel))
+            shard.wheel.tick = tick_of(clock_now())
             store32(&shard.done, 0, RELEASE)
         self.opened = True
         return 0
@@ -1546,6 +1627,7 @@ cdef class TstPool:
         for address in self.listeners:
             _net.unlink_socket(address)
         self.listeners = []
+        store32(&self.engine.n_listeners, 0, RELAXED)
         self.close_descriptors()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
         _running.discard(self)
@@ -1579,7 +1661,6 @@ cdef class TstPool:
             store_pointer(&self.engine.shards[i].requests, NULL, RELEASE)
             self.engine.shards[i].todo = NULL
             self.engine.shards[i].listeners = NULL
-            self.engine.shards[i].drain_first = self.engine.shards[i].drain_last = NULL
             self.engine.shards[i].accept_again = 0
             store32(&self.engine.shards[i].open, 0, RELEASE)
         self.opened = False
@@ -1611,7 +1692,12 @@ cdef class TstPool:
 
     cdef void free_memory(self) noexcept:
         cdef tst_batch *batch
+        cdef tst_limits *limits
         cdef int i
+        while self.engine.limits != NULL:
+            limits = self.engine.limits
+            self.engine.limits = limits.next
+            free(limits)
         while self.engine.batches != NULL:
             batch = self.engine.batches
             self.engine.batches = batch.next
@@ -1820,6 +1906,7 @@ cdef class TstPool:
         cdef int i
         cdef uint64_t messages = 0, bytes_in = 0, spins = 0, stale = 0, accepted = 0, accept_errors = 0, closed = 0
         cdef uint64_t bytes_out = load64(&self.bytes_outside, RELAXED), controls = 0
+        cdef uint64_t pauses = 0, rejected = 0, idle_closed = 0, deadline_closed = 0
         cdef tst_stats *one
         self.check_alive()
         workers = []
@@ -1834,12 +1921,17 @@ cdef class TstPool:
             accept_errors += load64(&one.accept_errors, RELAXED)
             closed += load64(&one.closed, RELAXED)
             controls += load64(&one.controls, RELAXED)
+            pauses += load64(&one.accept_pauses, RELAXED)
+            rejected += load64(&one.rejected, RELAXED)
+            idle_closed += load64(&one.idle_closed, RELAXED)
+            deadline_closed += load64(&one.deadline_closed, RELAXED)
             workers.append(self.worker_stats(i))
         return PoolStats(
             connections=len(self), listeners=len(self.listeners), accepted=accepted,
             added=load64(&self.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in,
             bytes_out=bytes_out, spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls,
-            workers=tuple(workers))
+            accept_pauses=pauses, rejected_connections=rejected, idle_closed=idle_closed,
+            deadline_closed=deadline_closed, workers=tuple(workers))
 
     cdef object worker_stats(self, int no):
         cdef tst_worker *worker = &self.engine.workers[no]
@@ -1893,6 +1985,23 @@ cdef void close_once(int *fd) noexcept:
     if fd[0] >= 0:
         close(fd[0])
     fd[0] = -1
+
+
+cdef object usual_max_connections():
+    """Redis' rule: some descriptors are left for everything else."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(1, min(10000, 10000 if soft == resource.RLIM_INFINITY else soft - 32))
+
+
+cdef uint32_t ticks_from(object seconds, str name) except? 0:
+    """A limit in ticks of the wheel, rounded up; 0 for None."""
+    cdef uint64_t number
+    if seconds is None:
+        return 0
+    number = nanoseconds(seconds, name)
+    if not 0 < number <= <uint64_t>4000000 * NANOSECOND:
+        raise ValueError(f"{name} must be more than 0 seconds and at most 4,000,000, or None: {seconds}")
+    return <uint32_t>((number >> TICK_BITS) + 1)
 
 
 cdef int adopt(object sock) except -1:
@@ -2235,6 +2344,7 @@ cdef class Worker:
                 self.apply(sock, binding, result, None, NOTHING)
         if stat > TST_SEND:
             sock.connection.connected = False
+            count(&self.worker.stats.rejected, 1)
             connection_begin_close(sock.connection)
         return True
 
@@ -2633,10 +2743,11 @@ cdef class Worker:
     cdef int complain(self) except -1:
         """accept has failed: one line a second at most, however often it fails."""
         cdef int number = self.worker.accept_errno
+        text = "there are max_connections of them" if number == EUSERS else os.strerror(number)
         self.worker.accept_errno = 0
         if time.monotonic() - self.complained >= 1.0:
             self.complained = time.monotonic()
-            logger.warning("%s can't accept: %s", self.pool.name, os.strerror(number))
+            logger.warning("%s accepts no more connections for now: %s", self.pool.name, text)
         return 0
 
 

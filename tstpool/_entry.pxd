@@ -7,7 +7,7 @@
 
 `_collect.pxd` makes the entries, `_run.pxd` and `_core.pyx` run their handlers.
 """
-from libc.errno cimport EAGAIN, ENOMEM
+from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
@@ -18,27 +18,27 @@ from tstpool._data cimport (
     input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, frame_next, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, fcntl, load32, load_pointer, store32, tst_rarely)
+    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, fcntl, load32, load_pointer, shutdown,
+    store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_drop_body, connection_flush, connection_retire,
-    connection_silence, flush_result, sys_control, sys_recv, sys_writable)
+    connection_silence, flush_result, sys_control, sys_recv, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_drop, queue_size, tst_shared
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, entry_move, shard_ask, shard_drain_add,
-    shard_drain_remove, shard_push, tst_batch, tst_entry, tst_shard, tst_worker)
+    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, entry_move, shard_ask, shard_drop_timer,
+    shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count
+from tstpool._timer cimport DEADLINE_IDLE, DEADLINE_NONE, DEADLINE_OUTPUT, connection_deadline, tick_before, tick_of
 
 cdef enum:
-    DRAIN_TIME = 5000000000                # nanoseconds that a closing connection may take to send what is queued
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
     READ_MORE = 65536                      # room made behind unread input
     DIRECT_LEAST = 16384                   # bytes to come from which a transfer is received straight into place
+    BULKY = 4096                           # bytes received at once, from which on, without framing, more may be to come
+    BULKY_TICKS = 256                      # a second: for so long after that
+    LINGER_ROUNDS = 4                      # receives in a turn from a peer that we no longer listen to
     BODY_LEAST = 131072                    # bytes in a message from which it gets its object before it has arrived
-
-cdef enum:
-    TYPE_SUB = 0
-    TYPE_LISTEN = 2
 
 cdef enum:
     STAT_SUSPEND = 0                       # TstStat's numbers
@@ -135,6 +135,9 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
             connection.input.size += <size_t>n
     if n > 0:
         count(&worker.stats.bytes_in, <uint64_t>n)
+        connection.heard = True
+        connection.bulky = n >= BULKY
+        connection.active_tick = tick_of(now)
     connection.readable = n > 0 and connection.trigger == TRIGGER_EDGE     # an edge is over at EAGAIN, not before
     return n
 
@@ -321,6 +324,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     cdef tst_data *data
     input_free(&connection.input)
     connection_drop_body(connection)
+    connection.close_noted = connection.unfinished = connection.heard = connection.aborted = False
     connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
     connection.call_writable = connection.ask_writable = False
     connection.reason = 0
@@ -370,31 +374,143 @@ cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     if connection.end_of_input and not connection.hold_input and not connection.closing:
         if connection.input.size == 0 or not connection_is_paused(connection):
             connection_begin_close(connection)
-    if connection.closing and connection_drained(connection):
+    if connection.closing and not connection.lingering and connection_drained(connection):
         return DO_DISCONNECT
     return 0
 
 
+# ----------------------------------------------------------------------------------------------- deadlines
+
+cdef inline bint connection_is_unfinished(tst_connection *connection) noexcept nogil:
+    """A message has begun to arrive. Owner only."""
+    if connection.message_ready:
+        return False
+    if connection.body != NULL:
+        return True
+    if connection.recv != NULL and connection.recv.req_len:
+        return connection.recv.com_len != 0
+    return connection.framing != NULL and connection.input.size != 0
+
+
+cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, uint64_t now) noexcept nogil:
+    """Notes what an entry has left, and moves the connection's timer if its deadline is nearer now. `waits`: output
+    does. Owner only."""
+    cdef tst_connection *connection = entry.connection
+    cdef bint wants_input = connection_wants_input(connection)
+    cdef uint32_t tick = tick_of(now), due = 0
+    if entry.what:
+        connection.active_tick = tick
+    if connection.closing and not connection.close_noted:
+        connection.close_noted = True
+        connection.since_tick = tick
+    if connection.closing:
+        pass                               # a message that was not finished says that the peer is still sending
+    elif not wants_input or not connection_is_unfinished(connection):
+        connection.unfinished = False
+    elif not connection.unfinished or entry.what & DO_INPUT:
+        connection.unfinished = True       # and not what the message before has begun
+        connection.since_tick = tick
+    if connection_deadline(connection, waits, wants_input, &due) == DEADLINE_NONE:
+        return
+    if not connection.has_timer or tick_before(due, connection.timer_due):
+        shard_set_timer(worker, <tst_shard *>connection.shard, connection, due)
+
+
+cdef inline bint connection_output_waits(tst_connection *connection) noexcept nogil:
+    """The kernel has refused some of its output."""
+    cdef bint waits
+    spin_lock(&connection.lock)
+    waits = connection.want_out
+    spin_unlock(&connection.lock)
+    return waits
+
+
+cdef inline void connection_expire(tst_worker *worker, tst_connection *connection, uint64_t now) noexcept nogil:
+    """The wheel has asked: closes the connection if its deadline has come. Owner only."""
+    cdef uint32_t due = 0
+    cdef int kind = connection_deadline(connection, connection_output_waits(connection),
+                                        connection_wants_input(connection), &due)
+    connection.has_timer = False
+    if kind == DEADLINE_NONE or tick_before(tick_of(now), due):
+        return
+    count(&worker.stats.idle_closed if kind == DEADLINE_IDLE else &worker.stats.deadline_closed, 1)
+    if kind == DEADLINE_OUTPUT:
+        connection_drop_output(connection)
+    if connection.reason == 0 and not connection.closing:
+        connection.reason = ETIMEDOUT
+    connection_begin_close(connection)
+
+
 # ------------------------------------------------------------------------------------------------- finish
 
-cdef inline void entry_retire(tst_worker *worker, tst_connection *connection) noexcept nogil:
+cdef inline bint connection_is_aborted(tst_connection *connection) noexcept nogil:
+    """There is nothing that a reset could destroy: the peer is to get one, or can't be reached, or was sent nothing."""
+    cdef bint aborted
+    spin_lock(&connection.lock)
+    aborted = connection.aborted or connection.out.sent == 0 or load32(&connection.out_error, RELAXED) != 0
+    spin_unlock(&connection.lock)
+    return aborted
+
+
+cdef inline bint connection_should_linger(tst_connection *connection, uint64_t now) noexcept nogil:
+    """close() would destroy what the peer has not read yet: the kernel resets a connection whose input was not read, or
+    that something arrives for later. Owner only, after all output was sent."""
     cdef tst_shard *shard = <tst_shard *>connection.shard
-    shard_drain_remove(shard, connection)
+    if connection.lingering or connection.end_of_input or connection.reason:
+        return False
+    if connection_is_aborted(connection) or load32(&shard.aborted, RELAXED):
+        return False
+    if connection.unfinished or sys_unread(connection.fd) != 0:
+        return True
+    # Without framing nobody knows whether the peer is through.
+    return (connection.bulky and connection.framing == NULL and not load32(&shard.draining, RELAXED)
+            and tick_of(now) - connection.active_tick < BULKY_TICKS)
+
+
+cdef inline bint connection_begin_linger(tst_connection *connection, uint64_t now) noexcept nogil:
+    """Tells the peer that nothing more comes, and goes on reading what it sends, until it closes too. False: there is
+    no need. Owner only."""
+    if not connection_should_linger(connection, now) or shutdown(connection.fd, SHUT_WR) < 0:
+        return False
+    connection.lingering = True
+    connection.since_tick = connection.active_tick = tick_of(now)
+    input_free(&connection.input)
+    connection_drop_body(connection)
+    connection.readable = True
+    return True
+
+
+cdef inline bint connection_linger(tst_connection *connection, tst_batch *batch, uint64_t now) noexcept nogil:
+    """Drops what has arrived. False: the peer has closed, or broken. Owner only."""
+    cdef int _round
+    cdef ssize_t n
+    for _round in range(LINGER_ROUNDS):
+        n = sys_recv(connection.fd, batch.scratch.bytes + batch.scratch_used, SCRATCH_SIZE - batch.scratch_used)
+        if n == -EAGAIN:
+            connection.readable = False
+            return True
+        if n <= 0:
+            return False
+        connection.active_tick = tick_of(now)
+    connection.readable = True
+    return True
+
+
+cdef inline void entry_retire(tst_worker *worker, tst_connection *connection) noexcept nogil:
+    shard_drop_timer(<tst_shard *>connection.shard, connection)
     count(&worker.stats.closed, 1)
     connection_retire(connection, &worker.stats)
 
 
-cdef inline uint64_t entry_left_over(tst_worker *worker, tst_connection *connection, uint32_t generation,
-                                     uint64_t now) noexcept nogil:
-    """Sends what the handlers have queued. Returns PEND_ bits for what must come back without waiting for an event."""
-    cdef int waiting = connection_flush(connection, generation, False, False, &worker.stats)
+cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) noexcept nogil:
+    """Returns PEND_ bits for what must come back without waiting for an event. `waiting`: connection_flush's result.
+    Owner only."""
+    if connection.lingering:
+        return PEND_IN if connection.readable and connection.trigger == TRIGGER_EDGE else 0
     if waiting < 0 and not connection.closing:
         return PEND_IN                     # read what had arrived before it broke, then end it
     if connection.closing:
-        if waiting <= 0 and connection_drained(connection):
-            return PEND_CLOSE
-        shard_drain_add(<tst_shard *>connection.shard, connection, now + DRAIN_TIME)
-        return 0
+        return PEND_CLOSE if waiting <= 0 and connection_drained(connection) else 0
     if connection.message_ready and connection_takes_messages(connection):
         return PEND_IN
     if connection.call_writable and waiting == 0:
@@ -409,14 +525,19 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     cdef tst_connection *connection = entry.connection
     cdef tst_shard *shard = <tst_shard *>connection.shard
     cdef uint64_t pending
+    cdef int waiting
     cdef bint want_input, want_room, pushed, again = False, broken = False
-    if entry.what & DO_RETIRE:
+    if entry.what & DO_RETIRE and not connection_begin_linger(connection, now):
         entry_retire(worker, connection)
         return
-    pending = entry_left_over(worker, connection, entry.generation, now)
-    want_input = connection_wants_input(connection) and not connection_input_full(connection)
+    waiting = connection_flush(connection, entry.generation, False, False, now, &worker.stats)
+    pending = entry_left_over(connection, waiting)
+    entry_watch(worker, entry, waiting > 0, now)
+    want_input = connection.lingering or (
+        connection_wants_input(connection) and not connection_input_full(connection))
     # Another thread may be the one that sends the last of the output, and it tells nobody: EPOLLOUT will.
-    want_room = connection.ask_writable or (pending == 0 and (connection.call_writable or connection.closing))
+    want_room = connection.ask_writable or (
+        pending == 0 and not connection.lingering and (connection.call_writable or connection.closing))
     spin_lock(&connection.lock)            # before the release: the next owner must find what we leave, not undo it
     pushed = connection_release(connection, pending)
     if connection_is(connection, entry.generation):
@@ -428,7 +549,7 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     if pushed:
         shard_push(shard, connection)
     if again:
-        connection_flush(connection, entry.generation, False, True, &worker.stats)
+        connection_flush(connection, entry.generation, False, True, now, &worker.stats)
     if broken:
         shard_ask(connection, entry.generation, PEND_CLOSE)
 

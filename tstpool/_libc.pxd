@@ -64,6 +64,11 @@ cdef extern from "<sys/socket.h>" nogil:
     int SOL_SOCKET
     int SO_OOBINLINE
     int SHUT_RDWR
+    int SHUT_WR
+    int SO_LINGER
+    cdef struct linger:
+        int l_onoff
+        int l_linger
     int AF_INET
     int AF_INET6
     int AF_UNIX
@@ -73,6 +78,11 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int setsockopt(int fd, int level, int name, const void *value, socklen_t size)
     int shutdown(int fd, int how)
+
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    unsigned long FIONREAD
+    int ioctl(int fd, unsigned long request, ...)
 
 
 cdef extern from "<netinet/tcp.h>" nogil:

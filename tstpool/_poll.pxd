@@ -33,14 +33,15 @@ from tstpool._conn cimport (
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC, SOCK_NONBLOCK,
-    SOL_SOCKET, SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait,
-    iovec, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32,
-    store64, sub32, write)
+    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl,
+    epoll_event, epoll_wait, ioctl, iovec, linger, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg,
+    setsockopt, sockaddr, socklen_t, store32, store64, sub32, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
     QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_settle, queue_size, shared_leave)
 from tstpool._stats cimport count, tst_stats
+from tstpool._timer cimport tick_of
 
 cdef enum:
     TRIGGER_LEVEL = 0
@@ -122,6 +123,22 @@ cdef inline void sys_wake(int event_fd) noexcept nogil:
     cdef uint64_t one = 1
     while write(event_fd, &one, sizeof(one)) < 0 and errno == EINTR:
         pass
+
+
+cdef inline size_t sys_unread(int fd) noexcept nogil:
+    """Bytes that have arrived and were not received."""
+    cdef int n = 0
+    if ioctl(fd, FIONREAD, &n) < 0 or n < 0:
+        return 0
+    return <size_t>n
+
+
+cdef inline void sys_reset_on_close(int fd) noexcept nogil:
+    """close() will tell the peer with a reset, and forget what the kernel has not sent yet."""
+    cdef linger now
+    now.l_onoff = 1
+    now.l_linger = 0
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
 
 
 cdef inline void sys_drain(int event_fd) noexcept nogil:
@@ -233,7 +250,7 @@ cdef inline int flush_state(tst_connection *connection) noexcept nogil:
 
 
 cdef inline int connection_flush(tst_connection *connection, uint32_t generation, bint writable, bint arm,
-                                 tst_stats *stats) noexcept nogil:
+                                 uint64_t now, tst_stats *stats) noexcept nogil:
     """Sends what waits; any worker may. Returns 0 when nothing waits now, 1 when something does, -errno when broken.
 
     One flusher at a time: whoever comes second leaves, and the first looks again before it goes. While the kernel's
@@ -258,6 +275,8 @@ cdef inline int connection_flush(tst_connection *connection, uint32_t generation
         if sent > 0:
             count(&stats.bytes_out, <uint64_t>sent)
         spin_lock(&connection.lock)
+        if sent > 0 or not connection.want_out:
+            store32(&connection.output_tick, tick_of(now), RELAXED)
         flush_result(connection, sent, total)
         rounds += 1
         if connection.want_out or queue_size(&connection.out) == 0:

@@ -28,15 +28,15 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from tstpool._conn cimport (
-    STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of, tst_connection, tst_table)
+    STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of, tst_connection, tst_limits, tst_table)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange32, compare_exchange64, compare_exchange_pointer,
     epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal, pthread_cond_t,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
-from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport connection_flush, sys_wake
 from tstpool._queue cimport tst_stock
-from tstpool._stats cimport tst_stats, tst_tick_clock
+from tstpool._stats cimport clock_now, tst_stats, tst_tick_clock
+from tstpool._timer cimport tick_before, tst_wheel, wheel_put, wheel_remove
 
 cdef enum:
     BATCH_EVENTS = 256         # events of one epoll_wait
@@ -131,19 +131,19 @@ cdef struct tst_shard:
     int no
     int epoll_fd               # owned
     int event_fd               # owned
-    bint draining              # holder only: stop() was seen
-    bint aborted               # holder only: the time for draining is over
+    uint32_t draining          # atomic, written by the holder: stop() was seen
+    uint32_t aborted           # atomic, written by the holder: the time for draining is over
     bint requests_first        # holder only: requests and events take turns in being collected first
     uint32_t done              # atomic: all is closed, stop() is through with it
     tst_batch *batch           # holder only
     tst_connection *todo       # holder only: requests taken from the stack, oldest first
     tst_connection *todo_last
-    tst_connection *listeners  # holder only, linked by drain_next
-    uint64_t accept_again      # holder only: when to accept again after the process ran out of something; 0: now
+    tst_connection *listeners  # holder only, linked by timer_next
+    uint64_t accept_again      # holder only: when to accept again after there was too much of something; 0: now
+    bint full                  # holder only: it was too many connections
     tst_stock stock            # chunks of output that wait to be used again
-    pthread_mutex_t mutex      # guards the drain list
-    tst_connection *drain_first    # closing connections, the one with the nearest deadline first
-    tst_connection *drain_last
+    pthread_mutex_t mutex      # guards the wheel
+    tst_wheel wheel
 
 
 cdef struct tst_engine:
@@ -154,6 +154,10 @@ cdef struct tst_engine:
     uint64_t slow_handler      # nanoseconds from which a job is reported
     bint call_idle             # a handler wants on_idle
     bint call_longest          # a handler wants on_most_elapsed
+    bint close_excess          # connections above the limit are closed, instead of waiting in the kernel's backlog
+    uint32_t max_connections   # 0: no limit
+    uint32_t n_listeners       # atomic
+    tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger
     int n_workers
     int n_shards
@@ -296,7 +300,7 @@ cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil
         entry = &batch.entries[i]
         if load32(&entry.state, SEQ_CST) == ENTRY_RUNNING:
             if connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation):
-                connection_flush(entry.connection, entry.generation, False, True, stats)
+                connection_flush(entry.connection, entry.generation, False, True, clock_now(), stats)
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -308,6 +312,11 @@ cdef inline void shard_push(tst_shard *shard, tst_connection *connection) noexce
         connection.next_request = <tst_connection *>top
         if compare_exchange_pointer(&shard.requests, &top, connection, True, SEQ_CST, RELAXED):
             break
+    shard_wake(shard)
+
+
+cdef inline void shard_wake(tst_shard *shard) noexcept nogil:
+    """Ends the holder's sleep, if it sleeps."""
     if load32(&shard.sleeping, SEQ_CST) and exchange32(&shard.sleeping, 0, SEQ_CST):
         sys_wake(shard.event_fd)
 
@@ -341,55 +350,22 @@ cdef inline void shard_take_requests(tst_shard *shard) noexcept nogil:
     shard.todo_last = newest
 
 
-# ---------------------------------------------------------------------------------------------- drain list
+# -------------------------------------------------------------------------------------------------- timers
 
-cdef inline uint64_t connection_bytes_sent(tst_connection *connection) noexcept nogil:
-    cdef uint64_t sent
-    spin_lock(&connection.lock)
-    sent = connection.out.sent
-    spin_unlock(&connection.lock)
-    return sent
-
-
-cdef inline void shard_drain_enter(tst_shard *shard, tst_connection *connection, uint64_t until,
-                                   uint64_t sent) noexcept nogil:
-    """Mutex held."""
-    connection.drain_until = until
-    connection.drain_sent = sent
-    connection.drain_next = NULL
-    connection.drain_previous = shard.drain_last
-    if shard.drain_last == NULL:
-        shard.drain_first = connection
-    else:
-        shard.drain_last.drain_next = connection
-    shard.drain_last = connection
-
-
-cdef inline void shard_drain_add(tst_shard *shard, tst_connection *connection, uint64_t until) noexcept nogil:
-    """Enters a closing connection. The time allowed is the same for all, so the list is in order of deadlines."""
-    cdef uint64_t sent = connection_bytes_sent(connection)
+cdef inline void shard_set_timer(tst_worker *worker, tst_shard *shard, tst_connection *connection,
+                                 uint32_t due) noexcept nogil:
+    """Has the wheel ask for the connection (PEND_TIMER) at that tick, or at the next one. Owner only."""
     pthread_mutex_lock(&shard.mutex)
-    if connection.drain_until == 0:
-        shard_drain_enter(shard, connection, until, sent)
+    wheel_remove(&shard.wheel, connection)
+    connection.timer_due = due if tick_before(shard.wheel.tick, due) else shard.wheel.tick + 1
+    wheel_put(&shard.wheel, connection)
     pthread_mutex_unlock(&shard.mutex)
+    connection.has_timer = True
+    if not token_held(shard, worker.no):
+        shard_wake(shard)                  # it may sleep for longer than that
 
 
-cdef inline void shard_drain_unlink(tst_shard *shard, tst_connection *connection) noexcept nogil:
-    """Mutex held."""
-    if connection.drain_until == 0:
-        return
-    if connection.drain_previous == NULL:
-        shard.drain_first = connection.drain_next
-    else:
-        connection.drain_previous.drain_next = connection.drain_next
-    if connection.drain_next == NULL:
-        shard.drain_last = connection.drain_previous
-    else:
-        connection.drain_next.drain_previous = connection.drain_previous
-    connection.drain_until = 0
-
-
-cdef inline void shard_drain_remove(tst_shard *shard, tst_connection *connection) noexcept nogil:
+cdef inline void shard_drop_timer(tst_shard *shard, tst_connection *connection) noexcept nogil:
     pthread_mutex_lock(&shard.mutex)
-    shard_drain_unlink(shard, connection)
+    wheel_remove(&shard.wheel, connection)
     pthread_mutex_unlock(&shard.mutex)

@@ -80,6 +80,10 @@ cdef struct tst_stats:
     uint64_t closed
     uint64_t accept_errors
     uint64_t controls        # epoll_ctl calls made for connections
+    uint64_t accept_pauses   # times that accepting stopped: too many connections, or the process ran out of something
+    uint64_t rejected        # connections that on_connect refused, or that came when there were too many
+    uint64_t idle_closed     # connections that were silent for too long
+    uint64_t deadline_closed  # connections that missed another deadline
 
 
 cdef inline void count(uint64_t *counter, uint64_t amount) noexcept nogil:

@@ -13,9 +13,11 @@ Between 5 and 1 `_core.pyx` attaches to the interpreter once and runs the remain
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 
-from tstpool._collect cimport listeners_resume, shard_collect
-from tstpool._conn cimport PEND_CLOSE, STATE_OPEN, TABLE_CHUNK, TABLE_CHUNKS, generation_of, table_chunk, tst_connection
-from tstpool._entry cimport DRAIN_TIME, TYPE_LISTEN, batch_finish, connection_drop_output
+from tstpool._collect cimport accepting_may_resume, listeners_resume, shard_collect
+from tstpool._conn cimport (
+    PEND_CLOSE, PEND_TIMER, STATE_OPEN, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, generation_of, table_chunk,
+    tst_connection)
+from tstpool._entry cimport batch_finish, connection_drop_output
 from tstpool._libc cimport (
     ACQUIRE, RELAXED, RELEASE, SEQ_CST, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
     pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
@@ -23,9 +25,10 @@ from tstpool._poll cimport sys_wait
 from tstpool._queue cimport stock_has_litter
 from tstpool._shard cimport (
     BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, SLEEPING_LONG, SLEEPING_NOT, SLEEPING_SHORT, TOKEN_RUNNING, batch_empty,
-    connection_bytes_sent, shard_ask, shard_drain_enter, shard_drain_unlink, shard_enter_running, shard_leave_running,
-    shard_take_requests, tst_batch, tst_engine, tst_shard, tst_worker)
+    shard_ask, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard,
+    tst_worker)
 from tstpool._stats cimport count, tick_base
+from tstpool._timer cimport TICK_BITS, tick_of, wheel_fire, wheel_next
 
 cdef enum:
     ELSEWHERE_FREE = 1
@@ -67,10 +70,10 @@ cdef inline void shard_close_all(tst_engine *engine, tst_shard *shard, bint abor
 cdef inline bint shard_drain(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
     """One step of stopping. True: nothing is open here any more."""
     if not shard.draining:
-        shard.draining = True
+        store32(&shard.draining, 1, RELAXED)
         shard_close_all(engine, shard, False)
     if not shard.aborted and now >= load64(&engine.drain_until, ACQUIRE):
-        shard.aborted = True
+        store32(&shard.aborted, 1, RELAXED)
         shard_close_all(engine, shard, True)
     return load32(&shard.open, ACQUIRE) == 0
 
@@ -92,26 +95,36 @@ cdef inline void engine_shard_ended(tst_engine *engine, tst_shard *shard) noexce
     pthread_mutex_unlock(&engine.mutex)
 
 
-cdef inline void shard_expire(tst_shard *shard, uint64_t now) noexcept nogil:
-    """Closing connections whose peers have taken none of their output for DRAIN_TIME are dropped."""
+# ------------------------------------------------------------------------------------------------- timers
+
+cdef inline void shard_fire_timers(tst_shard *shard, uint64_t now) noexcept nogil:
+    """Asks each connection whose timer is due what its deadline is now (connection_expire)."""
     cdef tst_connection *connection
-    cdef uint64_t word, sent
+    cdef uint64_t word = 0
+    cdef uint32_t tick = tick_of(now)
+    if tick == shard.wheel.tick:
+        return                             # that was done in this tick
     while True:
         pthread_mutex_lock(&shard.mutex)
-        connection = shard.drain_first
-        if connection == NULL or connection.drain_until > now:
-            pthread_mutex_unlock(&shard.mutex)
-            return
-        word = load64(&connection.state, ACQUIRE)
-        shard_drain_unlink(shard, connection)
-        sent = connection_bytes_sent(connection)
-        if sent > connection.drain_sent:
-            shard_drain_enter(shard, connection, now + DRAIN_TIME, sent)
-            pthread_mutex_unlock(&shard.mutex)
-            continue
-        connection_drop_output(connection)
+        connection = wheel_fire(&shard.wheel, tick)
+        if connection != NULL:             # it leaves the wheel before it is freed, so this is its generation
+            word = load64(&connection.state, ACQUIRE)
         pthread_mutex_unlock(&shard.mutex)
-        shard_ask(connection, generation_of(word), PEND_CLOSE)
+        if connection == NULL:
+            return
+        shard_ask(connection, generation_of(word), PEND_TIMER)
+
+
+cdef inline uint64_t shard_next_timer(tst_shard *shard, uint64_t now) noexcept nogil:
+    """When the wheel has something to do, in nanoseconds; 0: never."""
+    cdef uint32_t tick = 0
+    cdef bint found
+    pthread_mutex_lock(&shard.mutex)
+    found = wheel_next(&shard.wheel, &tick)
+    pthread_mutex_unlock(&shard.mutex)
+    if not found:
+        return 0
+    return ((now >> TICK_BITS) + <uint32_t>(tick - tick_of(now))) << TICK_BITS
 
 
 # --------------------------------------------------------------------------------------------------- turn
@@ -161,8 +174,7 @@ cdef inline void shard_yield(tst_engine *engine, tst_worker *worker, tst_shard *
 
 cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now, int elsewhere) noexcept nogil:
     cdef int timeout = -1
-    cdef uint64_t due
-    if shard.todo != NULL:
+    if shard.todo != NULL or accepting_may_resume(engine, shard, now):
         return 0
     if elsewhere:
         timeout = milliseconds_until(now + SHARE_TIME, now, timeout)
@@ -172,10 +184,7 @@ cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now
     if shard.draining:
         # Another thread's flush() may be the last to let go of a connection, and it wakes nobody.
         timeout = milliseconds_until(now + DRAIN_LOOK, now, timeout)
-    pthread_mutex_lock(&shard.mutex)
-    due = shard.drain_first.drain_until if shard.drain_first != NULL else 0
-    pthread_mutex_unlock(&shard.mutex)
-    return milliseconds_until(due, now, timeout)
+    return milliseconds_until(shard_next_timer(shard, now), now, timeout)
 
 
 cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
@@ -247,8 +256,8 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
                 return TURN_IDLE
             worker_waited(engine, worker, now)
             shard_take_requests(shard)
-        listeners_resume(shard, now)
-        shard_expire(shard, now)
+        listeners_resume(engine, shard, now)
+        shard_fire_timers(shard, now)
         shard_collect(engine, worker, shard, batch, now)
         if worker.lost:                # a compiled handler was stuck: its entry may be left, the rest is another's
             worker.lost = False

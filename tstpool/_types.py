@@ -101,4 +101,12 @@ class PoolStats:
     accept_errors: int
     controls: int
     """epoll_ctl calls made for connections that were registered already, or were being registered."""
+    accept_pauses: int
+    """Times that accepting stopped for a while: `max_connections` were open, or the process ran out of something."""
+    rejected_connections: int
+    """Refused by on_connect, or closed because there were too many (`when_full="close"`)."""
+    idle_closed: int
+    """Connections closed because they were silent for `idle_timeout`."""
+    deadline_closed: int
+    """Connections closed because they missed another deadline: first byte, message, write, linger."""
     workers: tuple[WorkerStats, ...]

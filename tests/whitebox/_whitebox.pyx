@@ -36,7 +36,7 @@ from tstpool._shard cimport (
     ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, SCRATCH_SIZE, TOKEN_POLLING, TOKEN_RUNNING, entry_move,
     shard_ask, shard_push, shard_take_requests, token_held, token_move, token_of, tst_engine, tst_entry, tst_shard,
     tst_worker)
-from tstpool._stats cimport stats_job, tst_stats
+from tstpool._stats cimport clock_now, stats_job, tst_stats
 
 OPEN, OWNED, PAUSED, QUEUED = STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED
 DETACHED, DEAD = STATE_DETACHED, STATE_DEAD
@@ -604,7 +604,8 @@ cdef class Connection:
     def flush(self, bint writable=False, bint arm=True):
         cdef int result
         with nogil:
-            result = connection_flush(self.connection, generation_of(self.id), writable, arm, &self.engine.stats)
+            result = connection_flush(self.connection, generation_of(self.id), writable, arm, clock_now(),
+                                      &self.engine.stats)
         return result
 
     def pretend_flushing(self, bint on):
