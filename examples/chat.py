@@ -171,4 +171,6 @@ if __name__ == "__main__":
         framing=Delimited(b"\n", max_message=LINE_MOST),
         workers=options.workers,
         shards=options.shards,
+        first_byte_timeout=3600.0,  # who only listens is welcome
+        idle_timeout=3600.0,
     )

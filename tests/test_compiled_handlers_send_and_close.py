@@ -21,7 +21,7 @@ FULL = 16 << 20
 @pytest.fixture
 def full(make_pool, make_client):
     """(pool, client, socket): the client reads nothing, the kernel takes no more output."""
-    pool = make_pool(Commands(), framing=FRAMING)
+    pool = make_pool(Commands(), framing=FRAMING, max_queued=None)
     client = make_client(pool)
     sock = socket_of(pool, client)
     sock.send(b"z" * FULL)
@@ -66,7 +66,7 @@ def test_threads_send_while_the_handler_does(make_pool, make_client):
 
 @pytest.mark.parametrize("ending", [lambda sock, client: sock.close(), lambda sock, client: reset(client)])
 def test_a_thread_that_sends_finds_out_that_the_socket_is_closed(make_pool, make_client, ending):
-    pool = make_pool(FramedEcho(), framing=FRAMING, workers=2)
+    pool = make_pool(FramedEcho(), framing=FRAMING, workers=2, max_queued=None)
     client = connect(pool)
     with client:
         sock = socket_of(pool, client)

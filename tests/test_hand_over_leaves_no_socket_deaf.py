@@ -66,7 +66,7 @@ def test_a_long_queue_that_the_kernel_takes_in_large_pieces_goes_out_whole(make_
         for _ in range(size // 4096):
             sock.send(b"x" * 4096)
 
-    pool = make_pool(handler(on_message=on_message), workers=2, trigger=trigger)
+    pool = make_pool(handler(on_message=on_message), workers=2, trigger=trigger, max_queued=None)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
         client.settimeout(patient(5))

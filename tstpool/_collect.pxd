@@ -9,9 +9,9 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    ACQUIRED, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, PEND_TIMER, STATE_DEAD,
-    STATE_OWNED, STATE_QUEUED, TYPE_LISTEN, TYPE_SUB, connection_acquire, connection_is, connection_release,
-    generation_of, slot_of, table_open, table_slot, tst_connection)
+    ACQUIRED, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE,
+    STATE_DEAD, STATE_OWNED, STATE_QUEUED, TYPE_LISTEN, TYPE_SUB, connection_acquire, connection_is, connection_release,
+    connection_take_relief, generation_of, slot_of, table_open, table_slot, tst_connection)
 from tstpool._data cimport input_keep
 from tstpool._entry cimport (
     connection_begin_close, connection_break, connection_due, connection_expire, connection_has_room,
@@ -236,6 +236,9 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             connection_transfer(connection, now)
             connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now,
                              &worker.stats)
+        if connection_take_relief(connection) and connection.tell_room and not connection.closing and not (
+                connection.ask_writable or connection.call_writable):      # else it will be called for that
+            what |= DO_WRITABLE
         if connection.ask_writable and connection_has_room(connection):
             connection.ask_writable = False
             what |= DO_WRITABLE
@@ -343,7 +346,7 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
         return
     waiting = connection_flush(connection, generation, False, True, now, &worker.stats)
     word = load64(&connection.state, ACQUIRE)
-    if not word & PEND_ANY and waiting == 0:
+    if not word & PEND_ANY and waiting == 0 and load32(&connection.pressure, RELAXED) != PRESSURE_GONE:
         return                 # else its owner is to see to a deadline for the rest, or to its end
     if connection_acquire(connection, generation, &pending) != ACQUIRED:
         return                 # its owner sees the pending bits when it releases

@@ -36,7 +36,7 @@ connection.lock held); `owner` (only by the worker that set OWNED; the compare-a
 the next owner's reads).
 """
 from cpython.object cimport PyObject
-from libc.errno cimport EINVAL, ENOMEM, ENOTCONN
+from libc.errno cimport EINVAL, ENOBUFS, ENOMEM, ENOTCONN
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -45,8 +45,8 @@ from tstpool._data cimport tst_data, tst_input
 from tstpool._frame cimport (
     FRAME_DELIMITED, FRAME_LENGTH, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing)
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, compare_exchange64, compare_exchange_pointer, load64,
-    load_pointer, store32, store64, tst_bug)
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, load32,
+    load64, load_pointer, store32, store64, tst_bug)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport queue_append, queue_commit, queue_room, queue_share, queue_size, tst_queue, tst_shared
 
@@ -81,8 +81,32 @@ cdef enum:
     NO_TIMER = 0xffffffff      # timer_slot of a connection that is in no wheel
 
 
-# How long a connection may be without something, in ticks of _timer.pxd; 0: for ever.
+# Output that waits for peers, of all connections of a pool. Only what the kernel has refused once is counted, and what is
+# more than high_water: the usual, which goes out at once, costs nothing.
+cdef struct tst_total:
+    uint64_t queued            # atomic: bytes
+    uint64_t most              # 0: no limit
+    uint64_t overflow_closed   # atomic: connections that were closed for having too much
+
+
+cdef enum:
+    PRESSURE_NONE = 0
+    PRESSURE_HIGH = 1          # more than high_water waits: no more messages are handed out meanwhile
+    PRESSURE_GONE = 2          # it has fallen to low_water since; the owner is to hear of it
+
+cdef enum:
+    OVERFLOW_REFUSE = 0        # send() fails, or waits
+    OVERFLOW_CLOSE = 1         # the connection ends
+
+
+# How long a connection may be without something, in ticks of _timer.pxd, and how much may wait; 0: no limit.
 cdef struct tst_limits:
+    tst_total *total           # borrowed from the engine
+    size_t high_water          # bytes
+    size_t low_water
+    size_t max_queued          # with so much waiting no more is taken: the last message may go beyond
+    uint8_t overflow           # OVERFLOW_*
+    uint8_t auto_pause
     uint32_t first_byte
     uint32_t message
     uint32_t idle
@@ -132,6 +156,7 @@ cdef struct tst_connection:
     uint32_t out_error         # atomic, written locked: errno of the send that failed
     uint32_t armed             # locked: the event mask that the kernel holds
     tst_queue out              # locked
+    size_t counted             # locked: bytes of it that are in limits.total
 
     uint8_t connected          # owner: on_connect accepted it; on_disconnect is due
     uint8_t end_of_input       # owner: the peer has finished or the connection broke
@@ -154,6 +179,8 @@ cdef struct tst_connection:
     uint8_t has_timer          # owner: it is in the wheel, or the wheel has asked for it
     uint32_t active_tick       # owner: when something arrived last, or a handler returned
     uint32_t since_tick        # owner: when the unfinished message began, or the closing, or the lingering
+    uint8_t tell_room          # owner: a handler has a hook that wants to hear of PRESSURE_GONE
+    uint32_t pressure          # atomic, written locked: PRESSURE_*
     uint32_t output_tick       # atomic, written locked: when the kernel took output last, or began not to
     uint32_t rebind            # atomic: sock.handler was assigned; the owner is to look it up anew
     int reason                 # owner: errno that ended it, 0 for a clean end
@@ -356,6 +383,49 @@ cdef inline bint output_is_left(tst_connection *connection, uint64_t word) noexc
     return not connection.want_out and not connection.flushing and word & (STATE_OWNED | STATE_DETACHED) != STATE_OWNED
 
 
+cdef inline void output_account(tst_connection *connection) noexcept nogil:
+    """Brings the total and the pressure in line with what waits now. Lock held."""
+    cdef const tst_limits *limits = connection.limits
+    cdef size_t waits = queue_size(&connection.out)
+    cdef size_t counts = 0
+    if limits == NULL:
+        return
+    if connection.want_out or waits > limits.high_water:
+        counts = waits
+    if counts != connection.counted:
+        add64(&limits.total.queued, <uint64_t>counts - connection.counted, RELAXED)
+        connection.counted = counts
+    if waits > limits.high_water:
+        if limits.auto_pause and load32(&connection.pressure, RELAXED) != PRESSURE_HIGH:
+            store32(&connection.pressure, PRESSURE_HIGH, RELAXED)
+    elif waits <= limits.low_water and load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:
+        store32(&connection.pressure, PRESSURE_GONE, RELEASE)
+
+
+cdef inline bint output_is_full(const tst_connection *connection, size_t size) noexcept nogil:
+    """So much waits that `size` more bytes are not taken. Lock held."""
+    cdef const tst_limits *limits = connection.limits
+    cdef size_t waits = queue_size(<tst_queue *>&connection.out)
+    if limits == NULL or waits == 0:
+        return False
+    if limits.max_queued and waits >= limits.max_queued:
+        return True
+    return (limits.total.most != 0 and (connection.want_out or waits > limits.high_water)
+            and load64(&limits.total.queued, RELAXED) + size > limits.total.most)
+
+
+cdef inline bint connection_take_relief(tst_connection *connection) noexcept nogil:
+    """True once, after PRESSURE_GONE. Owner only."""
+    cdef bint relief = False
+    if load32(&connection.pressure, ACQUIRE) == PRESSURE_GONE:
+        spin_lock(&connection.lock)
+        relief = load32(&connection.pressure, RELAXED) == PRESSURE_GONE
+        if relief:
+            store32(&connection.pressure, PRESSURE_NONE, RELAXED)
+        spin_unlock(&connection.lock)
+    return relief
+
+
 cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const char *bytes, size_t size,
                             tst_shared *shared) noexcept nogil:
     """Queues a message with what its framing puts around it; `shared`: its bytes need not be copied.
@@ -394,9 +464,10 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     """Queues output, from any thread: bytes as they are or, `framed`, as one message of the connection's framing. Bytes
     that are `shared` are not copied.
 
-    Returns the bytes that wait now, -ENOTCONN when it is closed, -EMSGSIZE or -EINVAL when the framing has no frame for
-    them, or -ENOMEM. `flush` becomes True when nobody is on the way to send it: the caller must connection_ask() for
-    it. A frame for which memory runs out in the middle breaks the connection: the peer could make nothing of the rest.
+    Returns the bytes that wait now, -ENOTCONN when it is closed, -ENOBUFS when too much waits already, -EMSGSIZE or
+    -EINVAL when the framing has no frame for them, or -ENOMEM. `flush` becomes True when nobody is on the way to send
+    it: the caller must connection_ask() for it. A frame for which memory runs out in the middle breaks the connection:
+    the peer could make nothing of the rest.
     """
     cdef ssize_t result
     cdef uint64_t word
@@ -404,6 +475,8 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     word = load64(&connection.state, ACQUIRE)
     if connection.out_closed or not word_is(word, generation):
         result = -ENOTCONN
+    elif output_is_full(connection, size):
+        result = -ENOBUFS
     else:
         connection.out.burst = word & STATE_OWNED != 0
         result = queue_frame(&connection.out, connection.framing if framed else NULL, bytes, size, shared)
@@ -413,6 +486,8 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
             flush[0] = True
         elif result == 0:
             result = <ssize_t>queue_size(&connection.out)
+            if connection.want_out or connection.limits == NULL or <size_t>result > connection.limits.high_water:
+                output_account(connection)
             flush[0] = output_is_left(connection, word)
     spin_unlock(&connection.lock)
     return result
@@ -437,7 +512,7 @@ cdef inline bint connection_is_paused(tst_connection *connection) noexcept nogil
 
 cdef inline bint connection_takes_messages(tst_connection *connection) noexcept nogil:
     """The handler may be called for input. Owner only."""
-    if connection.closing or connection.hold_input:
+    if connection.closing or connection.hold_input or load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:
         return False
     return not load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_CLOSE)
 

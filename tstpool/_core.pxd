@@ -94,7 +94,12 @@ cdef class TstSocket:
 
     cdef uint32_t generation(self) noexcept nogil
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
+    cdef ssize_t append_full(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
+    cdef ssize_t try_append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
+    cdef void flush_once(self) noexcept nogil
+    cdef int wait_for_room(self) except -1
     cdef ssize_t append_object(self, object data, bint framed) except? -1
+    cdef ssize_t append_now(self, object data, bint framed) except? -1
     cdef bint in_handler(self) noexcept
     cdef void publish(self, void **place, void *transfer) noexcept
     cdef bint sent_up_to(self, uint64_t goal) except -1
@@ -168,6 +173,8 @@ cdef class TstPool:
     cdef tst_engine *engine                # owned
     cdef Binding binding                   # of the pool's handler, None until it is known
     cdef bint copy                         # on_message gets bytes, not a view
+    cdef bint block_on_overflow
+    cdef tuple output                      # high_water, low_water, max_queued, OVERFLOW_*, auto_pause
     cdef dict timeouts                     # name -> seconds or None: what listeners are not told otherwise
     cdef list framings                     # the pool's, then its listeners'; connections borrow them
     cdef dict hooks                        # setEvent...: hook name -> function
@@ -189,7 +196,7 @@ cdef class TstPool:
     cdef object fault                      # the exception that stopped the engine by itself
     cdef object name
     cdef object __weakref__
-    cdef long long _abi_reserve[7]         # growth comes out of it, so that what cimports us need not be compiled anew
+    cdef long long _abi_reserve[6]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1

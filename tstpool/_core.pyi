@@ -140,6 +140,12 @@ class TstPool:
         idle_timeout: float | None = 75.0,
         write_timeout: float | None = 60.0,
         linger_timeout: float = 5.0,
+        high_water: int = 65536,
+        low_water: int = 16384,
+        max_queued: int | None = 1048576,
+        on_overflow: str = "raise",
+        auto_pause: bool = True,
+        max_total_queued: int | None = 268435456,
     ) -> None: ...
     @property
     def running(self) -> bool: ...

@@ -11,23 +11,23 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.errno cimport EAGAIN, EBUSY, EINVAL, EMSGSIZE, ENOMEM, ENOSYS, ENOTCONN, EUSERS, errno
+from libc.errno cimport EAGAIN, EBUSY, EINVAL, EMSGSIZE, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN, EUSERS, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED,
-    STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id,
-    connection_is, connection_mark, generation_of, table_chunk, table_find, table_open, tst_compiled, tst_connection,
-    tst_limits, tst_notified)
+    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN,
+    STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
+    connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_account, table_chunk,
+    table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
-    batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut, connection_due,
-    connection_reconnect, connection_wants_body)
+    batch_finish, connection_apply, connection_ask_relief, connection_begin_close, connection_break, connection_cut,
+    connection_due, connection_reconnect, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
@@ -35,15 +35,15 @@ from tstpool._libc cimport (
     SEQ_CST, SHUT_RDWR, accept4, add32, add64, close, epoll_create1, eventfd, gettid, load32, load64,
     load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
     pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
-    shutdown, store32, store64, store_pointer)
+    shutdown, store32, store64, store_pointer, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, flush_result, sys_control, sys_prepare, sys_recv,
     sys_reset_on_close, sys_wake)
 from tstpool._queue cimport (
-    SHARE_LEAST, queue_drop, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
-    tst_stock)
+    SHARE_LEAST, queue_drop, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter,
+    tst_shared, tst_stock)
 from tstpool._run cimport RUN_BURST, RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
@@ -77,7 +77,8 @@ import time
 import weakref
 
 from tstpool import _net
-from tstpool._types import ConnectionClosed, MessageTooLarge, PoolStats, TstError, TstSockType, WorkerStats
+from tstpool._types import (
+    ConnectionClosed, MessageTooLarge, PoolStats, SendQueueFull, TstError, TstSockType, WorkerStats)
 
 EPOLLIN = _EPOLLIN
 EPOLLOUT = _EPOLLOUT
@@ -160,6 +161,8 @@ cdef int check(ssize_t result, str what) except -1:
         raise BufferError(what)
     if result == -EMSGSIZE:
         raise MessageTooLarge(what)
+    if result == -ENOBUFS:
+        raise SendQueueFull("too much output waits for a peer that does not take it")
     raise system_error(<int>-result, what)
 
 
@@ -449,7 +452,55 @@ cdef class TstSocket:
         return generation_of(self.id)
 
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
-        """connection_append(), and sees to it that somebody sends it."""
+        """Queues output and sees to it that somebody sends it. Returns what waits, or -errno."""
+        cdef ssize_t result = self.try_append(bytes, size, shared, framed)
+        if tst_rarely(result == -ENOBUFS):
+            result = self.append_full(bytes, size, shared, framed)
+        return result
+
+    cdef ssize_t append_full(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
+        """Too much waits. Perhaps only because it is a long handler that sends; else the limits say what to do."""
+        cdef ssize_t result
+        self.flush_once()
+        result = self.try_append(bytes, size, shared, framed)
+        if result == -ENOBUFS and self.connection.limits.overflow == OVERFLOW_CLOSE:
+            if connection_overflow(self.connection, self.generation()):
+                shard_ask(self.connection, self.generation(), PEND_CLOSE)
+            result = -ENOTCONN
+        return result
+
+    cdef void flush_once(self) noexcept nogil:
+        """Gives the kernel what it takes now."""
+        cdef tst_stats outside
+        memset(&outside, 0, sizeof(outside))
+        connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside)
+        connection_ask_relief(self.connection, self.generation())
+        add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
+
+    cdef int wait_for_room(self) except -1:
+        """Blocks until less than high_water waits. ConnectionClosed when it ends before."""
+        cdef pollfd watched
+        cdef size_t waits
+        cdef bint gone
+        watched.fd = <int><uint32_t>self.id
+        watched.events = POLLOUT
+        while True:
+            spin_lock(&self.connection.lock)
+            gone = self.connection.out_closed or not connection_is(self.connection, self.generation())
+            waits = queue_size(&self.connection.out)
+            spin_unlock(&self.connection.lock)
+            if gone:
+                raise ConnectionClosed("the socket was closed while a send waited for room")
+            if waits <= self.connection.limits.high_water:
+                return 0
+            with nogil:
+                poll(&watched, 1, 10)      # short, for the descriptor may be closed meanwhile
+                self.flush_once()
+            self.pool.drop_all_litter()
+            PyErr_CheckSignals()
+
+    cdef ssize_t try_append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
+        """connection_append(), with the request for a flush that it may need."""
         cdef bint flush = False
         cdef ssize_t result = connection_append(self.connection, self.generation(), bytes, size, shared, framed, &flush)
         if flush:
@@ -458,6 +509,13 @@ cdef class TstSocket:
 
     cdef ssize_t append_object(self, object data, bint framed) except? -1:
         """append() for whatever has a buffer. Large `bytes` are kept instead of copied: they never change."""
+        cdef ssize_t queued = self.append_now(data, framed)
+        while queued == -ENOBUFS and self.pool.block_on_overflow and not self.in_handler():
+            self.wait_for_room()
+            queued = self.append_now(data, framed)
+        return queued
+
+    cdef ssize_t append_now(self, object data, bint framed) except? -1:
         cdef Py_buffer view
         cdef tst_shared *shared
         cdef ssize_t queued
@@ -626,7 +684,7 @@ cdef class TstSocket:
         data: any object with the buffer protocol. Returns how many bytes of this connection wait now for the kernel to
         take them. Inside a handler they go out, in one piece, when the handlers of this turn have run. Any thread; what
         one thread sends keeps its order and is never mixed with another's inside one call. Raises ConnectionClosed,
-        TypeError, MemoryError.
+        SendQueueFull (see TstPool's max_queued), TypeError, MemoryError.
         """
         cdef ssize_t queued = self.append_object(data, False)
         if queued < 0:
@@ -677,6 +735,7 @@ cdef class TstSocket:
             while not self.sent_up_to(goal):
                 with nogil:
                     connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside)
+                    connection_ask_relief(self.connection, self.generation())
                 if self.sent_up_to(goal):
                     return
                 if until and clock_now() >= until:
@@ -806,6 +865,22 @@ cdef class TstSocket:
         """Goes on after pause(). Any thread."""
         if connection_mark(self.connection, STATE_PAUSED, False, STATE_OPEN, self.generation()):
             shard_ask(self.connection, self.generation(), PEND_ARM)
+
+
+cdef bint connection_overflow(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """Ends a connection that has more output than is allowed. False: it is gone, or was ended before."""
+    cdef bint ours
+    spin_lock(&connection.lock)
+    ours = connection_is(connection, generation) and not connection.out_closed
+    if ours:
+        store32(&connection.out_error, ENOBUFS, RELAXED)
+        connection.aborted = connection.out_drop = True
+        if not connection.flushing:
+            flush_result(connection, 0, 0)
+        connection.out_closed = True
+        add64(&connection.limits.total.overflow_closed, 1, RELAXED)
+    spin_unlock(&connection.lock)
+    return ours
 
 
 cdef bint connection_abort(tst_connection *connection, uint32_t generation) noexcept:
@@ -1153,6 +1228,13 @@ cdef class TstPool:
     write_timeout: seconds in which a peer takes none of the output that waits for it (60). None: for ever. When one has
     passed the connection is closed, with a TimeoutError as the reason. Time in which handlers do not read (pause, a
     handler that runs) does not count. linger_timeout: seconds without progress while closing (5).
+    high_water, low_water: bytes of output that wait for a peer: above high_water (64 KiB) its messages are not handed
+    out any more (auto_pause), and it is not read; at low_water (16 KiB) that goes on, and on_writable is called.
+    max_queued: with so many waiting (1 MiB) no more is taken; the message that goes beyond still is. on_overflow: what
+    happens then: "raise": send() raises SendQueueFull; "block": it waits until there is room, except in the socket's
+    own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the pool (256
+    MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more. None: no
+    limit.
     idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
     name: prefix of the threads' names.
 
@@ -1175,7 +1257,8 @@ cdef class TstPool:
     def __init__(self, handler=None, *, framing=None, workers=None, copy=True, trigger="level", max_recv_size=4096,
                  max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool",
                  max_connections=None, when_full="wait", first_byte_timeout=15.0, message_timeout=60.0,
-                 idle_timeout=75.0, write_timeout=60.0, linger_timeout=5.0):
+                 idle_timeout=75.0, write_timeout=60.0, linger_timeout=5.0, high_water=65536, low_water=16384,
+                 max_queued=1048576, on_overflow="raise", auto_pause=True, max_total_queued=268435456):
         if self.hooks is not None:
             raise TstError("a TstPool is initialised once")
         if trigger not in TRIGGERS:
@@ -1183,6 +1266,16 @@ cdef class TstPool:
         if when_full not in ("wait", "close"):
             raise ValueError(f"when_full must be 'wait' or 'close': {when_full!r}")
         self.framings = [framing_from(framing)]
+        if on_overflow not in ("raise", "block", "close"):
+            raise ValueError(f"on_overflow must be 'raise', 'block' or 'close': {on_overflow!r}")
+        self.block_on_overflow = on_overflow == "block"
+        self.engine.total.most = 0 if max_total_queued is None else size_from(max_total_queued, "max_total_queued")
+        self.output = (size_from(high_water, "high_water"), size_from(low_water, "low_water"),
+                       0 if max_queued is None else size_from(max_queued, "max_queued"),
+                       OVERFLOW_CLOSE if on_overflow == "close" else OVERFLOW_REFUSE, bool(auto_pause))
+        if low_water > high_water or (max_queued is not None and high_water > max_queued):
+            raise ValueError("low_water <= high_water <= max_queued must hold: "
+                             f"{low_water}, {high_water}, {max_queued}")
         self.timeouts = {"first_byte": first_byte_timeout, "message": message_timeout, "idle": idle_timeout,
                          "write": write_timeout, "linger": linger_timeout}
         self.engine.max_connections = <uint32_t>(
@@ -1316,6 +1409,8 @@ cdef class TstPool:
             raise MemoryError("no memory for a listener")
         limits.first_byte, limits.message, limits.idle = ticks["first_byte"], ticks["message"], ticks["idle"]
         limits.write, limits.linger = ticks["write"], ticks["linger"]
+        limits.high_water, limits.low_water, limits.max_queued, limits.overflow, limits.auto_pause = self.output
+        limits.total = &self.engine.total
         with self.mutex:
             if self.engine.limits == NULL:
                 self.engine.limits = limits
@@ -1647,6 +1742,8 @@ cdef class TstPool:
                 word = load64(&connection.state, ACQUIRE)
                 if word & STATE_OPEN:
                     queue_drop(&connection.out)
+                    connection.want_out = False
+                    output_account(connection)
                     input_free(&connection.input)
                     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
                     close(connection.fd)
@@ -1823,7 +1920,8 @@ cdef class TstPool:
 
     def broadcast(self, data, exclude=None, where=None):
         """Sends the same bytes to every connection. exclude: a TstSocket, or several. where: a function of one socket
-        that says whether it is to get them. Returns how many connections it was queued for."""
+        that says whether it is to get them. Returns how many connections it was queued for; those that are closed, or
+        have too much waiting, are left out."""
         if isinstance(exclude, TstSocket):
             exclude = (exclude,)
         left_out = set() if exclude is None else set(exclude)
@@ -1841,7 +1939,7 @@ cdef class TstPool:
                 queued = (<TstSocket>sock).append(shared.bytes, shared.size, shared, False)
                 if queued >= 0:
                     reached += 1
-                elif queued != -ENOTCONN:
+                elif queued != -ENOTCONN and queued != -ENOBUFS:
                     check(queued, "no memory to queue output")
         finally:
             shared_leave(shared, NULL)
@@ -1931,7 +2029,8 @@ cdef class TstPool:
             added=load64(&self.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in,
             bytes_out=bytes_out, spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls,
             accept_pauses=pauses, rejected_connections=rejected, idle_closed=idle_closed,
-            deadline_closed=deadline_closed, workers=tuple(workers))
+            deadline_closed=deadline_closed, overflow_closed=load64(&self.engine.total.overflow_closed, RELAXED),
+            bytes_queued=load64(&self.engine.total.queued, RELAXED), workers=tuple(workers))
 
     cdef object worker_stats(self, int no):
         cdef tst_worker *worker = &self.engine.workers[no]
@@ -2320,6 +2419,8 @@ cdef class Worker:
                 connection_begin_close(connection)
         connection.compiled = NULL if sock.state_handler is None else &source.compiled
         sock.active = binding
+        # Not a function or a compiled handler: there EPOLLOUT answers need_send or SEND, and nothing else.
+        connection.tell_room = connection.compiled == NULL and source.on_writable is not None
         return 0
 
     cdef bint connect(self, TstSocket sock) except -1:

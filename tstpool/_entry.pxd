@@ -11,8 +11,8 @@ from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, connection_is, connection_is_paused, connection_release, connection_takes_messages,
-    connection_wants_input, tst_connection)
+    PEND_ARM, PEND_CLOSE, PEND_IN, PRESSURE_GONE, connection_is, connection_is_paused, connection_release,
+    connection_takes_messages, connection_wants_input, tst_connection)
 from tstpool._data cimport (
     data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume, input_free,
     input_reserve, tst_data)
@@ -515,9 +515,18 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
         return PEND_IN
     if connection.call_writable and waiting == 0:
         return PEND_IN
+    if load32(&connection.pressure, RELAXED) == PRESSURE_GONE and (
+            connection.tell_room or connection.input.size or connection.body != NULL):
+        return PEND_IN                     # there may be a message in it, which nobody has looked for meanwhile
     if connection.trigger == TRIGGER_EDGE and connection.readable and connection_wants_input(connection):
         return PEND_IN
     return 0
+
+
+cdef inline void connection_ask_relief(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """After a flush by who does not own it: input that waited for less output goes on."""
+    if load32(&connection.pressure, ACQUIRE) == PRESSURE_GONE:
+        shard_ask(connection, generation, PEND_ARM)
 
 
 cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now) noexcept nogil:
@@ -550,6 +559,7 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
         shard_push(shard, connection)
     if again:
         connection_flush(connection, entry.generation, False, True, now, &worker.stats)
+        connection_ask_relief(connection, entry.generation)
     if broken:
         shard_ask(connection, entry.generation, PEND_CLOSE)
 

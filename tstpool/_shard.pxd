@@ -28,7 +28,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from tstpool._conn cimport (
-    STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of, tst_connection, tst_limits, tst_table)
+    STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of, tst_connection, tst_limits, tst_table,
+    tst_total)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange32, compare_exchange64, compare_exchange_pointer,
     epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal, pthread_cond_t,
@@ -157,6 +158,7 @@ cdef struct tst_engine:
     bint close_excess          # connections above the limit are closed, instead of waiting in the kernel's backlog
     uint32_t max_connections   # 0: no limit
     uint32_t n_listeners       # atomic
+    tst_total total            # output that waits
     tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger
     int n_workers

@@ -107,6 +107,10 @@ class PoolStats:
     """Refused by on_connect, or closed because there were too many (`when_full="close"`)."""
     idle_closed: int
     """Connections closed because they were silent for `idle_timeout`."""
+    overflow_closed: int
+    """Connections closed because too much output waited for them (`on_overflow="close"`)."""
+    bytes_queued: int
+    """Output that waits now because the kernel did not take it."""
     deadline_closed: int
     """Connections closed because they missed another deadline: first byte, message, write, linger."""
     workers: tuple[WorkerStats, ...]

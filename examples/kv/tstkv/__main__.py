@@ -35,8 +35,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     handler = KeyValueHandler(maxmemory=options.maxmemory, maxclients=options.maxclients)
-    # As many workers as shards: no command blocks, so that nobody need stand by.
-    pool = tstpool.TstPool(handler, workers=options.shards, shards=options.shards, name="tstkv")
+    # As many workers as shards: no command blocks, so that nobody need stand by. The handler has limits of its own, and
+    # a client of Redis may be silent for as long as it likes.
+    pool = tstpool.TstPool(
+        handler,
+        workers=options.shards,
+        shards=options.shards,
+        name="tstkv",
+        first_byte_timeout=None,
+        idle_timeout=None,
+        max_queued=None,
+        auto_pause=False,
+        max_total_queued=None,
+    )
     address = pool.listen(options.host, options.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"tstkv {__version__} listens on {address[0]} port {address[1]}", flush=True)
