@@ -433,6 +433,8 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
     connection.has_timer = False
     if kind == DEADLINE_NONE or tick_before(tick_of(now), due):
         return
+    if kind != DEADLINE_OUTPUT and sys_unread(connection.fd) and not connection_input_full(connection):
+        return                             # handlers of others have kept us from reading what came in time
     count(&worker.stats.idle_closed if kind == DEADLINE_IDLE else &worker.stats.deadline_closed, 1)
     if kind == DEADLINE_OUTPUT:
         connection_drop_output(connection)
