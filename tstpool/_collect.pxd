@@ -212,6 +212,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
     store32(&connection.events, events, RELAXED)
     if pending & PEND_ARM:
         connection.active_tick = tick_of(now)      # while it was paused the peer was not to blame
+        connection.unfinished = False              # a message that had begun gets its time anew, too
     if pending & PEND_TIMER:
         connection_expire(worker, connection, now)
     if pending & PEND_CLOSE or (shard.draining and pending & PEND_CONNECT):
