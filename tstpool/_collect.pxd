@@ -135,7 +135,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
         connection_settle_in(connection, engine, home, TYPE_SUB)
         store_pointer(<void **>&connection.framing, <void *>listener.framing, RELEASE)
         connection.limits = listener.limits
-        connection.active_tick = tick_of(now)
+        connection.active_tick = connection.output_tick = tick_of(now)
         if home == shard:
             batch_add(batch, connection, DO_CONNECT)
         else:

@@ -1398,7 +1398,7 @@ cdef class TstPool:
             path = read_peer(connection)
             connection.framing = framing_pointer(framing)
             connection.limits = self.engine.limits
-            connection.active_tick = tick_of(clock_now())
+            connection.active_tick = connection.output_tick = tick_of(clock_now())
             sock = new_socket(self, connection)
             sock.peer_path = path
             sock.data = user_data
