@@ -3,6 +3,8 @@
 import contextlib
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,7 +12,7 @@ import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
 from contract_helpers import Gate, every_trigger, handler, is_open, open_sockets, round_trip
 from downstream_handlers import Commands, Counting
-from helpers import RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+from helpers import ROOT, RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
 
 import tstpool
 from tstpool import LengthPrefixed, TstHandler
@@ -603,3 +605,60 @@ def test_many_slow_peers_do_not_disturb_a_good_one(make_pool):
         assert p99 < patient(0.1)
         assert say(good, b"still here") == [b"still here"]
         assert counters(pool) == (0, number)
+
+
+# ------------------------------------------------------------------------------- long after the machine began
+
+SINK = """
+import socket, sys, threading, time, tstpool
+
+class Sink(tstpool.TstHandler):
+    def on_message(self, sock, data):
+        pass
+
+    def on_disconnect(self, sock, reason):
+        print(type(reason).__name__, flush=True)
+        ended.set()
+
+ended = threading.Event()
+with tstpool.TstPool(Sink(), workers=1, idle_timeout=float(sys.argv[1])) as pool:
+    client = socket.create_connection(pool.listen("127.0.0.1", 0))
+    begin = time.monotonic()
+    client.send(b"x")
+    print(ended.wait(10), round(time.monotonic() - begin, 2), pool.stats().idle_closed)
+"""
+
+
+def in_time_namespace(seconds, *args):
+    """Runs SINK where the monotonic clock is `seconds` ahead; None where that is not allowed."""
+    command = ["unshare", "--time", "--monotonic", str(int(seconds)), "--fork", sys.executable, "-c", SINK, *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patient(30), cwd=ROOT)
+    except FileNotFoundError:
+        return None
+    if done.returncode and "unshare" in done.stderr:
+        return None
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("days", [1, 103.9, 105, 150, 209, 313, 500])
+def test_however_long_the_machine_runs(days):
+    """B38: ticks wrap after 208 days; a connection that was never sent anything is closed all the same."""
+    words = in_time_namespace(days * 86400, "0.2")
+    if words is None:
+        pytest.skip("a time namespace needs privileges")
+    reason, ended, took, idle_closed = words
+    assert (reason, ended, idle_closed) == ("TimeoutError", "True", "1")
+    assert 0.2 <= float(took) < 0.22 + patient(0.3)
+
+
+def test_while_ticks_wrap():
+    """B38: the deadline begins before and strikes after."""
+    begin = time.monotonic()
+    words = in_time_namespace((1 << 54) / 1e9 - begin - 2, "4")  # a server starts within two seconds, or four
+    if words is None:
+        pytest.skip("a time namespace needs privileges")
+    reason, ended, took, idle_closed = words
+    assert (reason, ended, idle_closed) == ("TimeoutError", "True", "1")
+    assert 4 <= float(took) < 4.4 + patient(0.3)
