@@ -1,6 +1,7 @@
 """B20, B24, B25: a close while the peer still sends; its end; and close(abort=True), which is the other way to end."""
 
 import contextlib
+import functools
 import select
 import socket
 import threading
@@ -166,7 +167,7 @@ def test_a_peer_that_goes_on_sending_is_cut_off(make_pool, make_client):
     pool = make_pool(rejecting(), framing=FRAMES, linger_timeout=0.2)
     begin = time.monotonic()
     (client,) = lingering(pool, make_client)
-    with pytest.raises(OSError):  # noqa: PT011 - EPIPE or ECONNRESET
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
         while time.monotonic() - begin < 10:
             client.send(b"x")
             time.sleep(0.02)
@@ -284,7 +285,7 @@ def test_abort_resets_at_once(make_pool, make_client, said, trigger):
         assert select.select([client], [], [], patient(10))[0]
     (ours,) = open_sockets(pool, 1)
     if said == b"much":
-        wait_until(lambda: ours.pending > 0 if hasattr(ours, "pending") else pool.stats().bytes_out > 0)
+        wait_until(lambda: pool.stats().bytes_out > 0)
     begin = time.monotonic()
     assert ours.close(abort=True) is True
     assert ours.close(abort=True) is False
@@ -330,8 +331,8 @@ def test_abort_after_close_does_not_wait_for_the_peer(make_pool, make_client):
     assert select.select([client], [], [], patient(10))[0]
     (ours,) = open_sockets(pool, 1)
     wait_until(lambda: ours.closed)
-    assert not select.select([], [], [], 0.2)[0]
-    assert len(pool) == 1  # it waits
+    time.sleep(0.2)  # a window in which it would end by itself
+    assert len(pool) == 1
     assert ours.close(abort=True) is False
     wait_until(lambda: len(pool) == 0, 2)
     assert ends_with_reset(client)
@@ -366,7 +367,7 @@ def test_threads_that_abort_and_close_at_once(make_pool, make_client):
     for i in range(scaled(30, 5)):
         client = make_client(pool)
         (ours,) = open_sockets(pool, 1)
-        in_threads(*(lambda abort=abort: ours.close(abort=abort) for abort in (True, False, True, False)))
+        in_threads(*(functools.partial(ours.close, abort=abort) for abort in (True, False, True, False)))
         wait_until(lambda: len(pool) == 0)
         wait_until(lambda i=i: len(ends) == i + 1)
         with contextlib.suppress(ConnectionResetError):

@@ -310,9 +310,7 @@ def test_a_paused_socket_is_not_closed_and_gets_its_time_anew(make_pool, make_cl
 def test_a_pause_shorter_than_the_deadline_counts_as_much(make_pool, make_client, begun):
     """B38: the time anew, also when no timer fired meanwhile."""
     watch = Watch()
-    pool = make_pool(
-        watch, framing=FRAMES, first_byte_timeout=0.5, message_timeout=0.5, idle_timeout=0.5
-    )
+    pool = make_pool(watch, framing=FRAMES, first_byte_timeout=0.5, message_timeout=0.5, idle_timeout=0.5)
     client = make_client(pool)
     client.sendall(begun)
     if begun == pack(b"hello"):
@@ -385,9 +383,7 @@ def test_what_had_come_in_time_is_served_although_every_worker_was_busy(make_poo
 def test_added_sockets_have_no_deadline_for_input(make_pool, make_client):
     """B38: a client is not idle when its server has nothing to say."""
     watch = Watch()
-    pool = make_pool(
-        watch, first_byte_timeout=0.1, idle_timeout=0.1, message_timeout=0.1, framing=FRAMES
-    )
+    pool = make_pool(watch, first_byte_timeout=0.1, idle_timeout=0.1, message_timeout=0.1, framing=FRAMES)
     ours, theirs = socket.socketpair()
     ours.settimeout(patient(10))
     with ours, socket.create_server(("127.0.0.1", 0)) as server:

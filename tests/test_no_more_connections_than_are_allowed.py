@@ -156,9 +156,8 @@ def test_the_one_too_many_is_closed(make_pool, make_client):
     pool = make_pool(ECHO, max_connections=2, when_full="close")
     clients = served_clients(pool, make_client, 2)
     for i in range(20):
-        with connect(pool) as late:
-            with contextlib.suppress(ConnectionResetError):
-                assert late.recv(1) == b""
+        with connect(pool) as late, contextlib.suppress(ConnectionResetError):
+            assert late.recv(1) == b""
         assert pool.stats().rejected_connections == i + 1
     stats = pool.stats()
     assert (stats.accepted, stats.connections, stats.accept_pauses) == (2, 2, 0)
