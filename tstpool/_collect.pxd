@@ -78,16 +78,6 @@ cdef inline bint engine_is_full(tst_engine *engine) noexcept nogil:
     return n >= <uint64_t>engine.max_connections + load32(&engine.n_listeners, RELAXED)
 
 
-cdef inline void accept_excess(tst_worker *worker, tst_connection *listener) noexcept nogil:
-    """Takes one connection from the backlog and closes it."""
-    cdef sockaddr_storage address
-    cdef socklen_t size = sizeof(address)
-    cdef int fd = sys_accept(listener.fd, <sockaddr *>&address, &size)
-    if fd >= 0:
-        close(fd)
-        count(&worker.stats.rejected, 1)
-
-
 cdef inline void accept_pause(tst_worker *worker, tst_shard *shard, int reason, uint64_t now) noexcept nogil:
     """No more for a while."""
     shard.accept_again = now + ACCEPT_PAUSE
@@ -104,13 +94,12 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
     cdef tst_shard *home
     cdef uint64_t id
     cdef int fd, _n, failures = 0
+    cdef bint full
     for _n in range(ACCEPTS_PER_TURN):
         if batch.n_entries == BATCH_ENTRIES:
             return
-        if engine_is_full(engine):
-            if engine.close_excess:
-                accept_excess(worker, listener)
-                continue
+        full = engine_is_full(engine)
+        if full and not engine.close_excess:
             shard.full = True
             accept_pause(worker, shard, EUSERS, now)
             return
@@ -128,6 +117,10 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
                 accept_pause(worker, shard, -fd, now)
                 return
             continue
+        if full:
+            count(&worker.stats.rejected, 1)
+            close(fd)
+            continue
         home = engine_least_loaded(engine)
         connection = table_open(&engine.table, fd, STATE_OWNED if home == shard else STATE_QUEUED | PEND_CONNECT, &id)
         if connection == NULL:
@@ -142,7 +135,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
         connection_settle_in(connection, engine, home, TYPE_SUB)
         store_pointer(<void **>&connection.framing, <void *>listener.framing, RELEASE)
         connection.limits = listener.limits
-        connection.active_tick = tick_of(now)
+        connection.active_tick = connection.output_tick = tick_of(now)
         if home == shard:
             batch_add(batch, connection, DO_CONNECT)
         else:
@@ -219,6 +212,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
     store32(&connection.events, events, RELAXED)
     if pending & PEND_ARM:
         connection.active_tick = tick_of(now)      # while it was paused the peer was not to blame
+        connection.unfinished = False              # a message that had begun gets its time anew, too
     if pending & PEND_TIMER:
         connection_expire(worker, connection, now)
     if pending & PEND_CLOSE or (shard.draining and pending & PEND_CONNECT):

@@ -1493,7 +1493,7 @@ cdef class TstPool:
             path = read_peer(connection)
             connection.framing = framing_pointer(framing)
             connection.limits = self.engine.limits
-            connection.active_tick = tick_of(clock_now())
+            connection.active_tick = connection.output_tick = tick_of(clock_now())
             sock = new_socket(self, connection)
             sock.peer_path = path
             sock.data = user_data
@@ -2093,14 +2093,14 @@ cdef object usual_max_connections():
 
 
 cdef uint32_t ticks_from(object seconds, str name) except? 0:
-    """A limit in ticks of the wheel, rounded up; 0 for None."""
+    """A limit in ticks of the wheel, rounded up; 0 for None. One more, for it begins within a tick."""
     cdef uint64_t number
     if seconds is None:
         return 0
     number = nanoseconds(seconds, name)
     if not 0 < number <= <uint64_t>4000000 * NANOSECOND:
         raise ValueError(f"{name} must be more than 0 seconds and at most 4,000,000, or None: {seconds}")
-    return <uint32_t>((number >> TICK_BITS) + 1)
+    return <uint32_t>((number >> TICK_BITS) + 2)
 
 
 cdef int adopt(object sock) except -1:

@@ -433,6 +433,8 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
     connection.has_timer = False
     if kind == DEADLINE_NONE or tick_before(tick_of(now), due):
         return
+    if kind != DEADLINE_OUTPUT and sys_unread(connection.fd) and not connection_input_full(connection):
+        return                             # handlers of others have kept us from reading what came in time
     count(&worker.stats.idle_closed if kind == DEADLINE_IDLE else &worker.stats.deadline_closed, 1)
     if kind == DEADLINE_OUTPUT:
         connection_drop_output(connection)
@@ -460,7 +462,8 @@ cdef inline bint connection_should_linger(tst_connection *connection, uint64_t n
         return False
     if connection_is_aborted(connection) or load32(&shard.aborted, RELAXED):
         return False
-    if connection.unfinished or sys_unread(connection.fd) != 0:
+    # A message that came with the one before, in one piece, has never been noted as unfinished.
+    if connection.unfinished or connection_is_unfinished(connection) or sys_unread(connection.fd) != 0:
         return True
     # Without framing nobody knows whether the peer is through.
     return (connection.bulky and connection.framing == NULL and not load32(&shard.draining, RELAXED)

@@ -147,7 +147,10 @@ cdef inline tst_connection *wheel_fire(tst_wheel *wheel, uint32_t now) noexcept 
         if connection != NULL:
             wheel_remove(wheel, connection)
             return connection
-        if not wheel_next(wheel, &tick) or tick_before(now, tick):
+        if not wheel_next(wheel, &tick):
+            wheel.tick = now                           # however long nothing was in it: differences may be too large
+            return NULL
+        if tick_before(now, tick):
             if tick_before(wheel.tick, now):
                 wheel.tick = now
             return NULL

@@ -28,7 +28,7 @@ from tstpool._shard cimport (
     shard_ask, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard,
     tst_worker)
 from tstpool._stats cimport count, tick_base
-from tstpool._timer cimport TICK_BITS, tick_of, wheel_fire, wheel_next
+from tstpool._timer cimport TICK_BITS, tick_before, tick_of, wheel_fire, wheel_next
 
 cdef enum:
     ELSEWHERE_FREE = 1
@@ -124,6 +124,8 @@ cdef inline uint64_t shard_next_timer(tst_shard *shard, uint64_t now) noexcept n
     pthread_mutex_unlock(&shard.mutex)
     if not found:
         return 0
+    if not tick_before(tick_of(now), tick):
+        return now                         # it was due while handlers ran
     return ((now >> TICK_BITS) + <uint32_t>(tick - tick_of(now))) << TICK_BITS
 
 

@@ -15,7 +15,7 @@ from tstpool._conn cimport (
     table_open, table_slot, tst_connection, tst_table)
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PEND_OUT, STATE_DEAD, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED)
-from tstpool._conn cimport tst_compiled
+from tstpool._conn cimport NO_TIMER, tst_compiled
 from tstpool._core cimport Framing as PublicFraming
 from tstpool._data cimport (
     data_complete, data_fill, data_pin, data_request, data_resize, data_set_done, data_unpin, input_consume,
@@ -37,6 +37,8 @@ from tstpool._shard cimport (
     shard_ask, shard_push, shard_take_requests, token_held, token_move, token_of, tst_engine, tst_entry, tst_shard,
     tst_worker)
 from tstpool._stats cimport clock_now, stats_job, tst_stats
+from tstpool._timer cimport (
+    WHEEL_LEVELS, WHEEL_MOST, WHEEL_SLOTS, tst_wheel, wheel_fire, wheel_next, wheel_put, wheel_remove)
 
 OPEN, OWNED, PAUSED, QUEUED = STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED
 DETACHED, DEAD = STATE_DETACHED, STATE_DEAD
@@ -46,6 +48,7 @@ CHUNK = TABLE_CHUNK
 SLOTS = TABLE_CHUNK * TABLE_CHUNKS
 PIECES = QUEUE_PIECES
 STOCK = STOCK_MOST
+WHEEL_AHEAD = WHEEL_MOST
 
 
 # -------------------------------------------------------------------------------------------- lock, counters
@@ -437,6 +440,72 @@ cdef class Queue:
             n += 1
             chunk = chunk.next
         return n
+
+
+# --------------------------------------------------------------------------------------------------- timers
+
+cdef class Wheel:
+    """A wheel of timers that are numbers: each stands for a connection that nobody else has."""
+
+    cdef tst_wheel wheel
+    cdef tst_connection *connections
+    cdef int n
+
+    def __cinit__(self, int n, uint32_t tick=0):
+        cdef int i
+        self.n = n
+        self.wheel.tick = tick
+        self.connections = <tst_connection *>calloc(<size_t>n, sizeof(tst_connection))
+        if self.connections == NULL:
+            raise MemoryError
+        for i in range(n):
+            self.connections[i].timer_slot = NO_TIMER
+
+    def __dealloc__(self):
+        free(self.connections)
+
+    def put(self, int number, uint32_t due):
+        """As shard_set_timer does, but at the present tick, too."""
+        assert 0 <= number < self.n
+        wheel_remove(&self.wheel, &self.connections[number])
+        self.connections[number].timer_due = due
+        wheel_put(&self.wheel, &self.connections[number])
+
+    def remove(self, int number):
+        assert 0 <= number < self.n
+        wheel_remove(&self.wheel, &self.connections[number])
+
+    def next(self):
+        """The tick of wheel_next; None: the wheel is empty."""
+        cdef uint32_t tick = 0
+        return tick if wheel_next(&self.wheel, &tick) else None
+
+    def fire(self, uint32_t now):
+        """The numbers that are due up to `now`, in the order in which the wheel gives them."""
+        cdef tst_connection *connection
+        fired = []
+        while True:
+            connection = wheel_fire(&self.wheel, now)
+            if connection == NULL:
+                return fired
+            assert connection.timer_slot == NO_TIMER
+            fired.append(<int>(connection - self.connections))
+
+    @property
+    def tick(self):
+        return self.wheel.tick
+
+    @property
+    def is_empty(self):
+        """No bit and no slot says otherwise."""
+        cdef int i
+        for i in range(WHEEL_LEVELS):
+            if self.wheel.occupied[i]:
+                return False
+        for i in range(WHEEL_LEVELS * WHEEL_SLOTS):
+            if self.wheel.slots[i] != NULL:
+                return False
+        return True
 
 
 # --------------------------------------------------------------------------------- table, connections, shard

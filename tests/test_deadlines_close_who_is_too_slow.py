@@ -1,0 +1,660 @@
+"""B37, B38, the docstring of TstPool: first byte, message, idle, write, closing; each exact, none ever early."""
+
+import contextlib
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
+from contract_helpers import Gate, every_trigger, handler, is_open, open_sockets, round_trip
+from downstream_handlers import Commands, Counting
+from helpers import ROOT, RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+
+import tstpool
+from tstpool import LengthPrefixed, TstHandler
+
+FRAMES = LengthPrefixed(4, max_message=64 << 20)
+MUCH = 16 << 20  # more than the socket buffers of a loopback connection hold
+
+limits = pytest.mark.parametrize("limit", [0.2, 1.0])
+
+
+class Watch(TstHandler):
+    """Echoes; "much" is answered with more than the buffers hold, "go" with the same and a close. Notes each end."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_message(self, sock, data):
+        sock.send_message(b"x" * MUCH if data in (b"much", b"go") else data)
+        if data == b"go":
+            sock.close()
+
+    def on_disconnect(self, sock, reason):
+        self.ends.append((time.monotonic(), reason))
+
+    def end(self, timeout=5):
+        """(when, reason) of the one connection that there was."""
+        wait_until(lambda: self.ends, timeout)
+        return self.ends[0]
+
+
+def check_took(took, limit):
+    """Never early, and late by no more than a busy machine makes it."""
+    print(f"limit {limit} s, took {took:.4f} s")
+    assert took >= limit
+    assert took < limit * 1.1 + patient(0.3)
+
+
+def check_end(watch, begin, limit, expected=TimeoutError):
+    ended, reason = watch.end(limit + 5)
+    check_took(ended - begin, limit)
+    if expected is None:
+        assert reason is None
+    else:
+        assert type(reason) is expected
+    assert len(watch.ends) == 1
+
+
+def counters(pool):
+    stats = pool.stats()
+    return stats.idle_closed, stats.deadline_closed
+
+
+def settled(pool):
+    """All are gone, and what was counted for them is there."""
+    wait_until(lambda: len(pool) == 0)
+    return counters(pool)
+
+
+def stays_open(client, seconds):
+    """Watches for that long: a window, in which a guard that is broken would close."""
+    readable, _, _ = select.select([client], [], [], seconds)
+    return not readable
+
+
+class Trickle:
+    """Sends a byte each `pause` seconds until the peer closes or the block ends."""
+
+    def __init__(self, client, pause, data=None):
+        self.client, self.pause, self.data = client, pause, data
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            for i in range(1 << 30 if self.data is None else len(self.data)):
+                self.client.send(b"x" if self.data is None else self.data[i : i + 1])
+                if self.stop.wait(self.pause):
+                    return
+
+    def __enter__(self):
+        self.thread.start()
+
+    def __exit__(self, *exc_info):
+        self.stop.set()
+        self.thread.join()
+
+
+# ------------------------------------------------------------------------------------------- each of them
+
+
+@limits
+def test_no_first_byte(make_pool, make_client, limit):
+    """B38: accepted, and nothing comes."""
+    watch = Watch()
+    pool = make_pool(watch, first_byte_timeout=limit, idle_timeout=None, message_timeout=None)
+    begin = time.monotonic()
+    client = make_client(pool)
+    check_end(watch, begin, limit)
+    assert recv_until_eof(client) == b""  # the end is a clean one: there was nothing that it could destroy
+    assert settled(pool) == (0, 1)
+
+
+@limits
+def test_a_message_that_trickles(make_pool, make_client, limit):
+    """B37, B38: absolute, from the first byte to the last; a byte now and then does not help."""
+    watch = Watch()
+    pool = make_pool(watch, framing=FRAMES, message_timeout=limit, idle_timeout=limit / 2)
+    client = make_client(pool)
+    begin = time.monotonic()
+    client.sendall((1000).to_bytes(4, "big"))
+    with Trickle(client, limit / 20):
+        check_end(watch, begin, limit)
+    assert settled(pool) == (0, 1)
+
+
+@limits
+def test_a_header_without_its_body(make_pool, make_client, limit):
+    """B38: the message deadline is not the idle one: it is counted as a message that did not come."""
+    watch = Watch()
+    pool = make_pool(watch, framing=FRAMES, message_timeout=limit, idle_timeout=10 * limit)
+    client = make_client(pool)
+    begin = time.monotonic()
+    client.sendall((1000).to_bytes(4, "big"))
+    check_end(watch, begin, limit)
+    assert settled(pool) == (0, 1)
+
+
+@limits
+def test_idle_between_messages(make_pool, make_client, limit):
+    """B38: silence since the last message."""
+    watch = Watch()
+    pool = make_pool(watch, idle_timeout=limit, first_byte_timeout=10 * limit)
+    client = make_client(pool)
+    for _ in range(3):
+        begin = time.monotonic()
+        assert round_trip(client, b"hello") == b"hello"
+    check_end(watch, begin, limit)
+    assert recv_until_eof(client) == b""
+    assert settled(pool) == (1, 0)
+
+
+@limits
+def test_a_peer_that_reads_nothing(make_pool, make_client, limit):
+    """B38: output waits, and the kernel takes none of it."""
+    watch = Watch()
+    pool = make_pool(watch, write_timeout=limit, idle_timeout=limit / 4, message_timeout=limit / 4)
+    client = make_client(pool)
+    begin = time.monotonic()
+    client.sendall(b"much")
+    check_end(watch, begin, limit)
+    assert settled(pool) == (0, 1)
+
+
+@limits
+def test_closing_with_a_peer_that_reads_nothing(make_pool, make_client, limit):
+    """B38: linger_timeout, not write_timeout; this side ended it, so there is no reason."""
+    watch = Watch()
+    pool = make_pool(watch, linger_timeout=limit, write_timeout=limit * 10)
+    client = make_client(pool)
+    begin = time.monotonic()
+    client.sendall(b"go")
+    check_end(watch, begin, limit, None)
+    assert settled(pool) == (0, 1)
+
+
+def test_never_early_wherever_in_a_tick_it_begins(make_pool, make_client):
+    """B38: connections that begin at any phase of the wheel's tick each get all of their time."""
+    accepted, took = {}, []
+
+    def on_connect(sock):
+        accepted[sock.id] = time.monotonic()
+
+    def on_disconnect(sock, reason):
+        took.append(time.monotonic() - accepted[sock.id])
+
+    # on_connect is called after the acceptance that counts, so each one seems shorter by that: much less than a tick.
+    pool = make_pool(handler(on_connect=on_connect, on_disconnect=on_disconnect), idle_timeout=0.2, workers=1)
+    begins = []
+    for _ in range(scaled(60, 20)):
+        client = make_client(pool)
+        client.sendall(b"x")
+        begins.append(client)
+        time.sleep(0.0013)  # another phase
+    wait_until(lambda: len(took) == len(begins))
+    print(f"{min(took):.4f} to {max(took):.4f} s")
+    assert min(took) >= 0.2
+
+
+@every_trigger
+def test_with_every_trigger(make_pool, make_client, trigger):
+    """B38: all five, one after the other, in one pool."""
+    watch = Watch()
+    pool = make_pool(
+        watch,
+        trigger=trigger,
+        framing=FRAMES,
+        first_byte_timeout=0.1,
+        message_timeout=0.2,
+        idle_timeout=0.3,
+        write_timeout=0.4,
+        linger_timeout=0.5,
+    )
+    for limit, data in [(0.1, b""), (0.2, b"\0\0"), (0.3, pack(b"hi")), (0.4, pack(b"much")), (0.5, pack(b"go"))]:
+        watch.ends.clear()
+        begin = time.monotonic()
+        with connect(pool) as client:
+            client.sendall(data)
+            check_end(watch, begin, limit, None if data == pack(b"go") else TimeoutError)
+    assert settled(pool) == (1, 4)
+
+
+# ---------------------------------------------------------------------------------- who is not to be closed
+
+
+def test_activity_in_either_direction_keeps_it_open(make_pool, make_client):
+    """B38: what is sent counts as much as what is received."""
+    watch = Watch()
+    pool = make_pool(watch, idle_timeout=0.4)
+    speaks, listens = make_client(pool), make_client(pool)
+    for client in (speaks, listens):
+        round_trip(client, b"hello")
+    ours = socket_of(pool, listens)
+    until = time.monotonic() + 1.2
+    while time.monotonic() < until:
+        round_trip(speaks, b"hello")
+        ours.send(b"news")
+        assert recv_exact(listens, 4) == b"news"
+        time.sleep(0.05)
+    assert watch.ends == []
+    begin = time.monotonic()
+    ours.send(b"last")
+    wait_until(lambda: len(watch.ends) == 2)
+    assert watch.ends[-1][0] - begin >= 0.4
+    assert settled(pool) == (2, 0)
+
+
+def test_a_reader_that_takes_a_little_now_and_then_is_not_cut_off(make_pool, make_client):
+    """B38: write_timeout is without progress; the whole takes much longer than that."""
+    watch = Watch()
+    pool = make_pool(watch, write_timeout=0.4, idle_timeout=None)
+    client = make_client(pool)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    client.sendall(b"much")
+    got = 0
+    begin = time.monotonic()
+    while time.monotonic() - begin < 1.5:
+        got += len(recv_exact(client, 1 << 18))  # so much that the kernel opens its window each time
+        time.sleep(0.05)
+    assert got < MUCH
+    assert watch.ends == []
+    while got < MUCH:
+        got += len(client.recv(1 << 20))
+    assert round_trip(client, b"hello") == b"hello"
+    assert counters(pool) == (0, 0)
+
+
+def test_message_after_message_without_a_pause(make_pool, make_client):
+    """B38: each message begins its own time, also when the kernel never has just one of them."""
+    pool = make_pool(Watch(), framing=FRAMES, message_timeout=0.3, idle_timeout=0.3)
+    client = make_client(pool)
+    data = pack(*[b"x" * 7] * 150)
+    with Trickle(client, 0.001 / 2, data):
+        assert receive(client, 150) == [b"x" * 7] * 150
+    assert counters(pool) == (0, 0)
+
+
+@pytest.mark.parametrize("begun", [b"", b"\0\0", pack(b"hello")], ids=["nothing", "half", "message"])
+@every_trigger
+def test_a_paused_socket_is_not_closed_and_gets_its_time_anew(make_pool, make_client, begun, trigger):
+    """B38: while we do not read, the peer is not to blame."""
+    watch = Watch()
+    pool = make_pool(
+        watch,
+        trigger=trigger,
+        framing=FRAMES,
+        first_byte_timeout=0.3,
+        message_timeout=0.3,
+        idle_timeout=0.3,
+    )
+    client = make_client(pool)
+    client.sendall(begun)
+    if begun == pack(b"hello"):
+        assert receive(client) == [b"hello"]
+    ours = socket_of(pool, client)
+    if begun == b"\0\0":
+        wait_until(lambda: pool.stats().bytes_in == 2)
+    ours.pause()
+    assert stays_open(client, 0.7)
+    begin = time.monotonic()
+    ours.resume()
+    check_end(watch, begin, 0.3)
+
+
+@pytest.mark.parametrize("begun", [b"", b"\0\0", pack(b"hello")], ids=["nothing", "half", "message"])
+def test_a_pause_shorter_than_the_deadline_counts_as_much(make_pool, make_client, begun):
+    """B38: the time anew, also when no timer fired meanwhile."""
+    watch = Watch()
+    pool = make_pool(watch, framing=FRAMES, first_byte_timeout=0.5, message_timeout=0.5, idle_timeout=0.5)
+    client = make_client(pool)
+    client.sendall(begun)
+    if begun == pack(b"hello"):
+        assert receive(client) == [b"hello"]
+    ours = socket_of(pool, client)
+    wait_until(lambda: pool.stats().bytes_in == len(begun))
+    ours.pause()
+    assert stays_open(client, 0.3)
+    begin = time.monotonic()
+    ours.resume()
+    check_end(watch, begin, 0.5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("framing", [None, FRAMES])
+def test_a_handler_that_still_runs_is_not_interrupted(make_pool, make_client, workers, framing):
+    """B38: its own time does not count; idle begins when it returns."""
+    ends = []
+    with Gate() as gate:
+
+        def on_message(sock, data):
+            gate.wait()
+            sock.send_message(data)
+
+        def on_disconnect(sock, reason):
+            ends.append((time.monotonic(), reason))
+
+        pool = make_pool(
+            handler(on_message=on_message, on_disconnect=on_disconnect),
+            framing=framing,
+            workers=workers,
+            slow_handler=30,
+            idle_timeout=0.3,
+            message_timeout=0.3,
+            first_byte_timeout=0.3,
+        )
+        client = make_client(pool)
+        client.sendall(pack(b"hello") + b"\0")
+        wait_until(lambda: gate.inside)
+        assert stays_open(client, 0.8)
+        begin = time.monotonic()
+        gate.open()
+        assert recv_exact(client, 5)
+        wait_until(lambda: ends)
+    check_took(ends[0][0] - begin, 0.3)
+    assert isinstance(ends[0][1], TimeoutError)
+
+
+def test_what_had_come_in_time_is_served_although_every_worker_was_busy(make_pool, make_client):
+    """B38: a handler of another connection blocks the only worker; the requests lie in the kernel meanwhile."""
+    with Gate() as gate:
+
+        def on_message(sock, data):
+            if data == b"block":
+                gate.wait()
+            sock.send(data)
+
+        pool = make_pool(handler(on_message=on_message), workers=1, slow_handler=30, idle_timeout=0.3)
+        blocks, other = make_client(pool), make_client(pool)
+        round_trip(other, b"hello")
+        blocks.sendall(b"block")
+        wait_until(lambda: gate.inside)
+        other.sendall(b"in time")
+        time.sleep(0.6)  # a window: the deadline passes
+        gate.open()
+        assert recv_exact(other, 7) == b"in time"
+        assert recv_exact(blocks, 5) == b"block"
+
+
+def test_added_sockets_have_no_deadline_for_input(make_pool, make_client):
+    """B38: a client is not idle when its server has nothing to say."""
+    watch = Watch()
+    pool = make_pool(watch, first_byte_timeout=0.1, idle_timeout=0.1, message_timeout=0.1, framing=FRAMES)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(patient(10))
+    with ours, socket.create_server(("127.0.0.1", 0)) as server:
+        pool.addsocket(theirs)
+        pool.connect(*server.getsockname()[:2])
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.settimeout(patient(10))
+            assert stays_open(ours, 0.4)
+            for peer in (ours, accepted):
+                assert say(peer, b"hello") == [b"hello"]
+                peer.sendall(b"\0\0")
+            assert stays_open(ours, 0.4)
+            assert is_open(accepted)
+            assert counters(pool) == (0, 0)
+
+
+def test_added_sockets_have_a_deadline_for_output(make_pool):
+    """B38: a peer that reads nothing holds memory, whoever connected."""
+    watch = Watch()
+    pool = make_pool(watch, write_timeout=0.2)
+    ours, theirs = socket.socketpair()
+    with ours:
+        begin = time.monotonic()
+        pool.addsocket(theirs).send(b"x" * MUCH)
+        check_end(watch, begin, 0.2)
+        assert settled(pool) == (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+
+
+def test_a_listener_may_have_its_own(make_pool, make_client):
+    """B38: listen() overrides the pool, for its connections alone; what it leaves out is the pool's."""
+    watch = Watch()
+    pool = make_pool(watch, first_byte_timeout=0.3, idle_timeout=20)
+    short = pool.listen("127.0.0.1", 0, idle_timeout=0.2)
+    never = pool.listen("127.0.0.1", 0, first_byte_timeout=None)
+    silent = make_client(never)
+    begin = time.monotonic()
+    client = make_client(short)
+    check_end(watch, begin, 0.3)  # the pool's
+    assert recv_until_eof(client) == b""
+    watch.ends.clear()
+    client = make_client(short)
+    begin = time.monotonic()
+    round_trip(client, b"hello")
+    check_end(watch, begin, 0.2)
+    watch.ends.clear()
+    begin = time.monotonic()
+    make_client(pool)
+    check_end(watch, begin, 0.3)
+    assert is_open(silent)
+    assert settled_but(pool, 1) == (1, 2)
+
+
+def settled_but(pool, left):
+    wait_until(lambda: len(pool) == left)
+    return counters(pool)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("first_byte_timeout", b""),
+        ("message_timeout", b"\0\0"),
+        ("idle_timeout", pack(b"hi")),
+        ("write_timeout", pack(b"much")),
+    ],
+)
+def test_none_turns_one_off(make_pool, make_client, name, data):
+    """B38: the others stay as they are."""
+    names = ["first_byte_timeout", "message_timeout", "idle_timeout", "write_timeout"]
+    watch = Watch()
+    pool = make_pool(watch, framing=FRAMES, **{each: None if each == name else 0.15 for each in names})
+    client = make_client(pool)
+    client.sendall(data)
+    if name == "write_timeout":
+        open_sockets(pool, 1)
+        time.sleep(0.5)  # a window in which it would be closed
+    else:
+        if name == "idle_timeout":
+            receive(client)
+        assert stays_open(client, 0.5)
+    assert watch.ends == []
+    assert counters(pool) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["first_byte_timeout", "message_timeout", "idle_timeout", "write_timeout", "linger_timeout"]
+)
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), 4_000_001, 1e300, "soon", []])
+def test_wrong_values_are_refused(name, wrong):
+    """B38: by the pool and by its listeners, before anything is done."""
+    error = (ValueError, TypeError) if not isinstance(wrong, (int, float)) else ValueError
+    with pytest.raises(error):
+        tstpool.TstPool(**{name: wrong})
+    with RunningPool(start=False) as pool:
+        with pytest.raises(error):
+            pool.listen("127.0.0.1", 0, **{name: wrong})
+        assert len(pool.addresses) == 1
+
+
+def test_a_closing_connection_may_not_wait_for_ever():
+    """B38: None is no linger_timeout."""
+    with pytest.raises(ValueError, match="linger_timeout"):
+        tstpool.TstPool(linger_timeout=None)
+    with RunningPool(start=False) as pool, pytest.raises(ValueError, match="linger_timeout"):
+        pool.listen("127.0.0.1", 0, linger_timeout=None)
+
+
+def test_the_largest_and_the_smallest_value_are_taken(make_pool, make_client):
+    """B38: a nanosecond is a tick, 46 days are 46 days."""
+    pool = make_pool(Watch(), first_byte_timeout=1e-9, idle_timeout=4_000_000)
+    client = make_client(pool)
+    assert recv_until_eof(client) == b""
+    long = make_client(pool.listen("127.0.0.1", 0, first_byte_timeout=4_000_000, write_timeout=4_000_000))
+    assert round_trip(long, b"hello") == b"hello"
+    assert stays_open(long, 0.2)
+
+
+# ------------------------------------------------------------------------------------ shards, compiled, many
+
+
+@every_trigger
+def test_compiled_handlers_on_several_shards(make_pool, make_client, trigger):
+    """B38: the same where no interpreter is attached; connections of each shard."""
+    counting = Counting()
+    pool = make_pool(
+        counting,
+        framing=FRAMING,
+        workers=3,
+        shards=2,
+        trigger=trigger,
+        first_byte_timeout=0.2,
+        message_timeout=0.3,
+        idle_timeout=0.4,
+    )
+    begin = time.monotonic()
+    clients = [make_client(pool) for _ in range(12)]
+    for client in clients[4:8]:
+        client.sendall(b"\0\0")
+    for client in clients[8:]:
+        say(client, b"hello")
+    for limit, some in ((0.2, clients[:4]), (0.3, clients[4:8]), (0.4, clients[8:])):
+        for client in some:
+            assert recv_until_eof(client) == b""
+            check_took(time.monotonic() - begin, limit)
+    wait_counts(counting, connected=12, disconnected=12)
+    assert settled(pool) == (4, 8)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_compiled_handler_that_blocks_is_not_interrupted(make_pool, make_client, shards):
+    """B38: its shard goes to another worker meanwhile, and the others' deadlines with it."""
+    commands = Commands()
+    pool = make_pool(commands, framing=FRAMING, workers=4, shards=shards, idle_timeout=0.3)
+    try:
+        blocked = make_client(pool)
+        others = [make_client(pool) for _ in range(4)]
+        blocked.sendall(pack(b"b"))
+        wait_until(lambda: commands.waiting == 1)
+        begin = time.monotonic()
+        for other in others:
+            say(other, b"e")
+        for other in others:
+            assert recv_until_eof(other) == b""
+            check_took(time.monotonic() - begin, 0.3)
+        assert stays_open(blocked, 0.3)
+    finally:
+        begin = time.monotonic()
+        commands.open_gate()
+    assert receive(blocked) == [b"b"]
+    assert recv_until_eof(blocked) == b""
+    check_took(time.monotonic() - begin, 0.3)
+
+
+def test_many_slow_peers_do_not_disturb_a_good_one(make_pool):
+    """B37: 500 at a byte each 0.05 s; a good client's replies stay quick; all slow ones are gone at their deadline."""
+    number, limit = scaled(500, 50), 1.5
+    watch = Watch()
+    pool = make_pool(
+        watch,
+        framing=FRAMES,
+        message_timeout=limit,
+        first_byte_timeout=limit,
+        idle_timeout=10,
+        max_connections=2 * number,
+    )
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(pool)) for _ in range(number)]
+        good = stack.enter_context(connect(pool))
+        begin = last = time.monotonic()
+        for each in slow:
+            each.sendall((1000).to_bytes(4, "big"))
+        first_ones_sent = time.monotonic()
+        took = []
+        while len(watch.ends) < number and time.monotonic() - begin < patient(10):
+            if time.monotonic() - last > 0.05:
+                last = time.monotonic()
+                for each in slow:
+                    with contextlib.suppress(OSError):
+                        each.send(b"x")
+            at = time.monotonic()
+            assert say(good, b"hello") == [b"hello"]
+            took.append(time.monotonic() - at)
+            time.sleep(0.001)
+        took.sort()
+        p99 = took[len(took) * 99 // 100]
+        print(f"{number} slow ones: p50 {took[len(took) // 2] * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms")
+        assert len(watch.ends) == number
+        assert {type(reason) for _, reason in watch.ends} == {TimeoutError}
+        assert watch.ends[0][0] - begin >= limit
+        assert watch.ends[-1][0] - first_ones_sent < limit * 1.1 + patient(1.0)
+        assert p99 < patient(0.1)
+        assert say(good, b"still here") == [b"still here"]
+        assert counters(pool) == (0, number)
+
+
+# ------------------------------------------------------------------------------- long after the machine began
+
+SINK = """
+import socket, sys, threading, time, tstpool
+
+class Sink(tstpool.TstHandler):
+    def on_message(self, sock, data):
+        pass
+
+    def on_disconnect(self, sock, reason):
+        print(type(reason).__name__, flush=True)
+        ended.set()
+
+ended = threading.Event()
+with tstpool.TstPool(Sink(), workers=1, idle_timeout=float(sys.argv[1])) as pool:
+    client = socket.create_connection(pool.listen("127.0.0.1", 0))
+    begin = time.monotonic()
+    client.send(b"x")
+    print(ended.wait(10), round(time.monotonic() - begin, 2), pool.stats().idle_closed)
+"""
+
+
+def in_time_namespace(seconds, *args):
+    """Runs SINK where the monotonic clock is `seconds` ahead; None where that is not allowed."""
+    command = ["unshare", "--time", "--monotonic", str(int(seconds)), "--fork", sys.executable, "-c", SINK, *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patient(30), cwd=ROOT)
+    except FileNotFoundError:
+        return None
+    if done.returncode and "unshare" in done.stderr:
+        return None
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("days", [1, 103.9, 105, 150, 209, 313, 500])
+def test_however_long_the_machine_runs(days):
+    """B38: ticks wrap after 208 days; a connection that was never sent anything is closed all the same."""
+    words = in_time_namespace(days * 86400, "0.2")
+    if words is None:
+        pytest.skip("a time namespace needs privileges")
+    reason, ended, took, idle_closed = words
+    assert (reason, ended, idle_closed) == ("TimeoutError", "True", "1")
+    assert 0.2 <= float(took) < 0.22 + patient(0.3)
+
+
+def test_while_ticks_wrap():
+    """B38: the deadline begins before and strikes after."""
+    begin = time.monotonic()
+    words = in_time_namespace((1 << 54) / 1e9 - begin - 2, "4")  # a server starts within two seconds, or four
+    if words is None:
+        pytest.skip("a time namespace needs privileges")
+    reason, ended, took, idle_closed = words
+    assert (reason, ended, idle_closed) == ("TimeoutError", "True", "1")
+    assert 4 <= float(took) < 4.4 + patient(0.3)
