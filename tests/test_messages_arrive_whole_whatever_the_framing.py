@@ -78,7 +78,7 @@ class Collector(TstHandler):
 
 @pytest.mark.parametrize("framing", FRAMINGS, ids=repr)
 def test_any_split_gives_the_same_messages(make_pool, framing):
-    """B61: The engine against a model of ten lines, over loopback, with the stream cut anywhere."""
+    """B61: the engine against a model of ten lines, over loopback, with the stream cut anywhere."""
     collector = Collector()
     pool = make_pool(collector, framing=framing, workers=2)
 
