@@ -2703,11 +2703,11 @@ cdef class Worker:
 
     cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
         """A handler has returned bytes: they go out as one message."""
-        cdef ssize_t queued = sock.append_object(message, True)
-        if queued >= 0 or queued == -ENOTCONN:     # closed meanwhile: nobody waits for the reply
-            return 0
+        cdef ssize_t queued
         try:
-            sock.raise_unsent(queued, message)
+            queued = sock.append_object(message, True)
+            if queued < 0 and queued != -ENOTCONN:     # closed meanwhile: nobody waits for the reply
+                sock.raise_unsent(queued, message)
         except Exception as error:
             self.failed(sock, binding, error)
         return 0
