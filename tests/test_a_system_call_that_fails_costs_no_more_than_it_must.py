@@ -92,17 +92,48 @@ def test_a_connection_whose_output_cannot_wait_ends_once(trigger, count):
     assert ended == distinct == accepted == 2
 
 
-REFUSED = """
-import errno, threading
-import tstpool
-pool = tstpool.TstPool(lambda sock: None, workers=2)
-try:
-    pool.listen("127.0.0.1", 0)
-    pool.start()
-except OSError as error:
-    print(errno.errorcode[error.errno], threading.active_count())
+LISTENER_FAILS = """
+import logging
+records = []
+logging.getLogger("tstpool").addFilter(lambda record: records.append(record.getMessage()))
+pool = TstPool(Echo(), workers=2)
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+print(port)
+sys.stdin.read()
+print(*records, sep="\n")
+print(pool.stats().accepted)
 pool.stop()
 """
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_listener_that_epoll_refuses_is_not_forgotten(count):
+    """B07: no watch is left for it (ENOSPC): that is logged, and it is tried again until it works."""
+    env = failing("epoll_add", "ENOSPC", count, fail_after=1)
+    with ServerProcess(LISTENER_FAILS, env=env, preload=faults()) as server:
+        with connect(server.addr) as client:
+            assert round_trip(client, b"hello") == b"hello"
+        log, accepted = server.finish().splitlines()
+    assert log.endswith(os.strerror(errno.ENOSPC))
+    assert accepted == "1"
+
+
+def test_a_listener_that_cannot_be_armed_after_a_pause_is_not_forgotten():
+    """B07, B32: accept fails, the listener is silenced for a while; the call that ends the silence fails, too."""
+    limit = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 4096))\nprint(port)"
+    code = LISTENER_FAILS.replace("print(port)", limit)
+    env = failing("epoll_mod", "ENOMEM", 2, fail_after=1)  # the first silences it
+    with ServerProcess(code, env=env, preload=faults()) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server.addr)) for _ in range(45)]
+        clients[0].sendall(b"hello")
+        assert recv_exact(clients[0], 5) == b"hello"
+        for client in clients[:20]:
+            client.close()
+        assert round_trip(clients[44], b"hello") == b"hello"
+        *_, accepted = server.finish().splitlines()
+    assert accepted == "45"
+
 
 WAIT_FAILS = """
 import logging, traceback
