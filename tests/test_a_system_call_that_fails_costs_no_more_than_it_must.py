@@ -101,7 +101,7 @@ port = pool.listen("127.0.0.1", 0)[1]
 pool.start()
 print(port)
 sys.stdin.read()
-print(*records, sep="\n")
+print(chr(10).join(records))
 print(pool.stats().accepted)
 pool.stop()
 """
