@@ -434,6 +434,7 @@ cdef TstData new_transfer(size_t s_len):
 # -------------------------------------------------------------------------------------------------- sockets
 
 @cython.final
+@cython.trashcan(True)                  # a long chain of sockets in user_data must not end on the C stack
 cdef class TstSocket:
     """One connection of a pool.
 
