@@ -50,7 +50,7 @@ if sys.argv[3] == "cycle":
     thing = alive[0]()
     thing.first = first  # now only a collection can let go of them
     del thing, first
-threading.stack_size(1 << 18)  # deep recursion is noticed at once
+threading.stack_size(1 << 17)  # deep recursion is noticed at once
 
 def let_go():
     global chain
