@@ -94,7 +94,9 @@ def cell(tests):
     by_file = {}
     for file, test in tests:
         by_file.setdefault(file, []).append(test)
-    return "<br>".join(f"[{file}]({file}): " + ", ".join(f"`{name}`" for name in names) for file, names in by_file.items())
+    return "<br>".join(
+        f"[{file}]({file}): " + ", ".join(f"`{name}`" for name in names) for file, names in by_file.items()
+    )
 
 
 def render():

@@ -1,14 +1,13 @@
 """B39, B40: as many connects as the machine can make, and as many connections as time allows."""
 
-import ctypes
-import multiprocessing
-import os
-import socket
+import contextlib
+import subprocess
+import sys
 import time
 
 import pytest
 from contract_helpers import ServerProcess, round_trip
-from helpers import SANITIZER, connect, patient, scaled, wait_until
+from helpers import PATIENCE, SANITIZER, connect, patient, scaled
 
 SERVER = """
 class Server(TstHandler):
@@ -39,17 +38,57 @@ pool.stop()
 """
 
 
-def flood(address, seconds, ready):
-    """A process that does nothing but connect and reset, which leaves no TIME_WAIT behind."""
-    linger = ctypes.string_at(ctypes.byref((ctypes.c_int * 2)(1, 0)), 8)
-    until = time.monotonic() + seconds
-    ready.set()
-    while time.monotonic() < until:
-        try:
-            with socket.create_connection(address, 1) as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        except OSError:
-            pass
+# Each client resets at its end, which leaves no TIME_WAIT behind.
+CLIENT = """
+import socket, struct, sys, time
+address, patience = (sys.argv[1], int(sys.argv[2])), float(sys.argv[4])
+"""
+
+FLOOD = (
+    CLIENT
+    + """
+until = time.monotonic() + float(sys.argv[3])
+print("ready", flush=True)
+while time.monotonic() < until:
+    try:
+        with socket.create_connection(address, 1) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        pass
+"""
+)
+
+VISIT = (
+    CLIENT
+    + """
+print("ready", flush=True)
+for i in range(int(sys.argv[3])):
+    with socket.create_connection(address, 10 * patience) as client:
+        if i % 4:  # else nothing is ever said
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+        if i % 4 == 2:
+            client.sendall(b"raise")
+            assert client.recv(1) == b""
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+"""
+)
+
+
+@contextlib.contextmanager
+def two_processes(code, address, argument):
+    """Two that run the code, beside the block; they end by themselves, without an error."""
+    command = [sys.executable, "-c", code, address[0], str(address[1]), str(argument), str(PATIENCE)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == b"ready\n"
+        yield
+        assert [process.wait() for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def round_trips(client, seconds):
@@ -66,23 +105,15 @@ def round_trips(client, seconds):
 @pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_who_is_there_is_served_during_a_flood_of_connects(seconds):
     """B39: two processes that only connect; the slowest in a hundred round trips of a connection beside them."""
-    context = multiprocessing.get_context("spawn")
     with ServerProcess(SERVER) as server, connect(server.addr) as client:
-        ready = [context.Event() for _ in range(2)]
-        floods = [context.Process(target=flood, args=(server.addr, patient(seconds) + 1, event)) for event in ready]
-        for process in floods:
-            process.start()
-        for event in ready:
-            assert event.wait(patient(20))
-        took = round_trips(client, patient(seconds))
-        for process in floods:
-            process.join()
+        with two_processes(FLOOD, server.addr, patient(seconds) + 1):
+            took = round_trips(client, patient(seconds))
         client.close()
         accepted = int(server.process.communicate("?\n", timeout=patient(20))[0].split()[3])
     slow = took[len(took) * 99 // 100]
     print(f"{accepted / (seconds + 1):.0f} connects a second; 99 % of {len(took)} round trips < {slow * 1e3:.1f} ms")
     assert accepted > 500 * seconds
-    assert slow < patient(0.1)
+    assert slow < patient(0.25)
     assert took[-1] < patient(1)
 
 
@@ -92,31 +123,16 @@ def ask(server):
     return [int(word) for word in server.process.stdout.readline().split()]
 
 
-def visit(address, count):
-    """Connections that end in each of the ways, in turn."""
-    linger = ctypes.string_at(ctypes.byref((ctypes.c_int * 2)(1, 0)), 8)
-    for i in range(count):
-        with socket.create_connection(address, patient(10)) as client:
-            if i % 4:  # else nothing is ever said
-                client.sendall(b"hello")
-                assert client.recv(5) == b"hello"
-            if i % 4 == 2:
-                client.sendall(b"raise")
-                assert client.recv(1) == b""
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-
 @pytest.mark.parametrize("count", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_the_process_does_not_grow(count):
     """B40: connect, echo, raise, reset; descriptors, threads and memory after the half are those after the whole."""
-    context = multiprocessing.get_context("spawn")
     count = scaled(count, minimum=1000)
     with ServerProcess(SERVER) as server:
         seen = []
         for _ in range(2):
-            with context.Pool(2) as visitors:
-                visitors.starmap(visit, [(server.addr, count // 4)] * 2)
-            seen.append(wait_until(lambda: ask(server)))
+            with two_processes(VISIT, server.addr, count // 4):
+                pass
+            seen.append(ask(server))
         server.finish()
     (*before, resident, _), (*after, resident_after, accepted) = seen
     print(f"{accepted} connections: {resident} bytes after the half, {resident_after} after the whole")

@@ -25,4 +25,8 @@ def test_cases_are_read_off_docstrings():
 def test_the_state_of_a_case(monkeypatch):
     monkeypatch.setattr(hazard_map, "IN_PART", {"B02": "the rest"})
     some = [("test_x.py", "test_y")]
-    assert [state_of("B01", some), state_of("B01", []), state_of("B02", some)] == ["yes", "not yet", "in part: the rest"]
+    assert [state_of("B01", some), state_of("B01", []), state_of("B02", some)] == [
+        "yes",
+        "not yet",
+        "in part: the rest",
+    ]

@@ -112,9 +112,7 @@ def test_a_hook_that_raises_is_the_handlers_exception(make_pool, make_client):
 
     threading.settrace(hook)
     try:
-        pool = make_pool(
-            handler(on_message=marked, on_error=lambda sock, error: errors.append(type(error))), workers=1
-        )
+        pool = make_pool(handler(on_message=marked, on_error=lambda sock, error: errors.append(type(error))), workers=1)
         assert recv_until_eof_after(make_client(pool), b"hello") == b""
         assert round_trip(make_client(pool), b"hello") == b"hello"
     finally:
