@@ -70,7 +70,7 @@ def test_it_is_taken_out_of_epoll_first(tmp_path, trigger):
 
 @every_trigger
 def test_a_duplicate_whose_peer_goes_on_makes_nobody_spin(make_pool, make_client, trigger):
-    """B03: the user's duplicate is readable all the time; no handler is called, no CPU is used, all others are served."""
+    """B03: the user's duplicate is readable all the time; no handler is called, no CPU used, others are served."""
     calls = []
 
     def note(sock, data):

@@ -68,7 +68,7 @@ print("let go")
 @pytest.mark.parametrize("by", ["nothing", "cycle"])
 @pytest.mark.parametrize("kind", ["user_data", "tuple", "object"])
 def test_a_chain(kind, by):
-    """B56: each socket is the user_data of the next, directly or inside another object; a count or a collection ends it."""
+    """B56: each socket is the user_data of the next, or inside it; a count or a collection ends the chain."""
     assert run_python("-c", CHAIN, kind, "10000", by).stdout == "let go\n"
 
 

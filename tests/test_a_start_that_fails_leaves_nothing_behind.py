@@ -105,7 +105,7 @@ def test_a_limit_on_threads_that_is_real():
 
 
 def test_a_place_where_one_may_not_listen():
-    """B44: EACCES: the error names the address, no descriptor and no thread stays, and the pool may listen elsewhere."""
+    """B44: EACCES: the error names the address, no descriptor and no thread stays, and the pool listens elsewhere."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         assert run_python("-c", FORBIDDEN, folder).stdout == "True 0 1\nTrue\n"

@@ -1,4 +1,4 @@
-"""B63: log lines hold what the engine says, never raw bytes of a peer; and a failure that repeats is not logged each time."""
+"""B63: log lines hold what the engine says, never bytes of a peer; and what fails again and again is not logged so."""
 
 import contextlib
 import logging
@@ -50,7 +50,7 @@ def test_a_message_that_is_too_large(make_pool, make_client, log, framing, strea
 
 
 def test_exceptions_and_slow_handlers(make_pool, make_client, log):
-    """B63: while the handler has such a message in its hands: raises, takes long, returns what makes no sense, is reset."""
+    """B63: while the handler has such a message in its hands: it raises, is slow, returns nonsense, the peer resets."""
 
     def misbehave(sock, data):
         if data.startswith(b"1"):
@@ -84,7 +84,7 @@ def test_the_name_of_a_peers_socket(make_pool, tmp_path, log):
     def fail(sock, data):
         raise ZeroDivisionError(repr(sock))
 
-    pool = make_pool(handler(on_message=fail), listen=(path, 0))
+    make_pool(handler(on_message=fail), listen=(path, 0))
     with socket.socket(socket.AF_UNIX) as client:
         client.bind(os.fsencode(tmp_path) + b"/\nCRITICAL forged \x1b[31m")
         client.connect(f"{tmp_path}/listener")

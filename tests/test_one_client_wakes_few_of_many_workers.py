@@ -52,7 +52,7 @@ def test_accept_is_called_twice_for_each_client_at_most(tmp_path, trigger, shard
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_a_client_that_comes_wakes_no_more_than_it_needs(make_pool, shards):
-    """B15: the workers' own count of how often they went to sleep; a herd of eight would make it eight times as much."""
+    """B15: the workers' own count of how often they went to sleep; a herd would make it eight times as much."""
     pool = make_pool(handler(on_message=echo), workers=8, shards=shards, name="herd")
     with connect(pool) as client:
         round_trip(client, b"x")

@@ -1,4 +1,4 @@
-"""B60: a debugger's, a profiler's or a coverage tool's hooks in every worker, and a thread switch whenever there can be one."""
+"""B60: the hooks of a debugger or a profiler in every worker, and a thread switch whenever there can be one."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from helpers import connect, quick_switches, recv_until_eof, scaled, wait_until
 
 
 def check_all(make_pool):
-    """Echoes, sends from outside, errors and ends on eight connections at once; everything is as it is without hooks."""
+    """Echoes, sends from outside, errors and ends on eight connections at once; all is as it is without hooks."""
     connects, ends, errors = [], [], []
 
     def on_message(sock, data):
