@@ -244,35 +244,45 @@ class ServerProcess:
 
 
 FAULTS = r"""
-/* System calls that misbehave on order, for LD_PRELOAD. FAIL_CALL=accept4 FAIL_ERRNO=24 FAIL_COUNT=3: the first 3 fail.
-   EINTR_EVERY=n: each nth recv, send, accept4, epoll_wait is interrupted. SHORT=1: recv and send move 1 to 3 bytes. */
+/* System calls that misbehave on order, for LD_PRELOAD. FAIL_CALL=accept4 FAIL_ERRNO=24 FAIL_COUNT=3: the first 3 fail,
+   with FAIL_AFTER=2 the first 3 behind 2 that work. "epoll_add" and "epoll_mod" are epoll_ctl, "send" is sendmsg, too.
+   FAIL_EVERY=n: instead, each nth of them. EINTR_EVERY=n: each nth recv, send, accept4, epoll_wait is interrupted.
+   SHORT=1: recv and send move 1 to 3 bytes. DELAY_MOD=n: EPOLL_CTL_MOD waits for n milliseconds before it begins. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 static int number(const char *name) { const char *s = getenv(name); return s ? atoi(s) : 0; }
 static int failures, calls, lengths;
-int tst_mods;  /* read by the tests through ctypes */
+int tst_mods, tst_failures;  /* read by the tests through ctypes */
 
 static int interrupted(const char *call) {  /* only what signal(7) says may be */
     return !strcmp(call, "recv") || !strcmp(call, "send") || !strcmp(call, "accept4") || !strcmp(call, "epoll_wait");
 }
 
 static int fails(const char *call) {
-    static int interrupt = -1, count;
+    static int interrupt = -1, count, after, every;
     static const char *failing;
     if (interrupt < 0) {
         failing = getenv("FAIL_CALL");
         count = number("FAIL_COUNT");
+        after = number("FAIL_AFTER");
+        every = number("FAIL_EVERY");
         interrupt = number("EINTR_EVERY");
     }
-    if (failing && !strcmp(failing, call) && __sync_add_and_fetch(&failures, 1) <= count) {
-        errno = number("FAIL_ERRNO");
-        return 1;
+    if (failing && !strcmp(failing, call)) {
+        int n = __sync_add_and_fetch(&failures, 1);
+        if (every ? n % every == 0 : n > after && n - after <= count) {
+            __sync_add_and_fetch(&tst_failures, 1);
+            errno = number("FAIL_ERRNO");
+            return 1;
+        }
     }
     if (interrupt > 0 && interrupted(call) && __sync_add_and_fetch(&calls, 1) % interrupt == 0) {
         errno = EINTR;
@@ -298,11 +308,28 @@ int epoll_wait(int fd, struct epoll_event *e, int n, int t) {
     return fails("epoll_wait") ? -1 : REAL(epoll_wait)(fd, e, n, t);
 }
 int epoll_ctl(int fd, int op, int target, struct epoll_event *e) {
-    if (op == EPOLL_CTL_MOD) __sync_add_and_fetch(&tst_mods, 1);
-    return fails("epoll_ctl") ? -1 : REAL(epoll_ctl)(fd, op, target, e);
+    if (op == EPOLL_CTL_MOD) {
+        __sync_add_and_fetch(&tst_mods, 1);
+        usleep(1000 * number("DELAY_MOD"));
+    }
+    if (fails("epoll_ctl") || (op == EPOLL_CTL_MOD && fails("epoll_mod"))) return -1;
+    return op == EPOLL_CTL_ADD && fails("epoll_add") ? -1 : REAL(epoll_ctl)(fd, op, target, e);
 }
 ssize_t recv(int fd, void *p, size_t n, int f) { return fails("recv") ? -1 : REAL(recv)(fd, p, shortened(n), f); }
 ssize_t send(int fd, const void *p, size_t n, int f) { return fails("send") ? -1 : REAL(send)(fd, p, shortened(n), f); }
+ssize_t sendmsg(int fd, const struct msghdr *m, int f) {
+    struct msghdr less = *m;
+    struct iovec first = *m->msg_iov;
+    if (fails("send")) return -1;
+    if (first.iov_len == shortened(first.iov_len)) return REAL(sendmsg)(fd, m, f);
+    first.iov_len = shortened(first.iov_len);
+    less.msg_iov = &first;
+    less.msg_iovlen = 1;
+    return REAL(sendmsg)(fd, &less, f);
+}
+int pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *), void *p) {
+    return fails("pthread_create") ? errno : REAL(pthread_create)(t, a, f, p);
+}
 """
 
 

@@ -75,15 +75,28 @@ def rows_of(docstring):
             yield f"defect {number}"
 
 
-def find_tests():
-    """{row: [(file, test)]}, from the docstrings of the tests over real sockets."""
-    found = {row: [] for row in ROWS}
-    for path in sorted(TESTS.glob("test_*.py")):
+def find_tests(rows=ROWS, names=rows_of, folders=(".",)):
+    """{row: [(file, test)]}, from the docstrings of the tests over real sockets, or of those in `folders`.
+
+    `names` yields the rows that a docstring names.
+    """
+    found = {row: [] for row in rows}
+    for path in sorted(path for folder in folders for path in (TESTS / folder).glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for row in dict.fromkeys(rows_of(ast.get_docstring(node) or "")):
-                    found[row].append((path.name, node.name))
+                for row in dict.fromkeys(names(ast.get_docstring(node) or "")):
+                    found[row].append((path.relative_to(TESTS).as_posix(), node.name))
     return found
+
+
+def cell(tests):
+    """The cell of a table that says which tests of which files prove its row."""
+    by_file = {}
+    for file, test in tests:
+        by_file.setdefault(file, []).append(test)
+    return "<br>".join(
+        f"[{file}]({file}): " + ", ".join(f"`{name}`" for name in names) for file, names in by_file.items()
+    )
 
 
 def render():
@@ -97,11 +110,7 @@ def render():
         "|---|---|---|",
     ]
     for row, tests in find_tests().items():
-        by_file = {}
-        for file, test in tests:
-            by_file.setdefault(file, []).append(test)
-        cells = [f"[{file}]({file}): " + ", ".join(f"`{name}`" for name in names) for file, names in by_file.items()]
-        lines.append(f"| {row} | {ROWS[row]} | {'<br>'.join(cells)} |")
+        lines.append(f"| {row} | {ROWS[row]} | {cell(tests)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -318,7 +318,7 @@ def test_each_connection_of_a_slow_batch_is_finished_once(make_pool, make_client
 
 @every_trigger
 def test_a_flood_of_clients_does_not_keep_a_message_waiting(make_pool, make_client, trigger):
-    """B13: a hundred wait to be accepted; the message of one who is there comes after some of them."""
+    """B13, B39: a hundred wait to be accepted; the message of one who is there comes after some of them."""
     order = []
     with Gate() as gate:
 

@@ -218,8 +218,8 @@ def test_closing_a_connection_whose_event_waits_in_the_same_batch(make_pool, mak
 
 @every_trigger
 def test_events_that_are_left_over_for_a_connection_that_has_ended_are_dropped(make_pool, make_client, trigger):
-    """Defect 9, B01: one poll brings more than a turn can receive; before the rest is looked at, victims are closed and
-    heirs accepted on their descriptors. The victims' events are counted as stale and reach nobody."""
+    """Defect 9, B01, B10: one poll brings more than a turn receives; before the rest is looked at, victims are closed
+    and heirs accepted on their descriptors. The victims' events are counted as stale and reach nobody."""
     got = {"victim": 0, "heir": 0}
     with Gate() as gate:
 
@@ -266,7 +266,7 @@ def test_events_that_are_left_over_for_a_connection_that_has_ended_are_dropped(m
 
 @every_trigger
 def test_a_duplicate_that_outlives_its_connection_makes_no_events(make_pool, make_client, trigger):
-    """Defect 9, B45: epoll forgets a descriptor with its last duplicate only, so the pool must take it out itself."""
+    """Defect 9, B03, B45: epoll forgets a descriptor with its last duplicate only; the pool must take it out itself."""
     pool = make_pool(handler(on_message=echo), trigger=trigger, workers=1)
     client = make_client(pool)
     round_trip(client, b"hello")

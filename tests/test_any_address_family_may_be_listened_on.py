@@ -113,7 +113,7 @@ def test_addresses_of_both_ends(pool, make_client):
     ],
 )
 def test_an_address_that_is_no_good_is_an_oserror_that_names_it(pool, host, port, text):
-    """Bad input: and no descriptor stays behind; the pool can listen elsewhere."""
+    """Bad input, B44: and no descriptor stays behind; the pool can listen elsewhere."""
     before = open_fds()
     with pytest.raises(OSError, match=text):
         pool.listen(host, port)
@@ -123,7 +123,7 @@ def test_an_address_that_is_no_good_is_an_oserror_that_names_it(pool, host, port
 
 
 def test_a_port_in_use_is_an_oserror_that_names_it(make_pool):
-    """Bad input: the first pool goes on."""
+    """Bad input, B44: the first pool goes on."""
     first = make_pool(handler(on_message=echo))
     host, port = first.addresses[0]
     pool = TstPool(handler(on_message=echo))

@@ -139,6 +139,7 @@ def cut(framing, reads, compiled):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_split_without_a_kernel_that_joins_the_pieces(kind):
+    """B61."""
     strategy, n = KINDS[kind]
 
     @given(case=strategy)
@@ -172,7 +173,7 @@ def test_without_messages_all_bytes_come_in_order(stream, limit, places):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_split_in_a_pool(make_pool, kind):
-    """Over a socket; the next piece is written when the pool has read the one before."""
+    """B61: over a socket; the next piece is written when the pool has read the one before."""
     messages, ends = [], []
 
     def on_error(sock, exc):
@@ -226,7 +227,7 @@ def test_any_split_in_a_pool(make_pool, kind):
     ids=["one line", "many half delimiters", "many lines", "one length", "many lengths"],
 )
 def test_a_megabyte_in_reads_of_one_byte_is_cut_in_linear_time(framing, stream, compiled):
-    """If each read looked at, or moved, all that waits already, it would take minutes."""
+    """B61: if each read looked at, or moved, all that waits already, it would take minutes."""
     assert len(stream) == 1 << 20
     cutter = Stream(framing, compiled)
     began = time.monotonic()
@@ -239,7 +240,7 @@ def test_a_megabyte_in_reads_of_one_byte_is_cut_in_linear_time(framing, stream, 
 
 @pytest.mark.parametrize("delimiter", [b"\n", b"\r\n", b"aab", b"abab", b"-" * 255], ids=repr)
 def test_a_delimiter_across_reads_is_found_once(delimiter):
-    """Split at each of its places: not found before its last byte is there, and only once."""
+    """B61: split at each of its places: not found before its last byte is there, and only once."""
     for split in range(1, len(delimiter) + 1):
         cutter = Stream(Delimited(delimiter))
         cutter.arrive(b"one" + delimiter[:split])
@@ -254,7 +255,7 @@ def test_a_delimiter_across_reads_is_found_once(delimiter):
 
 @pytest.mark.parametrize("delimiter", [b"\n", b"\r\n", b"-" * 255], ids=repr)
 def test_a_delimiter_is_not_searched_from_the_start(delimiter):
-    """One that is put, behind the engine's back, where it has looked already is not seen; the next one is."""
+    """B61: one that is put, behind the engine's back, where it has looked already is not seen; the next one is."""
     cutter = Stream(Delimited(delimiter))
     for n in range(1, 1001):
         cutter.arrive(b"x")

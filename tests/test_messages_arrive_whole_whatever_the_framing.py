@@ -78,7 +78,7 @@ class Collector(TstHandler):
 
 @pytest.mark.parametrize("framing", FRAMINGS, ids=repr)
 def test_any_split_gives_the_same_messages(make_pool, framing):
-    """The engine against a model of ten lines, over loopback, with the stream cut anywhere."""
+    """B61: the engine against a model of ten lines, over loopback, with the stream cut anywhere."""
     collector = Collector()
     pool = make_pool(collector, framing=framing, workers=2)
 
@@ -192,7 +192,7 @@ TOO_LONG = [
 @pytest.mark.parametrize(("framing", "stream"), TOO_LONG, ids=repr)
 @pytest.mark.parametrize("keep_open", [False, True])
 def test_too_long_a_message_closes_its_connection_and_harms_nobody(make_pool, make_client, framing, stream, keep_open):
-    """B30: MessageTooLarge to on_error; whatever that returns, the connection ends; others go on."""
+    """B30, B61: MessageTooLarge to on_error; whatever that returns, the connection ends; others go on."""
     errors, reasons = [], []
 
     def on_error(sock, exc):

@@ -50,13 +50,18 @@ assert client.recv(5) == b"hello"
         ),
         ("sys.mypool = pool; sys.mysocks = pool.sockets()", 0),
         ("class Bye:\n    def __del__(self):\n        pool.stats(); pool.stop()\nsys.bye = Bye()", 0),
+        (
+            "import weakref\nclass Thing: pass\nsys.thing = Thing()\n"
+            "sys.ref = weakref.ref(sys.thing, lambda ref: (pool.stats(), pool.broadcast(b'bye'), pool.stop()))",
+            0,
+        ),
         ("pool.sockets()[0].user_data = pool; pool.sockets()[0].handler = Echo()", 0),
         ("raise KeyboardInterrupt", -signal.SIGINT),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_exit_codes_are_as_expected_and_it_does_not_hang(end, code):
-    """B46: a pool that still runs, with an open connection, when the main thread is done."""
+    """B46, B47: a pool that still runs, with an open connection, when the main thread is done."""
     begin = time.monotonic()
     done = run_python("-c", START + end, timeout=20, check=False)
     assert done.returncode == code, done.stderr

@@ -162,6 +162,7 @@ cdef inline bint accepting_may_resume(tst_engine *engine, tst_shard *shard, uint
 
 cdef inline void listeners_resume(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
     cdef tst_connection *listener = shard.listeners
+    cdef int result
     if not accepting_may_resume(engine, shard, now):
         if shard.full and now >= shard.accept_again:
             shard.accept_again = now + ACCEPT_PAUSE    # look again: who goes in another shard does not wake this one
@@ -170,14 +171,17 @@ cdef inline void listeners_resume(tst_engine *engine, tst_shard *shard, uint64_t
     shard.accept_again = 0
     while listener != NULL:
         spin_lock(&listener.lock)
-        connection_arm(listener, True, NULL)
+        result = connection_arm(listener, True, NULL)
         spin_unlock(&listener.lock)
+        if result < 0:
+            shard.accept_again = now + ACCEPT_PAUSE    # nobody else would try again
         listener = listener.timer_next
 
 
 cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_connection *listener,
-                                  uint64_t pending) noexcept nogil:
+                                  uint64_t pending, uint64_t now) noexcept nogil:
     """A listener is new, or is to go. Owned."""
+    cdef int result
     cdef tst_connection **place = &shard.listeners
     if pending & PEND_CLOSE or shard.draining:
         while place[0] != NULL and place[0] != listener:
@@ -192,8 +196,10 @@ cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_conn
     connection_release(listener, 0)
     if shard.accept_again == 0:
         spin_lock(&listener.lock)
-        connection_arm(listener, True, NULL)
+        result = connection_arm(listener, True, NULL)
         spin_unlock(&listener.lock)
+        if result < 0:                         # /proc/sys/fs/epoll/max_user_watches is used up, for instance
+            accept_pause(worker, shard, -result, now)
 
 
 # ------------------------------------------------------------------------------------------------- collect
@@ -345,7 +351,7 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
     if connection_acquire(connection, generation, &pending) != ACQUIRED:
         return                 # its owner sees the pending bits when it releases
     if connection.type == TYPE_LISTEN:
-        listener_request(worker, shard, connection, pending)
+        listener_request(worker, shard, connection, pending, now)
     else:
         collect_connection(engine, worker, shard, batch, connection, pending, 0, now)
 

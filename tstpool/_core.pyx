@@ -437,6 +437,7 @@ cdef TstData new_transfer(size_t s_len):
 # -------------------------------------------------------------------------------------------------- sockets
 
 @cython.final
+@cython.trashcan(True)                  # a long chain of sockets in user_data must not end on the C stack
 cdef class TstSocket:
     """One connection of a pool.
 
@@ -2804,11 +2805,11 @@ cdef class Worker:
 
     cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
         """A handler has returned bytes: they go out as one message."""
-        cdef ssize_t queued = sock.append_object(message, True)
-        if queued >= 0 or queued == -ENOTCONN:     # closed meanwhile: nobody waits for the reply
-            return 0
+        cdef ssize_t queued
         try:
-            sock.raise_unsent(queued, message)
+            queued = sock.append_object(message, True)
+            if queued < 0 and queued != -ENOTCONN:     # closed meanwhile: nobody waits for the reply
+                sock.raise_unsent(queued, message)
         except Exception as error:
             self.failed(sock, binding, error)
         return 0

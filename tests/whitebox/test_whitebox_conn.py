@@ -101,6 +101,7 @@ def test_slots_come_in_chunks_when_they_are_needed(engine):
 
 @pytest.mark.parametrize("number", [SLOTS, SLOTS + 1, 2**31 - 1, 2**32 - 1, 2**63])
 def test_nothing_lies_beyond_the_table(engine, number):
+    """B10."""
     assert engine.finds(number) is None
     assert engine.finds(5 << 32 | number & 0xFFFFFFFF) is None
     if number < 2**31:
@@ -125,6 +126,7 @@ def test_one_owner_at_a_time(engine):
 
 
 def test_a_stale_generation_can_do_nothing(engine):
+    """B10."""
     old = engine.open(3)
     clear(old)
     new = engine.open(3)

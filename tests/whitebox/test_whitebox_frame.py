@@ -65,6 +65,7 @@ EXAMPLES = settings(deadline=None, max_examples=scaled(500, minimum=50))
 @given(split=splits(st.binary(max_size=60)), size=st.integers(1, 9))
 @EXAMPLES
 def test_fixed_agrees_with_its_model(split, size):
+    """B61."""
     stream, pieces = split
     assert cut_all(Framing(FIXED, fixed=size), pieces) == model_fixed(stream, size)
 
@@ -78,6 +79,7 @@ def test_fixed_agrees_with_its_model(split, size):
 )
 @EXAMPLES
 def test_delimited_agrees_with_its_model(split, delimiter, keep):
+    """B61."""
     stream, pieces = split
     assert cut_all(Framing(DELIMITED, delimiter=delimiter, keep=keep), pieces) == model_delimited(
         stream, delimiter, keep
@@ -95,6 +97,7 @@ def test_delimited_agrees_with_its_model(split, delimiter, keep):
 )
 @EXAMPLES
 def test_length_prefixed_agrees_with_its_model(bodies, size, order, offset, adjust, keep, data):
+    """B61."""
     head = bytes(range(offset))
     stream = b"".join(head + (len(body) - adjust).to_bytes(size, order) + body for body in bodies)
     stream, pieces = data.draw(splits(st.just(stream + data.draw(st.binary(max_size=offset + size - 1)))))
@@ -118,6 +121,7 @@ def test_a_header_that_is_written_is_read_as_the_same_body(size, little, offset,
 @pytest.mark.parametrize("number", [2**64 - 1, 2**63, 2**63 - 1, 2**32, 101])
 @pytest.mark.parametrize("adjust", [0, 1, -1, 2**62, -(2**62)])
 def test_a_length_beyond_the_limit_is_refused_before_anything_is_read(number, adjust):
+    """B61."""
     framing = Framing(LENGTH, length_size=8, adjust=adjust, max_message=99)
     assert framing.cut(number.to_bytes(8, "big"))[0] == TOO_LARGE
 
@@ -126,6 +130,7 @@ def test_a_length_beyond_the_limit_is_refused_before_anything_is_read(number, ad
     ("number", "adjust", "result"), [(5, -6, TOO_LARGE), (5, -5, WHOLE), (90, 9, MORE), (90, 10, TOO_LARGE)]
 )
 def test_a_body_is_never_negative_nor_beyond_the_limit(number, adjust, result):
+    """B61."""
     framing = Framing(LENGTH, length_size=1, adjust=adjust, max_message=99)
     assert framing.cut(bytes([number]))[0] == result
 

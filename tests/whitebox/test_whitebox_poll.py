@@ -77,6 +77,7 @@ def test_a_silenced_descriptor_reports_a_hang_up_at_most_once(engine, pair, trig
 
 @pytest.mark.parametrize("trigger", [LEVEL, ONESHOT, EDGE])
 def test_arming_late_loses_nothing(engine, pair, trigger):
+    """B05."""
     ours, theirs = pair
     connection = engine.open(ours.fileno(), trigger=trigger)
     connection.arm(True)

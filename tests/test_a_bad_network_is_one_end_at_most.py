@@ -1,0 +1,183 @@
+"""B64: small segments, a link that goes down, a socket that somebody aborts from outside."""
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from contract_helpers import Gate, echo, every_trigger, exchange, handler, in_threads, round_trip
+from helpers import connect, patient, process_cpu_seconds, recv_exact, wait_until
+
+
+def ended(make_pool, on_message=echo, **options):
+    """A pool, and the list of (socket's id, reason) of all ends."""
+    ends = []
+    pool = make_pool(
+        handler(on_message=on_message, on_disconnect=lambda sock, reason: ends.append((sock.id, reason))), **options
+    )
+    return pool, ends
+
+
+@every_trigger
+@pytest.mark.parametrize("size", [88, 536])
+def test_small_segments(make_pool, trigger, size):
+    """B64: TCP_MAXSEG of 536, and of the least that Linux takes: the same bytes, in thousands of segments."""
+    pool, ends = ended(make_pool, trigger=trigger, workers=2)
+    with socket.socket() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, size)
+        client.settimeout(patient(20))
+        client.connect(pool.addresses[0])
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= size
+        data = os.urandom(1_000_000)
+        assert exchange(client, data) == data
+    wait_until(lambda: ends)
+    assert [reason for _, reason in ends] == [None]
+
+
+def abort(client):
+    """ss -K: the kernel ends the server's side of the connection, as an administrator would."""
+    port, ours = client.getpeername()[1], client.getsockname()[1]
+    command = ["ss", "-K", "-t", "sport", "=", f":{port}", "dport", "=", f":{ours}"]
+    subprocess.run(command, capture_output=True, timeout=patient(20))
+
+
+def skip_unless_sockets_can_be_aborted():
+    if shutil.which("ss") is None or os.getuid():
+        pytest.skip("needs ss and root")
+    with socket.create_server(("127.0.0.1", 0)) as listener, connect(listener.getsockname()) as client:
+        theirs, _ = listener.accept()
+        with theirs:
+            theirs.settimeout(0.5)
+            abort(client)
+            try:
+                theirs.recv(1)
+            except ConnectionAbortedError:
+                return
+            except TimeoutError:
+                pass
+    pytest.skip("this kernel aborts no sockets (CONFIG_INET_DIAG_DESTROY)")
+
+
+@every_trigger
+def test_a_socket_that_is_aborted_from_outside(make_pool, trigger):
+    """B64: idle, with output that waits, and in the middle of a handler: HUP and ERR together; one end each."""
+    skip_unless_sockets_can_be_aborted()
+    with Gate() as gate:
+
+        def on_message(sock, data):
+            if data == b"wait":
+                gate.wait()
+            sock.send(bytes(32 << 20) if data == b"much" else data)
+
+        pool, ends = ended(make_pool, on_message, trigger=trigger, workers=4)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(pool)) for _ in range(4)]
+            for client in clients:
+                round_trip(client, b"hello")
+            idle, full, busy, other = clients
+            full.sendall(b"much")
+            recv_exact(full, 1)
+            busy.sendall(b"wait")
+            wait_until(lambda: gate.inside)
+            for client in (idle, full, busy):
+                abort(client)
+            wait_until(lambda: len(ends) == 2)
+            cpu = process_cpu_seconds()
+            time.sleep(0.3)  # a window to measure in, not a wait
+            assert process_cpu_seconds() - cpu < patient(0.15)  # nobody spins on the one whose handler is busy
+            assert len(ends) == 2
+            gate.open()
+            wait_until(lambda: len(ends) == 3)
+            assert round_trip(other, b"others go on") == b"others go on"
+            assert len(pool) == 1
+        wait_until(lambda: len(pool) == 0)
+    assert len({number for number, _ in ends}) == len(ends) == 4
+    assert sum(isinstance(reason, ConnectionError) for _, reason in ends) == 3
+
+
+def in_a_network_of_its_own(function):
+    """Runs function() on a thread that has a network of its own, with nothing but `lo`; skips where that may not be."""
+    outcome = []
+
+    def run():
+        try:
+            if shutil.which("ip") is None or shutil.which("tc") is None:
+                pytest.skip("needs ip and tc")
+            if ctypes.CDLL(None, use_errno=True).unshare(0x40000000):  # CLONE_NEWNET
+                pytest.skip(f"no network namespace: {os.strerror(ctypes.get_errno())}")
+            configure("ip link set lo mtu 1500 up")
+            function()
+        except BaseException as error:  # pytest.skip, too
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(patient(60))
+    assert not thread.is_alive()
+    if outcome:
+        raise outcome[0]
+
+
+def configure(command):
+    return subprocess.run(command.split(), check=True, capture_output=True, text=True, timeout=patient(20)).stdout
+
+
+@every_trigger
+def test_a_link_that_drops_packets(make_pool, trigger):
+    """B64: a token bucket with a short queue: what does not fit is lost, and TCP sends it again, also out of order."""
+
+    def talk():
+        try:
+            configure("tc qdisc add dev lo root tbf rate 100mbit burst 4kb limit 12000")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no token bucket: {error.stderr}")
+        pool, ends = ended(make_pool, trigger=trigger, workers=2)
+        with connect(pool) as first, connect(pool) as second:
+            data = os.urandom(2_000_000)
+            in_threads(*(lambda client=client: check(client, data) for client in (first, second)))
+        wait_until(lambda: len(ends) == 2)
+        assert [reason for _, reason in ends] == [None, None]
+        dropped = int(re.search(r"dropped (\d+)", configure("tc -s qdisc show dev lo"))[1])
+        print(f"{dropped} packets were lost")
+        assert dropped > 10
+        pool.stop()
+
+    def check(client, data):
+        assert exchange(client, data) == data
+
+    in_a_network_of_its_own(talk)
+
+
+def test_a_peer_whose_packets_no_longer_come(make_pool):
+    """B64: the link goes down in mid-conversation. Who is idle for too long, or takes nothing, is closed, once."""
+
+    def talk():
+        pool, ends = ended(
+            make_pool,
+            lambda sock, data: sock.send(bytes(32 << 20) if data == b"much" else data) and None,
+            workers=2,
+            idle_timeout=1,
+            write_timeout=1,
+        )
+        with connect(pool) as idle, connect(pool) as full:
+            round_trip(idle, b"hello")
+            full.sendall(b"much")
+            recv_exact(full, 1)
+            configure("ip link set lo down")
+            idle.sendall(b"a request that does not arrive")
+            wait_until(lambda: len(ends) == 2)
+            wait_until(lambda: len(pool) == 0)
+            configure("ip link set lo up")
+            with connect(pool) as client:
+                assert round_trip(client, b"hello") == b"hello"
+            wait_until(lambda: len(ends) == 3)
+            assert len({number for number, _ in ends}) == 3
+        pool.stop()
+
+    in_a_network_of_its_own(talk)

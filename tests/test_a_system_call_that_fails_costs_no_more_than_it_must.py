@@ -1,0 +1,228 @@
+"""B05, B07, B09, B27: epoll and transfers that fail, in a server process of its own. accept4 has a file of its own."""
+
+import contextlib
+import errno
+import os
+import random
+import time
+
+import pytest
+from contract_helpers import ServerProcess, every_trigger, exchange, faults, round_trip
+from helpers import connect, patient, recv_exact, recv_until_eof, scaled
+
+SERVER = """
+import ctypes
+failures = ctypes.c_int.in_dll(ctypes.CDLL(None), "tst_failures")
+ends = []
+
+class Server(Echo):
+    def on_disconnect(self, sock, reason):
+        ends.append(sock.id)
+
+pool = TstPool(Server(), workers=2, trigger=os.environ.get("TRIGGER", "level"))
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+print(port)
+sys.stdin.read()
+pool.stop()
+print(failures.value, len(ends), len(set(ends)), pool.stats().accepted)
+"""
+
+
+def failing(call, name, count=1, **more):
+    return {
+        "FAIL_CALL": call,
+        "FAIL_ERRNO": str(getattr(errno, name)),
+        "FAIL_COUNT": str(count),
+        **{key.upper(): str(value) for key, value in more.items()},
+    }
+
+
+@pytest.mark.parametrize("name", ["ENOMEM", "ENOENT", "EBADF"])
+@pytest.mark.parametrize(
+    ("call", "after", "trigger"),
+    [("epoll_add", 2, "level"), ("epoll_add", 2, "edge"), ("epoll_mod", 0, "oneshot"), ("epoll_mod", 3, "oneshot")],
+)
+def test_a_connection_that_epoll_refuses_ends_once(call, after, trigger, name):
+    """B07, B27: its descriptor can't be armed, at first or later; the client sees the end, the others go on.
+
+    The first two that are added are the wake-up of the workers and the listener.
+    """
+    env = failing(call, name, fail_after=after, trigger=trigger)
+    with ServerProcess(SERVER, env=env, preload=faults()) as server:
+        with connect(server.addr) as client, contextlib.suppress(ConnectionError):
+            for _ in range(after + 2):
+                client.sendall(b"hello")
+                if client.recv(5) != b"hello":
+                    break
+            else:
+                raise AssertionError("nothing failed")
+        with connect(server.addr) as client:
+            for _ in range(3):
+                assert round_trip(client, b"others go on") == b"others go on"
+        failed, ended, distinct, accepted = map(int, server.finish().split())
+    assert failed == 1
+    assert ended == distinct == accepted == 2
+
+
+@every_trigger
+@pytest.mark.parametrize("count", [1, 2_000_000_000], ids=["once", "for ever"])
+def test_a_connection_whose_output_cannot_wait_ends_once(trigger, count):
+    """B07, B27: the peer does not read, and EPOLLOUT can't be asked for: nobody may wait for it, and nobody may spin.
+
+    Whether the rest is sent depends on whether asking works at another time.
+    """
+    code = SERVER.replace("class Server(Echo):", "class Server(TstHandler):\n    def on_message(self, sock, data):\n"
+                          "        sock.send(bytes(32 << 20) if data == b'much' else data)\n")  # fmt: skip
+    env = failing("epoll_mod", "ENOMEM", count, trigger=trigger)
+    with ServerProcess(code, env=env, preload=faults()) as server:
+        with connect(server.addr) as client:
+            cpu = server.cpu_seconds()
+            client.sendall(b"much")
+            time.sleep(0.5)  # a window to measure in, not a wait
+            assert server.cpu_seconds() - cpu < patient(0.25)
+            with contextlib.suppress(ConnectionError):
+                assert len(recv_until_eof(client)) <= 32 << 20
+        with connect(server.addr) as client:
+            client.sendall(b"others go on")
+            assert recv_exact(client, 12) == b"others go on"
+        failed, ended, distinct, accepted = map(int, server.finish().split())
+    assert failed >= 1
+    assert ended == distinct == accepted == 2
+
+
+LISTENER_FAILS = """
+import logging
+records = []
+logging.getLogger("tstpool").addFilter(lambda record: records.append(record.getMessage()))
+pool = TstPool(Echo(), workers=2)
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+print(port)
+sys.stdin.read()
+print(chr(10).join(records))
+print(pool.stats().accepted)
+pool.stop()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_listener_that_epoll_refuses_is_not_forgotten(count):
+    """B07: no watch is left for it (ENOSPC): that is logged, and it is tried again until it works."""
+    env = failing("epoll_add", "ENOSPC", count, fail_after=1)
+    with ServerProcess(LISTENER_FAILS, env=env, preload=faults()) as server:
+        with connect(server.addr) as client:
+            assert round_trip(client, b"hello") == b"hello"
+        log, accepted = server.finish().splitlines()
+    assert log.endswith(os.strerror(errno.ENOSPC))
+    assert accepted == "1"
+
+
+def test_a_listener_that_cannot_be_armed_after_a_pause_is_not_forgotten():
+    """B07, B32: accept fails, the listener is silenced for a while; the call that ends the silence fails, too."""
+    limit = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 4096))\nprint(port)"
+    code = LISTENER_FAILS.replace("print(port)", limit)
+    env = failing("epoll_mod", "ENOMEM", 2, fail_after=1)  # the first silences it
+    with ServerProcess(code, env=env, preload=faults()) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server.addr)) for _ in range(45)]
+        clients[0].sendall(b"hello")
+        assert recv_exact(clients[0], 5) == b"hello"
+        for client in clients[:20]:
+            client.close()
+        assert round_trip(clients[44], b"hello") == b"hello"
+        *_, accepted = server.finish().splitlines()
+    assert accepted == "45"
+
+
+WAIT_FAILS = """
+import logging, traceback
+logging.disable(logging.CRITICAL)
+pool = TstPool(Echo(), workers=2)
+port = pool.listen("127.0.0.1", 0)[1]
+begin = time.process_time()
+print(port)
+try:
+    pool.serve_forever()
+except OSError as error:
+    print(error.errno, pool.running)
+for thread in threading.enumerate():
+    if thread.name.startswith("tstpool"):
+        thread.join(10)
+print(threading.active_count(), time.process_time() - begin < 0.5 * float(os.environ.get("TSTPOOL_TEST_PATIENCE", 1)))
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2_000_000_000], ids=["once", "for ever"])
+@pytest.mark.parametrize("after", [0, 1, 10])
+def test_an_epoll_that_fails_stops_the_pool_with_its_error(after, count):
+    """B09: EBADF from epoll_wait: serve_forever raises it, no thread is left, none spins."""
+    env = failing("epoll_wait", "EBADF", count, fail_after=after)
+    with ServerProcess(WAIT_FAILS, env=env, preload=faults()) as server:
+        with contextlib.suppress(OSError):
+            for _ in range(after + 5):
+                with connect(server.addr) as client:
+                    client.sendall(b"hello")
+                    if client.recv(5) != b"hello":
+                        break
+        raised, rest = server.finish().splitlines()
+    assert raised == f"{errno.EBADF} False"
+    assert rest == "1 True"
+
+
+@pytest.mark.parametrize("trigger", ["oneshot", "level"])
+def test_input_that_comes_before_the_descriptor_is_armed_is_not_lost(trigger):
+    """B05: arming takes 5 ms, and the next message arrives in that time; it is answered right afterwards."""
+    rounds = scaled(200, minimum=20)
+    with ServerProcess(SERVER, env={"DELAY_MOD": "5", "TRIGGER": trigger}, preload=faults()) as server:
+        with connect(server.addr) as client:
+            worst = 0.0
+            dice = random.Random(1)
+            for i in range(rounds):
+                begin = time.monotonic()
+                client.sendall(b"%06d" % i)
+                assert recv_exact(client, 6) == b"%06d" % i  # the reply is out before the descriptor is armed
+                worst = max(worst, time.monotonic() - begin)
+                time.sleep(dice.choice((0, 0.001, 0.004, 0.0055)))  # to come at different places of the delay
+        server.finish()
+    print(f"slowest round trip {worst * 1e3:.1f} ms ({trigger})")
+    assert worst < patient(0.25)
+
+
+@pytest.mark.parametrize("name", ["EINTR", "EAGAIN"])
+@pytest.mark.parametrize("short", ["0", "1"])
+@pytest.mark.parametrize("call", ["recv", "send"])
+@pytest.mark.parametrize("trigger", ["level", "oneshot"])  # with "edge" an EAGAIN is a promise of the kernel's
+def test_each_other_transfer_does_nothing_and_the_stream_is_the_same(trigger, call, short, name):
+    """B27: every second recv or send says EINTR or EAGAIN, also when the others move but 1 to 3 bytes."""
+    env = {**failing(call, name, fail_every=2, trigger=trigger), "SHORT": short}
+    with ServerProcess(SERVER, env=env, preload=faults()) as server:
+        data = os.urandom(scaled(20_000 if short == "1" else 2_000_000))
+        with connect(server.addr) as client:
+            assert exchange(client, data) == data
+        failed, ended, distinct, accepted = map(int, server.finish().split())
+    assert failed > 0
+    assert ended == distinct == accepted == 1
+
+
+@every_trigger
+@pytest.mark.parametrize("name", ["ENOBUFS", "ENOMEM", "ECONNRESET", "EPIPE"])
+@pytest.mark.parametrize("call", ["recv", "send"])
+def test_what_was_sent_before_a_transfer_failed_for_good_is_right(trigger, call, name):
+    """B27: an error in mid-stream: what came back is the beginning of what was sent; then the end, once."""
+    env = failing(call, name, fail_after=6, trigger=trigger)
+    with ServerProcess(SERVER, env=env, preload=faults()) as server:
+        data = b"".join(b"%06d" % i for i in range(20))
+        got = b""
+        with connect(server.addr) as client, contextlib.suppress(ConnectionError):
+            for place in range(0, len(data), 6):
+                client.sendall(data[place : place + 6])
+                piece = client.recv(6)
+                if not piece:
+                    break
+                got += piece
+        with connect(server.addr) as client:
+            assert round_trip(client, b"others go on") == b"others go on"
+        failed, ended, distinct, accepted = map(int, server.finish().split())
+    assert failed == 1
+    assert data.startswith(got) and 0 < len(got) < len(data)
+    assert ended == distinct == accepted == 2

@@ -1,0 +1,175 @@
+"""B36: each malloc, calloc and realloc of the engine fails once, in a server process of its own."""
+
+import atexit
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from helpers import SANITIZER, run_python
+
+pytestmark = pytest.mark.skipif(bool(SANITIZER), reason="its runtime has a malloc of its own")
+
+NO_MEMORY = r"""
+/* Memory that can't be had, for LD_PRELOAD: of the calls that come from the extension, number tst_fail fails, or, when
+   that is negative, each -tst_fail'th. Others (Python's own) never do. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+
+extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+int tst_fail, tst_calls, tst_failed;
+static char *low, *high;
+
+void tst_watch(char *from, char *to) { low = from; high = to; }
+
+static int fails(char *caller) {
+    if (caller < low || caller >= high) return 0;
+    int fail = __atomic_load_n(&tst_fail, __ATOMIC_SEQ_CST), n = __sync_add_and_fetch(&tst_calls, 1);
+    if (!(fail > 0 ? n == fail : fail < 0 && n % -fail == 0)) return 0;
+    __sync_add_and_fetch(&tst_failed, 1);
+    errno = ENOMEM;
+    return 1;
+}
+
+void *malloc(size_t n) { return fails(__builtin_return_address(0)) ? NULL : __libc_malloc(n); }
+void *calloc(size_t n, size_t m) { return fails(__builtin_return_address(0)) ? NULL : __libc_calloc(n, m); }
+void *realloc(void *p, size_t n) { return fails(__builtin_return_address(0)) ? NULL : __libc_realloc(p, n); }
+"""
+
+
+@functools.cache
+def no_memory():
+    folder = Path(tempfile.mkdtemp(prefix="tstpool-no-memory-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "no_memory.c").write_text(NO_MEMORY)
+    target = folder / "no_memory.so"
+    command = ["cc", "-O1", "-fno-optimize-sibling-calls", "-shared", "-fPIC", "-o", target, folder / "no_memory.c"]
+    subprocess.run(command, check=True, timeout=60)
+    return target
+
+
+SCENE = """
+import ctypes, gc, logging, os, socket, sys, threading, time
+import tstpool
+from tstpool import LengthPrefixed, TstHandler, TstPool, TstStat
+
+logging.disable(logging.CRITICAL)
+shim = ctypes.CDLL(None)
+fail, calls, failed = (ctypes.c_int.in_dll(shim, name) for name in ("tst_fail", "tst_calls", "tst_failed"))
+places = [line.split()[0].split("-") for line in open("/proc/self/maps") if tstpool._core.__file__ in line]
+shim.tst_watch(ctypes.c_void_p(int(places[0][0], 16)), ctypes.c_void_p(int(places[-1][1], 16)))
+errors = {}
+
+def note(error):
+    errors[type(error).__name__] = errors.get(type(error).__name__, 0) + 1
+
+class Server(TstHandler):
+    def on_message(self, sock, data):
+        if data[:1] == b"t":
+            sock.send_data.s[:4] = b"\\0\\0\\0\\4"
+            sock.send_data.resize(20000)
+            sock.send_data.s[4:8] = data[:4]
+            sock.send_data.req_len = 8
+            return TstStat.SEND
+        if data[:1] == b"b":
+            pool_of[0].broadcast(len(data).to_bytes(4, "big") + data)
+            return None
+        return data
+
+    def on_error(self, sock, error):
+        note(error)
+
+pool_of = [None]
+MESSAGES = [b"echo", b"t123", b"b" * 5000, b"e" * 20000, b"B" * 300000, b"e" * 3000]
+
+def talk(address, whole):
+    # Nobody may wait for ever: an answer or the end.
+    try:
+        with socket.create_connection(address, 10) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for message in MESSAGES * 2:
+                client.sendall(len(message).to_bytes(4, "big"))
+                client.sendall(message)
+                got = b""
+                while len(got) < 4 + len(message):
+                    piece = client.recv(1 << 20)
+                    if not piece:
+                        raise EOFError
+                    got += piece
+                assert got == len(message).to_bytes(4, "big") + message, (got[:20], len(got), message[:4])
+            whole.append(1)
+    except TimeoutError:
+        raise AssertionError("a client waits for ever") from None
+    except (ConnectionError, EOFError) as error:
+        note(error)
+
+def play(number):
+    fail.value, calls.value, failed.value = number, 0, 0
+    whole = []
+    try:
+        pool = pool_of[0] = TstPool(Server(), workers=2, framing=LengthPrefixed(4))
+        try:
+            address = pool.listen("127.0.0.1", 0, idle_timeout=50)
+            pool.start()
+            for _ in range(2):
+                talk(address, whole)
+            ours, theirs = socket.socketpair()
+            with ours:
+                sock = pool.addsocket(theirs)
+                sock.send_message(b"x" * 2000)
+                assert len(sock.send_data.s) > 0
+                sock.send(b"y" * 100000)
+        finally:
+            running = pool.running
+            assert pool.stop(5) is True
+    except (MemoryError, OSError, tstpool.TstError) as error:
+        note(error)
+    pool_of[0] = None
+    gc.collect()
+    return calls.value, failed.value, len(whole)
+"""
+
+EACH = """
+most, failures, hit, number = play(0)[0], 0, 0, 1
+assert errors == {}, errors
+while number <= most + 3:
+    _, done, whole = play(number)
+    hit += done
+    number += 1
+fail.value = 0
+errors.clear()
+assert play(0)[2] == 2 and errors == {}, errors
+print(most, hit)
+"""
+
+OFTEN = """
+for every in (2, 3, 5, 7, 11):
+    play(-every)
+fail.value = 0
+noted = dict(errors)
+errors.clear()
+assert play(0)[2] == 2 and errors == {}, errors
+print(noted)
+"""
+
+
+def play(code):
+    return run_python("-c", SCENE + code, env={"LD_PRELOAD": str(no_memory())}, timeout=120).stdout
+
+
+def test_each_allocation_fails_once():
+    """B36: MemoryError or the end of a connection, nobody waits for ever; then all is as before."""
+    tried, failed = map(int, play(EACH).split())
+    print(f"{tried} allocations in the scene, {failed} of them failed")
+    assert tried > 20
+    assert failed > tried * 3 // 4  # how many a scene has depends on how its bytes come
+
+
+def test_many_allocations_fail():
+    """B36: each second, third, ... of them: several at once, also those of an end that another failure has brought."""
+    assert "MemoryError" in play(OFTEN)

@@ -1,0 +1,125 @@
+"""B63: log lines hold what the engine says, never bytes of a peer; and what fails again and again is not logged so."""
+
+import contextlib
+import logging
+import os
+import socket
+import time
+
+import pytest
+from contract_helpers import ServerProcess, echo, faults, handler, round_trip
+from helpers import connect, reset, wait_until
+
+from tstpool import Delimited, LengthPrefixed, TstStat
+
+EVIL = b"\r\nCRITICAL forged \x1b[31m\x00\x07 secret \xff\xfe"
+
+
+@pytest.fixture
+def log(caplog):
+    """log(): all lines that were logged so far, with tracebacks, as a formatter writes them."""
+    caplog.set_level(logging.DEBUG, "tstpool")
+    formatter = logging.Formatter("%(levelname)s %(name)s %(message)s")
+    return lambda: "\n".join(formatter.format(record) for record in caplog.records)
+
+
+def check_lines(text, expected):
+    """As many records as expected, and none of the peer's bytes, escaped or not."""
+    assert text.count("tstpool") >= expected
+    for trace in ("forged", "secret", "\x1b", "\x00", "\x07", "\xff"):
+        assert trace not in text
+
+
+@pytest.mark.parametrize(
+    ("framing", "stream"),
+    [
+        (Delimited(b"\n\n", max_message=64), EVIL * 20),
+        (LengthPrefixed(4, max_message=64), b"\xff" + EVIL * 20),
+    ],
+    ids=["delimited", "length"],
+)
+def test_a_message_that_is_too_large(make_pool, make_client, log, framing, stream):
+    """B63: the log says that it was too large, not what it was."""
+    pool = make_pool(handler(on_message=echo), framing=framing)
+    client = make_client(pool)
+    client.sendall(stream)
+    with contextlib.suppress(ConnectionError):
+        assert client.recv(1) == b""
+    wait_until(lambda: "longer than" in log())
+    check_lines(log(), 1)
+
+
+def test_exceptions_and_slow_handlers(make_pool, make_client, log):
+    """B63: while the handler has such a message in its hands: it raises, is slow, returns nonsense, the peer resets."""
+
+    def misbehave(sock, data):
+        if data.startswith(b"1"):
+            raise ZeroDivisionError
+        if data.startswith(b"2"):
+            time.sleep(0.02)
+            return TstStat.DISCONNECT
+        if data.startswith(b"3"):
+            return object
+        sock.send(data)
+        return None
+
+    pool = make_pool(handler(on_message=misbehave), slow_handler=0.01)
+    for what in (b"1", b"2", b"3"):
+        client = make_client(pool)
+        client.sendall(what + EVIL)
+        assert client.recv(1) == b""
+    client = make_client(pool)
+    assert round_trip(client, b"4" + EVIL) == b"4" + EVIL
+    reset(client)
+    wait_until(lambda: len(pool) == 0)
+    wait_until(lambda: log().count("tstpool") >= 3)
+    check_lines(log(), 3)
+    assert "ZeroDivisionError" in log() and "a handler took" in log() and "TypeError" in log()
+
+
+def test_the_name_of_a_peers_socket(make_pool, tmp_path, log):
+    """B63: a client of a unix socket chooses its address; neither the log nor repr() has it raw."""
+    path = f"unix:{tmp_path}/listener"
+
+    def fail(sock, data):
+        raise ZeroDivisionError(repr(sock))
+
+    make_pool(handler(on_message=fail), listen=(path, 0))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.bind(os.fsencode(tmp_path) + b"/\nCRITICAL forged \x1b[31m")
+        client.connect(f"{tmp_path}/listener")
+        client.sendall(b"hello")
+        client.settimeout(10)
+        assert client.recv(1) == b""
+    wait_until(lambda: "ZeroDivisionError" in log())
+    check_lines(log(), 1)
+
+
+FAILING = """
+import logging
+records = []
+logging.getLogger("tstpool").addFilter(lambda record: records.append(record.getMessage()))
+pool = TstPool(Echo(), workers=4)
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+print(port)
+sys.stdin.read()
+print(pool.stats().accept_errors)
+pool.stop()
+print(chr(10).join(records))
+"""
+
+
+def test_a_failure_of_accept_that_repeats_is_logged_once_a_second():
+    """B63: also one that each new try brings back at once; each worker has its own second."""
+    env = {"FAIL_CALL": "accept4", "FAIL_ERRNO": "1", "FAIL_COUNT": "2000000000"}  # EPERM: 16 in a row before a pause
+    with ServerProcess(FAILING, env=env, preload=faults()) as server, contextlib.ExitStack() as stack:
+        begin = time.monotonic()
+        for _ in range(5):
+            stack.enter_context(connect(server.addr))
+        time.sleep(1.5)  # a window to measure in, not a wait
+        errors, *lines = server.finish().splitlines()
+        seconds = time.monotonic() - begin
+    assert int(errors) > 50
+    assert 1 <= len(lines) <= 4 * (seconds + 1)
+    assert {line.partition(":")[2] for line in lines} == {" Operation not permitted"}
