@@ -81,8 +81,8 @@ cdef enum:
     NO_TIMER = 0xffffffff      # timer_slot of a connection that is in no wheel
 
 
-# Output that waits for peers, of all connections of a pool. Only what the kernel has refused once is counted, and what is
-# more than high_water: the usual, which goes out at once, costs nothing.
+# Output that waits for peers, of all connections of a pool. Only what the kernel has refused once is counted, and what
+# is more than high_water: the usual, which goes out at once, costs nothing.
 cdef struct tst_total:
     uint64_t queued            # atomic: bytes
     uint64_t most              # 0: no limit

@@ -36,8 +36,8 @@ from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl,
-    epoll_event, epoll_wait, ioctl, iovec, linger, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt,
-    sockaddr, socklen_t, store32, store64, sub32, write)
+    epoll_event, epoll_wait, ioctl, iovec, linger, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg,
+    setsockopt, sockaddr, socklen_t, store32, store64, sub32, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
     QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_settle, queue_size, shared_leave)
