@@ -465,7 +465,7 @@ cdef class TstSocket:
         self.flush_once()
         result = self.try_append(bytes, size, shared, framed)
         if result == -ENOBUFS and self.connection.limits.overflow == OVERFLOW_CLOSE:
-            if connection_overflow(self.connection, self.generation()):
+            if connection_abort(self.connection, self.generation(), ENOBUFS):
                 shard_ask(self.connection, self.generation(), PEND_CLOSE)
             result = -ENOTCONN
         return result
@@ -849,7 +849,7 @@ cdef class TstSocket:
         self.pool.check_alive()
         if abort:
             began = not self.closed
-            if connection_abort(self.connection, self.generation()):
+            if connection_abort(self.connection, self.generation(), 0):
                 shard_ask(self.connection, self.generation(), PEND_CLOSE)
             return began
         if connection_close_output(self.connection, self.generation()) != 1:
@@ -868,35 +868,23 @@ cdef class TstSocket:
             shard_ask(self.connection, self.generation(), PEND_ARM)
 
 
-cdef bint connection_overflow(tst_connection *connection, uint32_t generation) noexcept nogil:
-    """Ends a connection that has more output than is allowed. False: it is gone, or was ended before."""
+cdef bint connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
+    """Drops the output, and has close() send a reset. `reason`: ENOBUFS, when it was too much output; else 0. False: the
+    connection is gone; or, with a reason, it was closed before."""
     cdef bint ours
     spin_lock(&connection.lock)
-    ours = connection_is(connection, generation) and not connection.out_closed
+    ours = connection_is(connection, generation) and not (reason and connection.out_closed)
     if ours:
-        store32(&connection.out_error, ENOBUFS, RELAXED)
-        connection.aborted = connection.out_drop = True
-        if not connection.flushing:
-            flush_result(connection, 0, 0)
-        connection.out_closed = True
-        add64(&connection.limits.total.overflow_closed, 1, RELAXED)
-    spin_unlock(&connection.lock)
-    return ours
-
-
-cdef bint connection_abort(tst_connection *connection, uint32_t generation) noexcept:
-    """Drops the output, and has close() send a reset. False: the connection is gone."""
-    cdef bint there
-    spin_lock(&connection.lock)
-    there = connection_is(connection, generation)
-    if there:
+        if reason:
+            store32(&connection.out_error, <uint32_t>reason, RELAXED)
+            add64(&connection.limits.total.overflow_closed, 1, RELAXED)
         connection.aborted = connection.out_drop = True
         if not connection.flushing:
             flush_result(connection, 0, 0)
         connection.out_closed = True
         sys_reset_on_close(connection.fd)
     spin_unlock(&connection.lock)
-    return there
+    return ours
 
 
 cdef tst_shared *share_object(bytes data) except NULL:
@@ -2239,9 +2227,11 @@ cdef class Worker:
         cdef bint ran = False
         batch = self.resume(shard) if taken_over[0] else batch_get(self.engine)
         if batch == NULL:
-            if not taken_over[0]:
-                store64(&shard.token, 0, RELEASE)
-                raise MemoryError("no memory for a batch")
+            if not taken_over[0]:          # no memory: somebody else may have a batch, or we the next time
+                logger.error("worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)
+                time.sleep(0.01)
+                with nogil:
+                    shard_yield(self.engine, self.worker, shard)
             return NULL
         taken_over[0] = False
         self.worker.since = clock_now()

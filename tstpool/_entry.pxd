@@ -23,7 +23,7 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_drop_body, connection_flush, connection_retire,
-    connection_silence, flush_result, sys_control, sys_recv, sys_unread, sys_writable)
+    connection_silence, flush_result, sys_control, sys_recv, sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_drop, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, entry_move, shard_ask, shard_drop_timer,
@@ -204,6 +204,8 @@ cdef inline void connection_break(tst_connection *connection, int reason) noexce
 cdef inline void connection_drop_output(tst_connection *connection) noexcept nogil:
     """Forgets queued output and accepts no more. Any thread that knows the generation to be right."""
     spin_lock(&connection.lock)
+    if queue_size(&connection.out):        # the peer must not take what it has for the whole
+        sys_reset_on_close(connection.fd)
     connection.out_drop = True
     if not connection.flushing:
         flush_result(connection, 0, 0)

@@ -1,0 +1,239 @@
+"""What a peer that does not read may make the pool hold: high and low water, limits for one and for all."""
+
+import errno
+import select
+import threading
+import time
+
+import downstream_handlers
+import pytest
+from contract_helpers import echo, exchange, handler, ignore, in_threads, open_sockets, round_trip
+from helpers import connect, patient, recv_exact, recv_until_eof, wait_until
+
+from tstpool import ConnectionClosed, LengthPrefixed, SendQueueFull, TstPool
+
+PIECE = bytes(range(256)) * 256
+MOST = 1 << 20
+every_trigger = pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
+
+
+def fill(sock, piece=PIECE, most=2000):
+    """Sends until no more is taken. Returns the bytes that were."""
+    for n in range(most):
+        try:
+            assert sock.send(piece) <= MOST + len(piece)
+        except SendQueueFull:
+            return n * len(piece)
+    raise AssertionError("there was no limit")
+
+
+@every_trigger
+def test_a_send_beyond_the_limit_raises_and_all_that_was_taken_arrives(make_pool, make_client, trigger):
+    """B34: no more than max_queued and one message wait; afterwards it goes on as before."""
+    pool = make_pool(handler(on_message=echo), trigger=trigger)
+    client = make_client(pool)
+    (sock,) = open_sockets(pool, 1)
+    taken = fill(sock)
+    assert MOST <= pool.stats().bytes_queued <= MOST + len(PIECE)
+    assert recv_exact(client, taken) == PIECE * (taken // len(PIECE))
+    wait_until(lambda: pool.stats().bytes_queued == 0)
+    assert round_trip(client, b"again") == b"again"
+
+
+def test_one_message_may_be_larger_than_the_limit(make_pool, make_client):
+    pool = make_pool(handler(on_message=ignore))
+    client = make_client(pool)
+    (sock,) = open_sockets(pool, 1)
+    sock.send(b"x" * (16 * MOST))
+    with pytest.raises(SendQueueFull):
+        sock.send(b"y")
+    assert recv_exact(client, 16 * MOST) == b"x" * (16 * MOST)
+
+
+def test_none_is_no_limit(make_pool, make_client):
+    pool = make_pool(handler(on_message=ignore), max_queued=None, max_total_queued=None)
+    client = make_client(pool)
+    (sock,) = open_sockets(pool, 1)
+    for _ in range(500):
+        sock.send(PIECE)
+    assert recv_exact(client, 500 * len(PIECE)) == PIECE * 500
+
+
+@every_trigger
+@pytest.mark.parametrize("framing", [None, LengthPrefixed(4)])
+def test_who_does_not_read_replies_is_not_read_either(make_pool, make_client, trigger, framing):
+    """B34: a peer that sends and sends is held back by TCP, and gets every reply once it reads."""
+    pool = make_pool(handler(on_message=lambda sock, data: data), framing=framing, trigger=trigger)
+    client = make_client(pool)
+    frame = (len(PIECE).to_bytes(4, "big") if framing else b"") + PIECE
+    client.setblocking(False)
+    sent = 0
+    while select.select([], [client], [], 0.3)[1]:
+        sent += client.send(frame[sent % len(frame) :])
+        assert sent < 100 * MOST
+    assert pool.stats().bytes_queued < 10 * len(frame)
+    client.settimeout(patient(20))
+    whole = sent - sent % len(frame) if framing else sent
+    assert recv_exact(client, whole) == (frame * (sent // len(frame) + 1))[:whole]
+    wait_until(lambda: pool.stats().bytes_queued == 0)
+
+
+def test_without_auto_pause_the_handler_goes_on(make_pool, make_client):
+    calls = []
+
+    def answer(sock, data):
+        calls.append(data)
+        sock.send(b"z" * 400_000)
+
+    pool = make_pool(handler(on_message=answer), auto_pause=False, max_queued=None, framing=LengthPrefixed(1))
+    client = make_client(pool)
+    client.sendall(b"\1a" * 100)
+    wait_until(lambda: len(calls) == 100)
+    recv_exact(client, 100 * 400_000)
+
+
+@every_trigger
+def test_on_writable_is_called_when_little_waits(make_pool, make_client, trigger):
+    """A handler that stops at high water goes on by itself: 64 MiB to a reader, no more than some of it waiting."""
+    size, sent, most = 64 * MOST, [0], [0]
+
+    def send_more(sock):
+        queued = 0
+        while queued <= 65536 and sent[0] < size:
+            queued = sock.send(PIECE)
+            sent[0] += len(PIECE)
+        most[0] = max(most[0], queued)
+
+    pool = make_pool(handler(on_message=lambda sock, data: send_more(sock), on_writable=send_more), trigger=trigger)
+    client = make_client(pool)
+    client.sendall(b"go")
+    assert len(recv_exact(client, size)) == size
+    assert most[0] <= 65536 + len(PIECE)
+
+
+def test_on_writable_is_not_called_for_what_never_reached_high_water(make_pool, make_client):
+    calls = []
+    pool = make_pool(handler(on_message=echo, on_writable=calls.append))
+    client = make_client(pool)
+    for n in (1, 60_000, 10):
+        data = b"m" * n
+        client.sendall(data)
+        assert recv_exact(client, n) == data
+    assert not calls
+
+
+def test_block_waits_for_the_peer(make_pool, make_client):
+    """on_overflow="block": a thread is as fast as the peer that reads, and finds out when it goes."""
+    pool = make_pool(handler(on_message=ignore), on_overflow="block")
+    client = make_client(pool)
+    (sock,) = open_sockets(pool, 1)
+    done = threading.Event()
+
+    def send_all():
+        for _ in range(300):
+            sock.send(PIECE)
+        done.set()
+
+    def read_all():
+        time.sleep(0.1)  # long enough for a sender that does not wait to be through
+        assert not done.is_set()
+        assert pool.stats().bytes_queued <= MOST + len(PIECE)
+        assert recv_exact(client, 300 * len(PIECE)) == PIECE * 300
+
+    in_threads(send_all, read_all)
+
+    def find_out():
+        with pytest.raises(ConnectionClosed):
+            while True:
+                sock.send(PIECE)
+
+    def leave():
+        wait_until(lambda: pool.stats().bytes_queued >= MOST)
+        client.close()
+
+    in_threads(find_out, leave)
+
+
+def test_block_never_blocks_the_sockets_own_handler(make_pool, make_client):
+    errors = []
+    pool = make_pool(
+        handler(
+            on_message=lambda sock, data: fill(sock) and sock.send(PIECE),
+            on_error=lambda sock, error: errors.append(type(error)),
+        ),
+        on_overflow="block",
+        workers=1,
+    )
+    make_client(pool).sendall(b"go")
+    wait_until(lambda: errors == [SendQueueFull])
+
+
+def test_close_ends_the_connection(make_pool, make_client):
+    """on_overflow="close": counted, one disconnect with its reason, a reset for the peer."""
+    reasons = []
+    pool = make_pool(
+        handler(on_message=ignore, on_disconnect=lambda sock, reason: reasons.append(reason)), on_overflow="close"
+    )
+    client = make_client(pool)
+    other = make_client(pool)
+    sock = next(sock for sock in open_sockets(pool, 2) if sock.peer == client.getsockname())
+    with pytest.raises(ConnectionClosed):
+        while True:
+            sock.send(PIECE)
+    wait_until(lambda: reasons)
+    assert [reason.errno for reason in reasons] == [errno.ENOBUFS]
+    stats = pool.stats()
+    assert (stats.overflow_closed, stats.bytes_queued) == (1, 0)
+    with pytest.raises(ConnectionResetError):
+        recv_until_eof(client)
+    assert round_trip(other, b"") == b"" or len(pool) == 1
+
+
+def test_a_broadcast_leaves_out_who_has_too_much(make_pool, make_client):
+    pool = make_pool(handler(on_message=ignore))
+    deaf, good = make_client(pool), make_client(pool)
+    sock = next(sock for sock in open_sockets(pool, 2) if sock.peer == deaf.getsockname())
+    fill(sock)
+    assert pool.broadcast(b"news") == 1
+    assert recv_exact(good, 4) == b"news"
+
+
+def test_compiled_handlers_are_told_that_no_more_is_taken(make_pool, make_client):
+    pool = make_pool(downstream_handlers.Echo())
+    client = make_client(pool)
+    (sock,) = open_sockets(pool, 1)
+    taken = fill(sock)
+    assert downstream_handlers.send(sock, b"x") == -errno.ENOBUFS
+    assert recv_exact(client, taken)[-3:] == PIECE[-3:]
+    wait_until(lambda: downstream_handlers.send(sock, b"x") >= 0)
+    assert exchange(client, b"x")[:1] == b"x"
+
+
+def test_all_connections_together_have_a_limit(make_pool):
+    """B35: whoever has output waiting gets no more once max_total_queued is reached; the others are served."""
+    total = 4 << 20
+    pool = make_pool(handler(on_message=echo), max_total_queued=total)
+    peers = [connect(pool) for _ in range(40)]
+    try:
+        for sock in open_sockets(pool, 40):
+            fill(sock)
+        assert pool.stats().bytes_queued <= total + 40 * (65536 + len(PIECE))
+        assert pool.stats().bytes_queued >= total - len(PIECE)
+        with connect(pool) as good:
+            assert round_trip(good, b"served") == b"served"
+    finally:
+        for peer in peers:
+            peer.close()
+    wait_until(lambda: pool.stats().bytes_queued == 0 and len(pool) == 0)
+
+
+def test_what_makes_no_sense_is_refused():
+    for options in (
+        {"high_water": 10, "low_water": 11},
+        {"high_water": 10, "low_water": 5, "max_queued": 9},
+        {"high_water": -1},
+        {"on_overflow": "panic"},
+        {"max_total_queued": -1},
+    ):
+        with pytest.raises(ValueError):
+            TstPool(**options)
