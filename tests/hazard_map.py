@@ -89,7 +89,7 @@ IN_PART = {
     "B28": "the time that a worker spends in one `send` is not measured",
     "B29": "nothing near 2 GiB is sent",
     "B34": "the test is expected to fail until there is such a limit",
-    "B36": "a worker that gets no batch at its start breaks and leaves its shard deaf; Python's allocations do not fail",
+    "B36": "a worker that gets no batch at its start leaves its shard deaf; allocations of Python do not fail",
     "B39": "as many connects as two processes make, which is fewer than 20,000 a second",
     "B41": "the order, listeners first, is not looked at",
     "B62": "no scope ids; no two listeners with SO_REUSEPORT",
