@@ -869,8 +869,8 @@ cdef class TstSocket:
 
 
 cdef bint connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
-    """Drops the output, and has close() send a reset. `reason`: ENOBUFS, when it was too much output; else 0. False: the
-    connection is gone; or, with a reason, it was closed before."""
+    """Drops the output, and has close() send a reset. `reason`: ENOBUFS, when it was too much output; else 0. False:
+    the connection is gone; or, with a reason, it was closed before."""
     cdef bint ours
     spin_lock(&connection.lock)
     ours = connection_is(connection, generation) and not (reason and connection.out_closed)
