@@ -215,6 +215,8 @@ def refuses(address):
         connect(address).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:
+        pass  # the listener went while we were in its backlog
     return False
 
 
