@@ -2,6 +2,7 @@
 
 import errno
 import select
+import socket
 import threading
 import time
 
@@ -237,3 +238,26 @@ def test_what_makes_no_sense_is_refused():
     ):
         with pytest.raises(ValueError):
             TstPool(**options)
+
+
+@every_trigger
+@pytest.mark.parametrize("size", [100, 200_000])
+def test_requests_before_a_half_close_are_all_answered(make_pool, make_client, trigger, size):
+    """They wait for their replies' turn when the peer's end is seen; it reads late, and gets every reply."""
+    pool = make_pool(
+        handler(on_message=lambda sock, data: data[:1] * 200_000), framing=LengthPrefixed(4), trigger=trigger
+    )
+    client = make_client(pool)
+    requests = [bytes([65 + n % 26]) * size for n in range(100)]
+    sender = threading.Thread(
+        target=lambda: (
+            [client.sendall(len(request).to_bytes(4, "big") + request) for request in requests]
+            and client.shutdown(socket.SHUT_WR)
+        )
+    )
+    sender.start()
+    wait_until(lambda: pool.stats().bytes_queued > 65536)
+    for request in requests:
+        assert recv_exact(client, 200_004) == (200_000).to_bytes(4, "big") + request[:1] * 200_000
+    assert recv_until_eof(client) == b""
+    sender.join(10)

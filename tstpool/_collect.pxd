@@ -25,8 +25,8 @@ from tstpool._poll cimport (
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
-    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, SCRATCH_FULL, batch_add, shard_ask, shard_push,
-    tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, SCRATCH_FULL, batch_add, connection_ask_relief,
+    shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
 from tstpool._timer cimport connection_deadline, tick_before, tick_of
 
@@ -328,6 +328,8 @@ cdef inline bint leave_to_owner(tst_connection *connection, uint32_t generation,
         else:
             flush_arm(connection, stats)
     spin_unlock(&connection.lock)
+    if owned:
+        connection_ask_relief(connection, generation)      # what our flush has brought about, it may have missed
     if owned and connection.trigger == TRIGGER_EDGE:
         shard_ask(connection, generation, PEND_IN)     # an edge is not reported twice: the owner must look for itself
     return owned

@@ -26,8 +26,8 @@ from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
-    batch_finish, connection_apply, connection_ask_relief, connection_begin_close, connection_break, connection_cut,
-    connection_due, connection_reconnect, connection_wants_body)
+    batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut, connection_due,
+    connection_reconnect, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
@@ -47,9 +47,9 @@ from tstpool._queue cimport (
 from tstpool._run cimport RUN_BURST, RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
-    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, entry_move, scratch_leave, shard_ask,
-    shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_scratch,
-    tst_shard, tst_worker)
+    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
+    scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
+    tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport TICK_BITS, tick_of
 from tstpool._turn cimport (

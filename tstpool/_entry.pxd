@@ -11,8 +11,8 @@ from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
-    PEND_ARM, PEND_CLOSE, PEND_IN, PRESSURE_GONE, connection_is, connection_is_paused, connection_release,
-    connection_takes_messages, connection_wants_input, tst_connection)
+    PEND_CLOSE, PEND_IN, PRESSURE_GONE, PRESSURE_HIGH, connection_is, connection_is_paused, connection_release,
+    connection_takes_messages, connection_wants_input, output_account, tst_connection)
 from tstpool._data cimport (
     data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume, input_free,
     input_reserve, tst_data)
@@ -26,8 +26,8 @@ from tstpool._poll cimport (
     connection_silence, flush_result, sys_control, sys_recv, sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_drop, queue_size, tst_shared
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, entry_move, shard_ask, shard_drop_timer,
-    shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
+    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, connection_ask_relief, entry_move,
+    shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count
 from tstpool._timer cimport DEADLINE_IDLE, DEADLINE_NONE, DEADLINE_OUTPUT, connection_deadline, tick_before, tick_of
 
@@ -333,6 +333,8 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     spin_lock(&connection.lock)
     if not connection.flushing:
         queue_drop(&connection.out)
+    connection.want_out = False
+    output_account(connection)
     sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
     connection.registered = connection.want_out = connection.want_room = connection.out_closed = False
     connection.armed = 0
@@ -369,12 +371,19 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
                 count(&worker.stats.spins, 1)
 
 
+cdef inline bint connection_holds_messages(tst_connection *connection) noexcept nogil:
+    """There is input that its handler is to have later: it is paused, or too much output waits. Owner only."""
+    if connection.input.size == 0 and not (connection.body != NULL and connection.message_ready):
+        return False
+    return connection_is_paused(connection) or load32(&connection.pressure, RELAXED) == PRESSURE_HIGH
+
+
 cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     """What is left to be done for a connection that has received and sent what it can. Owner only."""
     if connection_cut(connection):
         return DO_INPUT
     if connection.end_of_input and not connection.hold_input and not connection.closing:
-        if connection.input.size == 0 or not connection_is_paused(connection):
+        if not connection_holds_messages(connection):
             connection_begin_close(connection)
     if connection.closing and not connection.lingering and connection_drained(connection):
         return DO_DISCONNECT
@@ -526,12 +535,6 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
     if connection.trigger == TRIGGER_EDGE and connection.readable and connection_wants_input(connection):
         return PEND_IN
     return 0
-
-
-cdef inline void connection_ask_relief(tst_connection *connection, uint32_t generation) noexcept nogil:
-    """After a flush by who does not own it: input that waited for less output goes on."""
-    if load32(&connection.pressure, ACQUIRE) == PRESSURE_GONE:
-        shard_ask(connection, generation, PEND_ARM)
 
 
 cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now) noexcept nogil:

@@ -28,8 +28,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from tstpool._conn cimport (
-    STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of, tst_connection, tst_limits, tst_table,
-    tst_total)
+    PEND_ARM, PRESSURE_GONE, STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of,
+    tst_connection, tst_limits, tst_table, tst_total)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange32, compare_exchange64, compare_exchange_pointer,
     epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal, pthread_cond_t,
@@ -303,6 +303,7 @@ cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil
         if load32(&entry.state, SEQ_CST) == ENTRY_RUNNING:
             if connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation):
                 connection_flush(entry.connection, entry.generation, False, True, clock_now(), stats)
+                connection_ask_relief(entry.connection, entry.generation)
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -330,6 +331,12 @@ cdef inline int shard_ask(tst_connection *connection, uint32_t generation, uint6
         shard_push(<tst_shard *>connection.shard, connection)
         result = 0
     return result
+
+
+cdef inline void connection_ask_relief(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """After a flush by who does not own it: input that waited for less output goes on."""
+    if load32(&connection.pressure, ACQUIRE) == PRESSURE_GONE:
+        shard_ask(connection, generation, PEND_ARM)
 
 
 cdef inline void shard_take_requests(tst_shard *shard) noexcept nogil:
