@@ -26,8 +26,13 @@
 #ifndef MESSAGES
 #define MESSAGES 1
 #endif
+#ifndef ROOM
 #define ROOM 1                 /* what the kernel's send buffer holds, in pieces */
+#endif
+#ifndef FLUSH_ROUNDS
 #define FLUSH_ROUNDS 1
+#endif
+#define HIGH_WATER 1           /* with more waiting no message is handed out; low_water is 0 */
 #define QUEUED_MOST 2          /* handlers stop sending then: keeps the model finite */
 
 /* ---- the state word; `generation` 0 is ours, 1 the next one's */
@@ -52,6 +57,9 @@ bool registered, flushing, want_out, want_room, out_closed, out_drop, retired;
 bool out_fired;                /* EPOLLET: EPOLLOUT was reported since it was armed, and will not be reported again */
 bool armed_in, armed_out;      /* what we remember of the kernel's mask ... */
 byte waiting;                  /* queue_size(out): pieces */
+byte pressure;
+#define PRESSURE_HIGH 1
+#define PRESSURE_GONE 2
 byte mark;                     /* out.sent >= send_mark: mark == 0; pieces up to the end of the running SEND */
 
 /* ---- owner */
@@ -148,6 +156,9 @@ inline connection_ask(pending) {           /* shard_ask: with its push */
     if :: push -> shard_push() :: else fi
 }
 
+/* After a flush by who does not own it: input that waited for less output goes on. */
+inline connection_ask_relief() { if :: pressure == PRESSURE_GONE -> connection_ask(P_ARM) :: else fi }
+
 /* ------------------------------------------------------------------------------------------------------ output */
 
 inline connection_append() {               /* one piece; then, if nobody is on the way to send it, ask for a flush */
@@ -157,6 +168,7 @@ inline connection_append() {               /* one piece; then, if nobody is on t
         :: out_closed || !is_ours -> skip
         :: else ->
             waiting++;
+            if :: waiting > HIGH_WATER -> pressure = PRESSURE_HIGH :: else fi;
 #ifdef BUG_TRUST_ANY_OWNER
             left = !want_out && !flushing && !(word & S_OWNED);
 #else
@@ -222,6 +234,11 @@ inline connection_flush(writable, arm, result) {
             :: else -> want_out = true
             fi;
             if :: out_drop -> waiting = 0; mark = 0; out_closed = true; out_drop = false; want_out = false :: else fi;
+            if                             /* output_account */
+            :: waiting > HIGH_WATER -> pressure = PRESSURE_HIGH
+            :: waiting == 0 && pressure == PRESSURE_HIGH -> pressure = PRESSURE_GONE
+            :: else
+            fi;
             rounds++;
             if
             :: want_out || waiting == 0 -> sending = false
@@ -253,7 +270,8 @@ inline connection_retire() {
 
 /* ------------------------------------------------------------------------------------------------ the owner's part */
 
-#define takes_messages (!closing && !hold_input && !(word & (S_PAUSED | P_CLOSE)))   /* connection_takes_messages */
+/* connection_takes_messages */
+#define takes_messages (!closing && !hold_input && pressure != PRESSURE_HIGH && !(word & (S_PAUSED | P_CLOSE)))
 #define wants_input takes_messages                                                  /* connection_wants_input */
 #define cut (takes_messages && input > 0)                                           /* connection_cut */
 #define drained (waiting == 0 && !flushing)                                         /* connection_drained */
@@ -377,7 +395,7 @@ inline entry_finish(retires) {
         atomic { connection_release_step(); entry_finish_arm() };
 #endif
         if :: push -> shard_push() :: else fi;
-        if :: again -> connection_flush(false, true, unsent) :: else fi
+        if :: again -> connection_flush(false, true, unsent); connection_ask_relief() :: else fi
     fi;
     atomic { again = false; push = false; want_in = false; room = false; pend = 0; unsent = 0 }
 }
@@ -456,6 +474,7 @@ inline collect_connection(arrived) {
         :: (got & P_OUT) && !closing -> ask_writable = true; connection_flush(false, false, unsent)
         :: else
         fi;
+        atomic { if :: pressure == PRESSURE_GONE -> pressure = 0 :: else fi };     /* connection_take_relief */
         atomic {                           /* connection_has_room */
             if
             :: ask_writable && drained ->
@@ -533,6 +552,9 @@ inline leave_to_owner() {
         :: else
         fi
     };
+#ifndef BUG_RELIEF_IS_NOT_TOLD
+    if :: owned -> connection_ask_relief() :: else fi;
+#endif
 #if defined(EDGE) && !defined(BUG_EDGE_IS_NOT_REMEMBERED)
     if :: owned && event_in -> connection_ask(P_IN) :: else fi
 #endif
@@ -571,16 +593,20 @@ inline collect_request() {
     :: else ->
         if :: seen == 0 -> connection_flush(false, true, unsent) :: else fi;
 #ifdef BUG_GENERATION_READ_AGAIN
-        atomic { dead = (word & P_ANY) == 0; seen = generation };
+        atomic { dead = (word & P_ANY) == 0 && unsent == 0; seen = generation };
 #else
-        atomic { dead = (word & P_ANY) == 0 };
+#ifdef BUG_REQUEST_FORGETS_RELIEF
+        atomic { dead = (word & P_ANY) == 0 && unsent == 0 };
+#else
+        atomic { dead = (word & P_ANY) == 0 && unsent == 0 && pressure != PRESSURE_GONE };
+#endif
 #endif
         if
         :: !dead -> connection_acquire(seen); if :: acquired -> collect_connection(false) :: else fi
         :: else
         fi
     fi;
-    atomic { dead = false; seen = 0; acquired = false; gone = false }
+    atomic { dead = false; seen = 0; acquired = false; gone = false; unsent = 0 }
 }
 
 proctype holder() {
@@ -599,8 +625,8 @@ proctype holder() {
     :: owned ->
         owned = false;
         atomic { if :: is_ours && (word & S_OWNED) -> word = word | S_DETACHED; owned = true :: else fi };
-        if :: owned -> connection_flush(false, true, unsent) :: else fi;
-        owned = false
+        if :: owned -> connection_flush(false, true, unsent); connection_ask_relief() :: else fi;
+        owned = false; unsent = 0
     :: else
     fi;
     if
@@ -652,7 +678,7 @@ proctype thread() {
             atomic { first = is_ours && !out_closed; if :: is_ours -> out_closed = true :: else fi };
             if :: first -> close_begun = true; connection_ask(P_CLOSE) :: else fi;
             first = false
-        :: true -> connection_flush(true, true, unsent); unsent = 0            /* TstSocket.flush, then time is over */
+        :: true -> connection_flush(true, true, unsent); unsent = 0; connection_ask_relief()            /* TstSocket.flush, then time is over */
         :: true ->                                                             /* TstPool.need_send */
             atomic { first = is_ours && !out_closed };
             if :: first -> connection_ask(P_OUT) :: else fi;

@@ -23,6 +23,7 @@ SECONDS = 300  # for one search; the longest takes 10 s, with --full 120 s
 
 MODELS = [
     "connection LEVEL OPS=1",
+    "connection LEVEL OPS=1 ROOM=2 FLUSH_ROUNDS=2",
     "connection LEVEL NEW",
     "connection LEVEL FOREVER",
     "connection ONESHOT OPS=1",
@@ -42,6 +43,7 @@ MODELS = [
 ]
 LARGE_MODELS = [
     "connection LEVEL",
+    "connection LEVEL ROOM=2 FLUSH_ROUNDS=2",
     "connection ONESHOT",
     "connection EDGE",
     "handover WORKERS=3",
@@ -65,6 +67,8 @@ FAULTS = {
         "NO_SECOND_LOOK_AT_THE_QUEUE": "LEVEL OPS=1",
         "RELEASE_BEFORE_THE_LOCK": "LEVEL OPS=1",
         "RELEASE_IGNORES_PENDING": "LEVEL OPS=1",
+        "RELIEF_IS_NOT_TOLD": "LEVEL OPS=1",
+        "REQUEST_FORGETS_RELIEF": "LEVEL ROOM=2 FLUSH_ROUNDS=2",
         "SENT_BY_ANOTHER": "LEVEL OPS=1",
         "SILENCE_WITHOUT_A_LOOK": "LEVEL OPS=1",
         "TRUST_ANY_OWNER": "LEVEL OPS=1 FOREVER",
