@@ -351,6 +351,7 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
     if not word & PEND_ANY and waiting == 0 and load32(&connection.pressure, RELAXED) != PRESSURE_GONE:
         return                 # else its owner is to see to a deadline for the rest, or to its end
     if connection_acquire(connection, generation, &pending) != ACQUIRED:
+        connection_ask_relief(connection, generation)
         return                 # its owner sees the pending bits when it releases
     if connection.type == TYPE_LISTEN:
         listener_request(worker, shard, connection, pending, now)

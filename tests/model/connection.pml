@@ -602,7 +602,15 @@ inline collect_request() {
 #endif
 #endif
         if
-        :: !dead -> connection_acquire(seen); if :: acquired -> collect_connection(false) :: else fi
+        :: !dead ->
+            connection_acquire(seen);
+            if
+            :: acquired -> collect_connection(false)
+#ifndef BUG_REQUEST_FORGETS_THE_OWNER
+            :: !acquired && !gone -> connection_ask_relief()
+#endif
+            :: else
+            fi
         :: else
         fi
     fi;
