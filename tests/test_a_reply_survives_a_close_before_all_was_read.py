@@ -160,6 +160,7 @@ def test_a_peer_that_does_nothing_is_waited_for_until_the_deadline(make_pool, ma
     wait_until(lambda: len(pool) == 0)
     took = time.monotonic() - begin
     assert limit <= took < limit * 1.1 + patient(0.3)
+    assert pool.stats().deadline_closed == 1
 
 
 def test_a_peer_that_goes_on_sending_is_cut_off(make_pool, make_client):

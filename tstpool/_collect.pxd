@@ -213,7 +213,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
     cdef uint32_t what = 0
     cdef bint arrived = events & (input_mask() | EPOLLERR | EPOLLHUP) != 0
     if connection.lingering:
-        collect_lingering(shard, batch, connection, pending, arrived or pending & PEND_IN != 0, now)
+        collect_lingering(worker, shard, batch, connection, pending, arrived or pending & PEND_IN != 0, now)
         return
     store32(&connection.events, events, RELAXED)
     if pending & PEND_ARM:
@@ -261,8 +261,8 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         batch.scratch_used = scratch_used      # nothing that is still needed lies there
 
 
-cdef inline void collect_lingering(tst_shard *shard, tst_batch *batch, tst_connection *connection, uint64_t pending,
-                                   bint arrived, uint64_t now) noexcept nogil:
+cdef inline void collect_lingering(tst_worker *worker, tst_shard *shard, tst_batch *batch, tst_connection *connection,
+                                   uint64_t pending, bint arrived, uint64_t now) noexcept nogil:
     """A connection that its handler is through with: only what the peer still sends is left."""
     cdef uint32_t due = 0
     cdef bint over = pending & PEND_CLOSE != 0 and (shard.aborted or connection_is_aborted(connection))
@@ -272,7 +272,9 @@ cdef inline void collect_lingering(tst_shard *shard, tst_batch *batch, tst_conne
     if pending & PEND_TIMER:
         connection.has_timer = False
         connection_deadline(connection, False, True, &due)
-        over = over or not tick_before(tick_of(now), due)
+        if not over and not tick_before(tick_of(now), due):
+            count(&worker.stats.deadline_closed, 1)
+            over = True
     entry = batch_add(batch, connection, 0)
     if over:
         entry.what = DO_RETIRE
