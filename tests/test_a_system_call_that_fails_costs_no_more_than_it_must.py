@@ -19,7 +19,7 @@ class Server(Echo):
     def on_disconnect(self, sock, reason):
         ends.append(sock.id)
 
-pool = TstPool(Server(), workers=2, trigger=os.environ.get("TRIGGER", "level"))
+pool = TstPool(Server(), workers=2, shards=1, trigger=os.environ.get("TRIGGER", "level"))
 port = pool.listen("127.0.0.1", 0)[1]
 pool.start()
 print(port)
@@ -95,7 +95,7 @@ LISTENER_FAILS = """
 import logging
 records = []
 logging.getLogger("tstpool").addFilter(lambda record: records.append(record.getMessage()))
-pool = TstPool(Echo(), workers=2)
+pool = TstPool(Echo(), workers=2, shards=1)
 port = pool.listen("127.0.0.1", 0)[1]
 pool.start()
 print(port)
@@ -137,7 +137,7 @@ def test_a_listener_that_cannot_be_armed_after_a_pause_is_not_forgotten():
 WAIT_FAILS = """
 import logging, traceback
 logging.disable(logging.CRITICAL)
-pool = TstPool(Echo(), workers=2)
+pool = TstPool(Echo(), workers=2, shards=1)
 port = pool.listen("127.0.0.1", 0)[1]
 begin = time.process_time()
 print(port)
