@@ -56,12 +56,12 @@ def check_all(make_pool):
 
 @pytest.fixture
 def hooked():
-    """hooked(set_hook): a hook that counts the functions it sees, in all threads that start from now on."""
-    seen, unset = {}, []
+    """hooked(set_hook): a hook that lists the functions it sees, in all threads that start from now on."""
+    seen, unset = [], []
 
     def hook(frame, event, argument):
         if event == "call":
-            seen[frame.f_code.co_name] = seen.get(frame.f_code.co_name, 0) + 1
+            seen.append(frame.f_code.co_name)
         return hook
 
     def begin(name):
@@ -80,7 +80,7 @@ def test_a_hook_in_every_thread(make_pool, hooked, name):
     """B60: the hook sees each message of each worker, and changes nothing."""
     seen = hooked(name)
     check_all(make_pool)
-    assert seen["on_message"] > 8 * scaled(50)
+    assert seen.count("on_message") > 8 * scaled(50)
 
 
 def test_switching_at_every_opportunity(make_pool):
@@ -95,7 +95,7 @@ def test_both_at_once(make_pool, hooked):
     seen = hooked("trace")
     with quick_switches(1e-6):
         check_all(make_pool)
-    assert seen["on_message"] > 8 * scaled(50)
+    assert seen.count("on_message") > 8 * scaled(50)
 
 
 def test_a_hook_that_raises_is_the_handlers_exception(make_pool, make_client):
