@@ -14,8 +14,8 @@ from tstpool._conn cimport (
     connection_take_relief, generation_of, slot_of, table_open, table_slot, tst_connection)
 from tstpool._data cimport input_keep
 from tstpool._entry cimport (
-    connection_begin_close, connection_break, connection_due, connection_expire, connection_has_room,
-    connection_is_aborted, connection_linger, connection_sent, connection_transfer, connection_wants_body, take_input)
+    connection_begin_close, connection_break, connection_due, connection_expire, connection_has_room, connection_linger,
+    connection_may_reset, connection_sent, connection_transfer, connection_wants_body, take_input)
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
     fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer)
@@ -101,7 +101,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
         full = engine_is_full(engine)
         if full and not engine.close_excess:
             shard.full = True
-            accept_pause(worker, shard, EUSERS, now)
+            accept_pause(worker, shard, EUSERS, now)   # no call has failed: complain() has its own words for this one
             return
         size = sizeof(address)
         address.ss_family = 0
@@ -265,7 +265,7 @@ cdef inline void collect_lingering(tst_worker *worker, tst_shard *shard, tst_bat
                                    uint64_t pending, bint arrived, uint64_t now) noexcept nogil:
     """A connection that its handler is through with: only what the peer still sends is left."""
     cdef uint32_t due = 0
-    cdef bint over = pending & PEND_CLOSE != 0 and (shard.aborted or connection_is_aborted(connection))
+    cdef bint over = pending & PEND_CLOSE != 0 and (shard.aborted or connection_may_reset(connection))
     cdef tst_entry *entry
     if arrived and not connection_linger(connection, batch, now):
         over = True

@@ -45,10 +45,11 @@ from tstpool._data cimport tst_data, tst_input
 from tstpool._frame cimport (
     FRAME_DELIMITED, FRAME_LENGTH, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing)
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, load32,
-    load64, load_pointer, store32, store64, tst_bug)
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, linger,
+    load32, load64, load_pointer, recv, send, store32, store64, tst_bug, write)
 from tstpool._lock cimport spin_lock, spin_unlock
-from tstpool._queue cimport queue_append, queue_commit, queue_room, queue_share, queue_size, tst_queue, tst_shared
+from tstpool._queue cimport (
+    queue_append, queue_commit, queue_drop, queue_room, queue_share, queue_size, tst_queue, tst_shared)
 
 cdef enum:
     STATE_OPEN = 0x1
@@ -99,7 +100,8 @@ cdef enum:
     OVERFLOW_CLOSE = 1         # the connection ends
 
 
-# How long a connection may be without something, in ticks of _timer.pxd, and how much may wait; 0: no limit.
+# How much output of a connection may wait, and how many ticks of the pool's clock it may be without something; 0: no
+# limit.
 cdef struct tst_limits:
     tst_total *total           # borrowed from the engine
     size_t high_water          # bytes
@@ -400,6 +402,13 @@ cdef inline void output_account(tst_connection *connection) noexcept nogil:
             store32(&connection.pressure, PRESSURE_HIGH, RELAXED)
     elif waits <= limits.low_water and load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:
         store32(&connection.pressure, PRESSURE_GONE, RELEASE)
+
+
+cdef inline void output_drop(tst_connection *connection) noexcept nogil:
+    """Forgets what waits. Lock held, and nobody is sending."""
+    queue_drop(&connection.out)
+    connection.want_out = False
+    output_account(connection)
 
 
 cdef inline bint output_is_full(const tst_connection *connection, size_t size) noexcept nogil:

@@ -20,14 +20,14 @@ from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
     GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN,
     STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
-    connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_account, table_chunk,
+    connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_drop, table_chunk,
     table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
-    batch_finish, connection_apply, connection_begin_close, connection_break, connection_cut, connection_due,
-    connection_reconnect, connection_wants_body)
+    batch_finish, connection_abort, connection_apply, connection_begin_close, connection_break, connection_cut,
+    connection_due, connection_reconnect, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
@@ -39,11 +39,10 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, flush_result, sys_control, sys_prepare, sys_recv,
-    sys_reset_on_close, sys_wake)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_wake)
 from tstpool._queue cimport (
-    SHARE_LEAST, queue_drop, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter,
-    tst_shared, tst_stock)
+    SHARE_LEAST, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
+    tst_stock)
 from tstpool._run cimport RUN_BURST, RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
@@ -724,9 +723,7 @@ cdef class TstSocket:
         """
         cdef uint64_t goal
         cdef uint64_t until = 0 if timeout is None else clock_now() + nanoseconds(timeout, "timeout")
-        cdef tst_stats outside
         cdef pollfd watched
-        memset(&outside, 0, sizeof(outside))
         spin_lock(&self.connection.lock)
         goal = self.connection.out.queued
         spin_unlock(&self.connection.lock)
@@ -735,8 +732,7 @@ cdef class TstSocket:
         try:
             while not self.sent_up_to(goal):
                 with nogil:
-                    connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside)
-                    connection_ask_relief(self.connection, self.generation())
+                    self.flush_once()
                 if self.sent_up_to(goal):
                     return
                 if until and clock_now() >= until:
@@ -745,7 +741,6 @@ cdef class TstSocket:
                     poll(&watched, 1, 10)      # short, for the descriptor may be closed meanwhile
                 PyErr_CheckSignals()
         finally:
-            add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
             self.pool.drop_all_litter()
 
     cdef bint sent_up_to(self, uint64_t goal) except -1:
@@ -866,25 +861,6 @@ cdef class TstSocket:
         """Goes on after pause(). Any thread."""
         if connection_mark(self.connection, STATE_PAUSED, False, STATE_OPEN, self.generation()):
             shard_ask(self.connection, self.generation(), PEND_ARM)
-
-
-cdef bint connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
-    """Drops the output, and has close() send a reset. `reason`: ENOBUFS, when it was too much output; else 0. False:
-    the connection is gone; or, with a reason, it was closed before."""
-    cdef bint ours
-    spin_lock(&connection.lock)
-    ours = connection_is(connection, generation) and not (reason and connection.out_closed)
-    if ours:
-        if reason:
-            store32(&connection.out_error, <uint32_t>reason, RELAXED)
-            add64(&connection.limits.total.overflow_closed, 1, RELAXED)
-        connection.aborted = connection.out_drop = True
-        if not connection.flushing:
-            flush_result(connection, 0, 0)
-        connection.out_closed = True
-        sys_reset_on_close(connection.fd)
-    spin_unlock(&connection.lock)
-    return ours
 
 
 cdef tst_shared *share_object(bytes data) except NULL:
@@ -1730,9 +1706,7 @@ cdef class TstPool:
                 connection = first + i
                 word = load64(&connection.state, ACQUIRE)
                 if word & STATE_OPEN:
-                    queue_drop(&connection.out)
-                    connection.want_out = False
-                    output_account(connection)
+                    output_drop(connection)
                     input_free(&connection.input)
                     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
                     close(connection.fd)

@@ -12,19 +12,19 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PRESSURE_GONE, PRESSURE_HIGH, connection_is, connection_is_paused, connection_release,
-    connection_takes_messages, connection_wants_input, output_account, tst_connection)
+    connection_takes_messages, connection_wants_input, output_account, output_drop, tst_connection)
 from tstpool._data cimport (
     data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume, input_free,
     input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, frame_next, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, fcntl, load32, load_pointer, shutdown,
-    store32, tst_rarely)
+    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, load32, load_pointer,
+    shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_drop_body, connection_flush, connection_retire,
     connection_silence, flush_result, sys_control, sys_recv, sys_reset_on_close, sys_unread, sys_writable)
-from tstpool._queue cimport queue_append, queue_drop, queue_size, tst_shared
+from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, connection_ask_relief, entry_move,
     shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
@@ -206,11 +206,33 @@ cdef inline void connection_drop_output(tst_connection *connection) noexcept nog
     spin_lock(&connection.lock)
     if queue_size(&connection.out):        # the peer must not take what it has for the whole
         sys_reset_on_close(connection.fd)
+    connection_cut_output(connection)
+    spin_unlock(&connection.lock)
+
+
+cdef inline void connection_cut_output(tst_connection *connection) noexcept nogil:
+    """Lock held. Who is sending right now forgets the rest afterwards."""
     connection.out_drop = True
     if not connection.flushing:
         flush_result(connection, 0, 0)
     connection.out_closed = True
+
+
+cdef inline bint connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
+    """Drops the output, and has close() send a reset; any thread. `reason`: ENOBUFS, when it was too much output; else
+    0. False: the connection is gone; or, with a reason, it was closed before."""
+    cdef bint ours
+    spin_lock(&connection.lock)
+    ours = connection_is(connection, generation) and not (reason and connection.out_closed)
+    if ours:
+        if reason:
+            store32(&connection.out_error, <uint32_t>reason, RELAXED)
+            add64(&connection.limits.total.overflow_closed, 1, RELAXED)
+        connection.aborted = True
+        sys_reset_on_close(connection.fd)
+        connection_cut_output(connection)
     spin_unlock(&connection.lock)
+    return ours
 
 
 cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_worker *worker, bint event,
@@ -331,12 +353,13 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     connection.call_writable = connection.ask_writable = False
     connection.reason = 0
     spin_lock(&connection.lock)
-    if not connection.flushing:
-        queue_drop(&connection.out)
     connection.want_out = False
-    output_account(connection)
+    if connection.flushing:
+        output_account(connection)
+    else:
+        output_drop(connection)
     sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
-    connection.registered = connection.want_out = connection.want_room = connection.out_closed = False
+    connection.registered = connection.want_room = connection.out_closed = False
     connection.armed = 0
     store32(&connection.out_error, 0, RELAXED)
     spin_unlock(&connection.lock)
@@ -411,11 +434,10 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     cdef uint32_t tick = tick_of(now), due = 0
     if entry.what:
         connection.active_tick = tick
-    if connection.closing and not connection.close_noted:
-        connection.close_noted = True
-        connection.since_tick = tick
-    if connection.closing:
-        pass                               # a message that was not finished says that the peer is still sending
+    if connection.closing:                 # `unfinished` stays: it says that the peer is still sending
+        if not connection.close_noted:
+            connection.close_noted = True
+            connection.since_tick = tick
     elif not wants_input or not connection_is_unfinished(connection):
         connection.unfinished = False
     elif not connection.unfinished or entry.what & DO_INPUT:
@@ -456,13 +478,13 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
 
 # ------------------------------------------------------------------------------------------------- finish
 
-cdef inline bint connection_is_aborted(tst_connection *connection) noexcept nogil:
-    """There is nothing that a reset could destroy: the peer is to get one, or can't be reached, or was sent nothing."""
-    cdef bint aborted
+cdef inline bint connection_may_reset(tst_connection *connection) noexcept nogil:
+    """A reset can destroy nothing: the peer is to get one, or can't be reached, or was sent nothing."""
+    cdef bint harmless
     spin_lock(&connection.lock)
-    aborted = connection.aborted or connection.out.sent == 0 or load32(&connection.out_error, RELAXED) != 0
+    harmless = connection.aborted or connection.out.sent == 0 or load32(&connection.out_error, RELAXED) != 0
     spin_unlock(&connection.lock)
-    return aborted
+    return harmless
 
 
 cdef inline bint connection_should_linger(tst_connection *connection, uint64_t now) noexcept nogil:
@@ -471,7 +493,7 @@ cdef inline bint connection_should_linger(tst_connection *connection, uint64_t n
     cdef tst_shard *shard = <tst_shard *>connection.shard
     if connection.lingering or connection.end_of_input or connection.reason:
         return False
-    if connection_is_aborted(connection) or load32(&shard.aborted, RELAXED):
+    if connection_may_reset(connection) or load32(&shard.aborted, RELAXED):
         return False
     # A message that came with the one before, in one piece, has never been noted as unfinished.
     if connection.unfinished or connection_is_unfinished(connection) or sys_unread(connection.fd) != 0:

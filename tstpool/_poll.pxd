@@ -30,17 +30,16 @@ from libc.string cimport memset
 
 from tstpool._conn cimport (
     PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, connection_id, connection_is, generation_of, output_account,
-    tst_connection)
+    output_drop, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl,
-    epoll_event, epoll_wait, ioctl, iovec, linger, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg,
-    setsockopt, sockaddr, socklen_t, store32, store64, sub32, write)
+    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl, epoll_event,
+    epoll_wait, ioctl, iovec, linger, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt,
+    sockaddr, socklen_t, store32, store64, sub32, write)
 from tstpool._lock cimport spin_lock, spin_unlock
-from tstpool._queue cimport (
-    QUEUE_PIECES, queue_consume, queue_drop, queue_pieces, queue_settle, queue_size, shared_leave)
+from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
 from tstpool._stats cimport count, tst_stats
 from tstpool._timer cimport tick_of
 
@@ -237,11 +236,11 @@ cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t t
         store32(&connection.out_error, <uint32_t>-sent, RELAXED)
         connection.out_drop = True
     if connection.out_drop:
-        queue_drop(&connection.out)
         connection.out_closed = True
         connection.out_drop = False
-        connection.want_out = False
-    output_account(connection)
+        output_drop(connection)
+    else:
+        output_account(connection)
 
 
 cdef inline int flush_state(tst_connection *connection) noexcept nogil:
@@ -338,9 +337,7 @@ cdef inline void connection_free(tst_connection *connection, tst_stats *stats) n
     if word & STATE_QUEUED:
         return
     spin_lock(&connection.lock)
-    queue_drop(&connection.out)
-    connection.want_out = False
-    output_account(connection)
+    output_drop(connection)
     input_free(&connection.input)
     connection_drop_body(connection)
     if connection.registered:
