@@ -204,6 +204,27 @@ cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_conn
 
 # ------------------------------------------------------------------------------------------------- collect
 
+cdef inline uint32_t collect_writable(tst_worker *worker, tst_connection *connection, uint64_t pending,
+                                      uint64_t now) noexcept nogil:
+    """DO_WRITABLE when the handler is to hear of its output: need_send, a SEND that is done, or pressure that is gone.
+    Else 0. Owner only."""
+    cdef uint32_t what = 0
+    if pending & PEND_OUT and not connection.closing:
+        connection.ask_writable = True
+        connection_transfer(connection, now)
+        connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now,
+                         &worker.stats)
+    if connection_take_relief(connection) and connection.tell_room and not connection.closing and not (
+            connection.ask_writable or connection.call_writable):      # else it will be called for that
+        what = DO_WRITABLE
+    if connection.ask_writable and connection_has_room(connection):
+        connection.ask_writable = False
+        what = DO_WRITABLE
+    if connection_sent(connection, now):
+        what = DO_WRITABLE
+    return what
+
+
 cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                     tst_connection *connection, uint64_t pending, uint32_t events,
                                     uint64_t now) noexcept nogil:
@@ -231,19 +252,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             connection.ask_writable = True
             connection_transfer(connection, now)
     else:
-        if pending & PEND_OUT and not connection.closing:
-            connection.ask_writable = True
-            connection_transfer(connection, now)
-            connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now,
-                             &worker.stats)
-        if connection_take_relief(connection) and connection.tell_room and not connection.closing and not (
-                connection.ask_writable or connection.call_writable):      # else it will be called for that
-            what |= DO_WRITABLE
-        if connection.ask_writable and connection_has_room(connection):
-            connection.ask_writable = False
-            what |= DO_WRITABLE
-        if connection_sent(connection, now):
-            what |= DO_WRITABLE
+        what = collect_writable(worker, connection, pending, now)
         if what:
             # The handler is told first: it may ask for another transfer, and input must not go into the old one.
             connection.readable |= arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN != 0)
