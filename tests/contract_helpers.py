@@ -334,12 +334,17 @@ int pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *), vo
 
 
 @functools.cache
-def faults():
-    """Compile FAULTS, once; its path is for ServerProcess(preload=...)."""
-    folder = Path(tempfile.mkdtemp(prefix="tstpool-faults-"))
+def shim(name, source, *options):
+    """Compile a library that goes before libc, once; its path is for LD_PRELOAD, and ServerProcess(preload=...)."""
+    folder = Path(tempfile.mkdtemp(prefix=f"tstpool-{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "faults.c").write_text(FAULTS)
-    target = folder / "faults.so"
-    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(target), str(folder / "faults.c"), "-ldl"]
+    (folder / "shim.c").write_text(source)
+    target = folder / "shim.so"
+    command = ["cc", "-O1", *options, "-shared", "-fPIC", "-o", str(target), str(folder / "shim.c"), "-ldl"]
     subprocess.run(command, check=True, timeout=60, env={**os.environ, "LD_PRELOAD": ""})
     return target
+
+
+def faults():
+    """The library of FAULTS."""
+    return shim("faults", FAULTS)

@@ -1,13 +1,7 @@
 """B36: each malloc, calloc and realloc of the engine fails once, in a server process of its own."""
 
-import atexit
-import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
+from contract_helpers import shim
 from helpers import SANITIZER, run_python
 
 pytestmark = pytest.mark.skipif(bool(SANITIZER), reason="its runtime has a malloc of its own")
@@ -42,15 +36,8 @@ void *realloc(void *p, size_t n) { return fails(__builtin_return_address(0)) ? N
 """
 
 
-@functools.cache
 def no_memory():
-    folder = Path(tempfile.mkdtemp(prefix="tstpool-no-memory-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "no_memory.c").write_text(NO_MEMORY)
-    target = folder / "no_memory.so"
-    command = ["cc", "-O1", "-fno-optimize-sibling-calls", "-shared", "-fPIC", "-o", target, folder / "no_memory.c"]
-    subprocess.run(command, check=True, timeout=60)
-    return target
+    return shim("no-memory", NO_MEMORY, "-fno-optimize-sibling-calls")
 
 
 SCENE = """
