@@ -62,15 +62,17 @@ def connect(port: int, stack: ExitStack) -> socket.socket:
 def idle(port: int, pid: int, connections: int, seconds: float) -> dict[str, float]:
     """Many connections that have been used once and then say nothing: what they cost in memory and CPU time."""
     with ExitStack() as stack:
-        receive_echo([connect(port, stack)])  # whatever the server makes only once is made now
+        receive_echo(
+            [connect(port, stack)]
+        )  # the first of all: what the server makes only once
         empty = resident_bytes(pid)
-        receive_echo(connect(port, stack) for _ in range(connections))
+        receive_echo(connect(port, stack) for _ in range(connections - 1))
         full = resident_bytes(pid)
         time.sleep(0.5)  # what the last message has left to do is done
         before, began = cpu_seconds(pid), time.monotonic()
         time.sleep(seconds)
         cpu, elapsed = cpu_seconds(pid) - before, time.monotonic() - began
-    return {"cpu_share": cpu / elapsed, "bytes_per_connection": (full - empty) / connections}
+    return {"cpu_share": cpu / elapsed, "bytes_per_connection": (full - empty) / (connections - 1)}
 
 
 def receive_echo(clients: Iterable[socket.socket]) -> None:

@@ -25,8 +25,8 @@ from tstpool._poll cimport (
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
-    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, SCRATCH_FULL, batch_add, connection_ask_relief,
-    shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, ID_ALARM, SCRATCH_FULL, batch_add,
+    connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
 from tstpool._timer cimport connection_deadline, tick_before, tick_of
 
@@ -289,6 +289,15 @@ cdef inline void collect_lingering(tst_worker *worker, tst_shard *shard, tst_bat
         entry.what = DO_RETIRE
 
 
+cdef inline void shard_woken(tst_shard *shard, uint64_t id) noexcept nogil:
+    """An event of one of the shard's own descriptors has ended the sleep, which was its purpose."""
+    if id == ID_ALARM:
+        shard.alarm = 0
+        sys_drain(shard.timer_fd)
+    else:
+        sys_drain(shard.event_fd)
+
+
 cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                uint64_t id, uint32_t events, uint64_t now) noexcept nogil:
     """Resolves one event to its connection and acquires it; an event of a connection that is gone is counted and
@@ -298,7 +307,7 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
     cdef uint64_t pending = 0
     cdef int got
     if generation == 0:
-        sys_drain(shard.event_fd)
+        shard_woken(shard, id)
         return
     connection = table_slot(&engine.table, slot_of(id))
     if connection == NULL or not connection_is(connection, generation):

@@ -146,6 +146,7 @@ class TstPool:
         on_overflow: str = "raise",
         auto_pause: bool = True,
         max_total_queued: int | None = 268435456,
+        busy_poll: float = 0.0,
     ) -> None: ...
     @property
     def running(self) -> bool: ...

@@ -136,8 +136,19 @@ cdef extern from "<time.h>" nogil:
         long tv_sec
         long tv_nsec
 
+    cdef struct itimerspec:
+        timespec it_value
+
     clockid_t CLOCK_MONOTONIC
     int clock_gettime(clockid_t clock, timespec *now)
+
+
+cdef extern from "<sys/timerfd.h>" nogil:
+    int TFD_CLOEXEC
+    int TFD_NONBLOCK
+    int TFD_TIMER_ABSTIME
+    int timerfd_create(clockid_t clock, int flags)
+    int timerfd_settime(int fd, int flags, const itimerspec *fresh, itimerspec *old)
 
 
 cdef extern from "<pthread.h>" nogil:

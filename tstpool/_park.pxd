@@ -7,9 +7,12 @@ the same call at two looks, and it is not on a processor (it sleeps or waits: it
 shard over. A handler that computes keeps its shard for RUNNING_LOOKS: under a GIL nobody would gain by an earlier
 change, and a thread that was merely descheduled looks the same.
 
-A look costs some 15 microseconds of the processor that it interrupts, so as long as no handler blocks (none was taken
-over from for ALERT_TIME) it comes every CALM_EVERY, with a second one LOOK_EVERY later if it finds a worker inside a
-handler; once one has blocked, every LOOK_EVERY.
+A look costs some 15 microseconds of the processor that it interrupts, and a timer that is soon due makes each sleep of
+that processor dearer: with one client and a look every 4 ms a C loop lost a fifth of its rate, with one every 32 ms
+nothing that could be measured. So the time between two looks grows with the time for which no handler has blocked: it is
+a thousandth of that (LOOK_PART), from LOOK_EVERY to CALM_EVERY. Whoever waits behind a blocked handler therefore waits for
+a thousandth of the time at most, however often handlers block. A look that finds a worker inside a handler is followed by
+a second one LOOK_EVERY later, and by more as long as it is the same call.
 
 With several shards it may happen that more handlers block than leave a worker for each shard. Then nobody is parked to
 watch; who polls a shard looks after the others himself, now and then (engine_look), and takes turns between the shards
@@ -37,10 +40,15 @@ cdef extern from "<stdio.h>" nogil:
 
 cdef enum:
     LOOK_EVERY = 1000000       # all in nanoseconds
-    CALM_EVERY = 4000000
-    ALERT_TIME = 1000000000
+    CALM_EVERY = 32000000
+    LOOK_PART = 1024           # of the time since a handler blocked
     QUIET_TIME = 50000000
     RUNNING_LOOKS = 10
+
+cdef enum:
+    SUSPECT_NOBODY = 0
+    SUSPECT_CALL = 1           # a worker is inside a handler
+    SUSPECT_SAME_CALL = 2      # ... and was in the same call at the look before
 
 cdef enum:
     PARK_SHARD = 0             # the worker now holds a shard's token
@@ -99,16 +107,17 @@ cdef inline bint any_shard_running(tst_engine *engine) noexcept nogil:
 
 
 cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker, bint *any_running,
-                                         bint *suspicion) noexcept nogil:
+                                         int *suspicion) noexcept nogil:
     """One look at all shards. Returns a shard that was taken from its stuck holder, or NULL.
 
-    any_running, suspicion: a shard runs handlers; its worker is in one that it may be stuck in.
+    any_running: a shard runs handlers. suspicion: SUSPECT_*, what its worker does.
     """
     cdef int i
     cdef uint64_t token
     cdef tst_shard *shard
     cdef tst_worker *holder
-    any_running[0] = suspicion[0] = False
+    any_running[0] = False
+    suspicion[0] = SUSPECT_NOBODY
     for i in range(engine.n_shards):
         shard = &engine.shards[i]
         token = load64(&shard.token, SEQ_CST)
@@ -119,8 +128,12 @@ cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker,
         if worker_is_stuck(holder):
             holder.looks = 0
             if token_move(shard, token, token_of(worker.no, TOKEN_RUNNING)):
+                engine.blocked_at = clock_now()
                 return shard
-        suspicion[0] |= holder.looked_calls % 2 != 0
+        if holder.looks > 0:
+            suspicion[0] = SUSPECT_SAME_CALL
+        elif holder.looked_calls % 2 and suspicion[0] == SUSPECT_NOBODY:
+            suspicion[0] = SUSPECT_CALL
     return NULL
 
 
@@ -139,7 +152,8 @@ cdef inline tst_shard *engine_look(tst_engine *engine, tst_worker *worker) noexc
     """One look of a worker that polls a shard, when nobody else is there to watch: a shard taken from its stuck holder,
     or NULL."""
     cdef tst_shard *shard = NULL
-    cdef bint running = False, suspicion = False
+    cdef bint running = False
+    cdef int suspicion = 0
     pthread_mutex_lock(&engine.mutex)
     if engine.watcher == -1:
         shard = take_over_stalled(engine, worker, &running, &suspicion)
@@ -147,18 +161,25 @@ cdef inline tst_shard *engine_look(tst_engine *engine, tst_worker *worker) noexc
     return shard
 
 
+cdef inline uint64_t look_interval(tst_engine *engine, uint64_t now) noexcept nogil:
+    """Between two looks as long as nobody is suspected. Mutex held."""
+    cdef uint64_t interval = (now - engine.blocked_at) // LOOK_PART
+    return max(<uint64_t>LOOK_EVERY, min(<uint64_t>CALM_EVERY, interval))
+
+
 cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t idle_at) noexcept nogil:
     """The watcher's life until it takes a shard over (returned), or there is a reason to look around (NULL). Mutex
     held."""
     cdef tst_shard *shard = NULL
-    cdef bint running, suspicion = False, second = False
+    cdef bint running, second = False
+    cdef int suspicion = SUSPECT_NOBODY
     cdef uint64_t now = clock_now()
     cdef uint64_t busy_at = now
     store32(<uint32_t *>&engine.watcher, <uint32_t>worker.no, RELAXED)
     while load32(&engine.phase, ACQUIRE) != PHASE_ENDING and (idle_at == 0 or now < idle_at):
         if now - busy_at < QUIET_TIME:
-            second = (suspicion and not second) or now < engine.alert_until
-            wait_until(engine, &engine.watch, now + (LOOK_EVERY if second else CALM_EVERY))
+            second = suspicion == SUSPECT_SAME_CALL or (suspicion == SUSPECT_CALL and not second)
+            wait_until(engine, &engine.watch, now + (LOOK_EVERY if second else look_interval(engine, now)))
         else:
             store32(&engine.watcher_asleep, 1, SEQ_CST)
             if not any_shard_running(engine):  # else: it turned RUNNING before it could see us asleep
@@ -167,7 +188,6 @@ cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t id
         now = clock_now()
         shard = take_over_stalled(engine, worker, &running, &suspicion)
         if shard != NULL:
-            engine.alert_until = now + ALERT_TIME
             break
         if running:
             busy_at = now

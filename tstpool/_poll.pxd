@@ -35,12 +35,13 @@ from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC, SOCK_NONBLOCK,
-    SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, accept4, close, compare_exchange64, epoll_ctl, epoll_event,
-    epoll_wait, ioctl, iovec, linger, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt,
-    sockaddr, socklen_t, store32, store64, sub32, write)
+    SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close, compare_exchange64, epoll_ctl,
+    epoll_event,
+    epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt,
+    sockaddr, socklen_t, store32, store64, sub32, timerfd_settime, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
-from tstpool._stats cimport count, tst_stats
+from tstpool._stats cimport NANOSECOND, count, tst_stats
 from tstpool._timer cimport tick_of
 
 cdef enum:
@@ -141,9 +142,19 @@ cdef inline void sys_reset_on_close(int fd) noexcept nogil:
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
 
 
-cdef inline void sys_drain(int event_fd) noexcept nogil:
+cdef inline int sys_alarm(int timer_fd, uint64_t when) noexcept nogil:
+    """Has the timer's descriptor become readable at that moment, in monotonic nanoseconds; what was set before is
+    forgotten."""
+    cdef itimerspec spec
+    memset(&spec, 0, sizeof(spec))
+    spec.it_value.tv_sec = <long>(when // NANOSECOND)
+    spec.it_value.tv_nsec = <long>(when % NANOSECOND)
+    return -errno if timerfd_settime(timer_fd, TFD_TIMER_ABSTIME, &spec, NULL) < 0 else 0
+
+
+cdef inline void sys_drain(int fd) noexcept nogil:
     cdef uint64_t number
-    while read(event_fd, &number, sizeof(number)) < 0 and errno == EINTR:
+    while read(fd, &number, sizeof(number)) < 0 and errno == EINTR:
         pass
 
 

@@ -45,6 +45,11 @@ cdef enum:
     SCRATCH_SIZE = 262144      # bytes received into in one turn (libuv uses 64 KiB, uvloop 256 KiB)
     SCRATCH_FULL = 65536       # with so much received, run what there is: soon it would have left the cache
 
+# What events of a shard's own descriptors carry: no connection has the generation 0.
+cdef enum:
+    ID_WAKE = 0                # event_fd: somebody has a request
+    ID_ALARM = 1               # timer_fd: a timer is due
+
 cdef enum:
     PHASE_STOPPED = 0
     PHASE_RUNNING = 1
@@ -132,8 +137,11 @@ cdef struct tst_shard:
     int no
     int epoll_fd               # owned
     int event_fd               # owned
+    int timer_fd               # owned
+    uint64_t alarm             # holder only: what timer_fd is set to, monotonic nanoseconds; 0: nothing
     uint32_t draining          # atomic, written by the holder: stop() was seen
     uint32_t aborted           # atomic, written by the holder: the time for draining is over
+    bint napped                # holder only: the last sleep was shorter than busy_poll
     bint requests_first        # holder only: requests and events take turns in being collected first
     uint32_t done              # atomic: all is closed, stop() is through with it
     tst_batch *batch           # holder only
@@ -152,6 +160,7 @@ cdef struct tst_engine:
     uint32_t watcher_asleep    # atomic: whoever begins to run handlers must wake it
     uint64_t drain_until       # atomic: monotonic nanoseconds
     uint64_t idle_time         # nanoseconds
+    uint64_t busy_poll         # nanoseconds of polling before a holder goes to sleep; 0: none
     uint64_t slow_handler      # nanoseconds from which a job is reported
     bint call_idle             # a handler wants on_idle
     bint call_longest          # a handler wants on_most_elapsed
@@ -169,7 +178,7 @@ cdef struct tst_engine:
     pthread_cond_t standby     # parked workers
     pthread_cond_t watch       # the watcher
     int watcher                # atomic, written under the mutex: worker number, -1: nobody
-    uint64_t alert_until       # monotonic nanoseconds: handlers have blocked lately
+    uint64_t blocked_at        # monotonic nanoseconds: when a handler was found blocked last, 0: never
     tst_batch *batches         # owned: free ones
     tst_table table
 

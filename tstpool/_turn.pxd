@@ -21,13 +21,13 @@ from tstpool._entry cimport batch_finish, connection_drop_output
 from tstpool._libc cimport (
     ACQUIRE, RELAXED, RELEASE, SEQ_CST, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
     pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
-from tstpool._poll cimport sys_wait
+from tstpool._poll cimport sys_alarm, sys_wait
 from tstpool._queue cimport stock_has_litter
 from tstpool._shard cimport (
     BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, SLEEPING_LONG, SLEEPING_NOT, SLEEPING_SHORT, TOKEN_RUNNING, batch_empty,
     shard_ask, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard,
     tst_worker)
-from tstpool._stats cimport count, tick_base
+from tstpool._stats cimport clock_now, count, tick_base
 from tstpool._timer cimport TICK_BITS, tick_before, tick_of, wheel_fire, wheel_next
 
 cdef enum:
@@ -174,10 +174,29 @@ cdef inline void shard_yield(tst_engine *engine, tst_worker *worker, tst_shard *
     pthread_mutex_unlock(&engine.mutex)
 
 
+cdef inline int shard_set_alarm(tst_shard *shard, uint64_t now) noexcept nogil:
+    """Sees to it that the shard does not sleep through its next timer. Returns the time-out for epoll_wait: 0, one is
+    due; -1, the alarm will wake it.
+
+    The time-out alone would be simpler, but for it the kernel sets and clears a timer at each sleep, which with one
+    client is a twentieth of the whole. The alarm stays set while messages come and go; timers are usually put off
+    (_timer.pxd), and an alarm that comes too early costs one turn.
+    """
+    cdef uint64_t when = shard_next_timer(shard, now)
+    if when == 0:
+        return -1
+    if when <= now:
+        return 0
+    if shard.alarm == 0 or when < shard.alarm:
+        shard.alarm = when if sys_alarm(shard.timer_fd, when) >= 0 else 0
+    return -1 if shard.alarm else milliseconds_until(when, now, -1)
+
+
 cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now, int elsewhere) noexcept nogil:
-    cdef int timeout = -1
+    cdef int timeout
     if shard.todo != NULL or accepting_may_resume(engine, shard, now):
         return 0
+    timeout = shard_set_alarm(shard, now)
     if elsewhere:
         timeout = milliseconds_until(now + SHARE_TIME, now, timeout)
     if engine.call_idle:
@@ -186,28 +205,56 @@ cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now
     if shard.draining:
         # Another thread's flush() may be the last to let go of a connection, and it wakes nobody.
         timeout = milliseconds_until(now + DRAIN_LOOK, now, timeout)
-    return milliseconds_until(shard_next_timer(shard, now), now, timeout)
+    return timeout
 
 
-cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
-                           uint64_t now, int elsewhere) noexcept nogil:
-    """Waits for events. Returns their number or -errno.
+cdef inline int shard_busy_poll(tst_engine *engine, tst_shard *shard, tst_batch *batch, uint64_t now) noexcept nogil:
+    """Polls without sleeping, for busy_poll at most. Returns the number of events, 0: none, or somebody has a request;
+    or -errno.
+
+    Waking a processor that sleeps costs a client more than its message does. A server that is faster than its clients
+    goes to sleep after each of them. (stop() is an event too.)
+    """
+    cdef int n = 0
+    while n == 0 and load_pointer(&shard.requests, RELAXED) == NULL and clock_now() - now < engine.busy_poll:
+        n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, 0)
+    return n
+
+
+cdef inline int shard_sleep(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
+                            uint64_t now, int elsewhere, int timeout) noexcept nogil:
+    """epoll_wait, at most `timeout` milliseconds, and not at all if somebody has a request.
 
     Whoever pushes a request reads `sleeping` after the push; we look at the stack after setting it. One of the two sees
     the other, so a request never waits for an event, and a busy shard is never written to.
     """
-    cdef int timeout = shard_timeout(engine, shard, now, elsewhere)
     cdef int n
-    if timeout != 0:
-        store64(&worker.waiting_since, now, RELAXED)
-        store32(&shard.sleeping, SLEEPING_SHORT if elsewhere else SLEEPING_LONG, SEQ_CST)
-        if load_pointer(&shard.requests, SEQ_CST) != NULL or (
-                load32(&engine.phase, SEQ_CST) == PHASE_DRAINING and not shard.draining):
-            timeout = 0
-        if engine.n_shards > 1 and not elsewhere and turn_elsewhere(engine, shard):
-            timeout = 0                    # it began before it could see us asleep
+    store64(&worker.waiting_since, now, RELAXED)
+    store32(&shard.sleeping, SLEEPING_SHORT if elsewhere else SLEEPING_LONG, SEQ_CST)
+    if load_pointer(&shard.requests, SEQ_CST) != NULL or (
+            load32(&engine.phase, SEQ_CST) == PHASE_DRAINING and not shard.draining):
+        timeout = 0
+    if engine.n_shards > 1 and not elsewhere and turn_elsewhere(engine, shard):
+        timeout = 0                        # it began before it could see us asleep
     n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, timeout)
     store32(&shard.sleeping, SLEEPING_NOT, RELAXED)
+    if engine.busy_poll:
+        shard.napped = clock_now() - now < engine.busy_poll
+    return n
+
+
+cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
+                           uint64_t now, int elsewhere) noexcept nogil:
+    """Waits for events. Returns their number or -errno."""
+    cdef int timeout = shard_timeout(engine, shard, now, elsewhere)
+    cdef int n = 0
+    if timeout == 0:
+        n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, 0)
+    else:
+        if shard.napped and not elsewhere:
+            n = shard_busy_poll(engine, shard, batch, now)
+        if n == 0:
+            n = shard_sleep(engine, worker, shard, batch, now, elsewhere, timeout)
     batch.n_events = n if n > 0 else 0
     batch.next_event = 0
     return n

@@ -1,6 +1,6 @@
 /* Requests from other threads: does a sleeping holder get each, and is a busy one left alone?
  *
- * Models shard_push and shard_take_requests of _shard.pxd, shard_poll of _turn.pxd and sys_wake of _poll.pxd. The stack
+ * Models shard_push and shard_take_requests of _shard.pxd, shard_sleep of _turn.pxd and sys_wake of _poll.pxd. The stack
  * of requests is a number; a holder that is waited for by nobody may be busy with something else as long as it likes.
  *
  * -DASKERS, -DEACH: how many threads ask, how often each. -DBUG_x: a fault that must be found.

@@ -26,6 +26,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, or unix:/path (%(default)s)")
     parser.add_argument("--port", type=int, default=6379, help="0: any free one (%(default)s)")
     parser.add_argument("--shards", type=int, default=1, help="threads that serve connections (%(default)s)")
+    parser.add_argument(
+        "--busy-poll", type=int, default=50, help="microseconds to poll before sleeping, while busy (%(default)s)"
+    )
     parser.add_argument("--maxmemory", type=size, default="256mb", help="for keys and values (%(default)s)")
     parser.add_argument("--maxclients", type=int, default=10000, help="connections at a time (%(default)s)")
     parser.add_argument("--version", action="version", version=f"tstkv {__version__}, tstpool {tstpool.__version__}")
@@ -41,6 +44,7 @@ def main() -> None:
         handler,
         workers=options.shards,
         shards=options.shards,
+        busy_poll=options.busy_poll * 1e-6,
         name="tstkv",
         first_byte_timeout=None,
         idle_timeout=None,
