@@ -1,5 +1,7 @@
-"""busy_poll: a worker whose clients answer at once polls for a while before it sleeps. It changes what a sleep costs, and
-nothing else."""
+"""busy_poll: a worker whose clients answer at once polls for a while before it sleeps.
+
+It changes what a sleep costs, and nothing else.
+"""
 
 import time
 
