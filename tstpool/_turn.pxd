@@ -69,8 +69,12 @@ cdef inline void shard_close_all(tst_engine *engine, tst_shard *shard, bint abor
 
 cdef inline bint shard_drain(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
     """One step of stopping. True: nothing is open here any more."""
+    cdef tst_connection *listener = shard.listeners
     if not shard.draining:
         store32(&shard.draining, 1, RELAXED)
+        while listener != NULL:            # first of all: nobody is to come to a server that lets go of who is there
+            shard_ask(listener, generation_of(load64(&listener.state, ACQUIRE)), PEND_CLOSE)
+            listener = listener.timer_next
         shard_close_all(engine, shard, False)
     if not shard.aborted and now >= load64(&engine.drain_until, ACQUIRE):
         store32(&shard.aborted, 1, RELAXED)
