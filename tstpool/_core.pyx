@@ -39,7 +39,8 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_wake)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_unread,
+    sys_wake)
 from tstpool._queue cimport (
     SHARE_LEAST, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
     tst_stock)
@@ -1162,6 +1163,17 @@ cdef object with_arity(object function, int least, int most):
 
 # ----------------------------------------------------------------------------------------------------- pool
 
+cdef bint connection_waits(tst_connection *connection) noexcept nogil:
+    """Its input lies in the kernel, and nothing but a worker is missing. With the lock held nobody closes the
+    descriptor."""
+    cdef bint waits
+    spin_lock(&connection.lock)
+    waits = (load64(&connection.state, ACQUIRE) & (STATE_OPEN | STATE_PAUSED) == STATE_OPEN
+             and connection.type != TYPE_LISTEN and sys_unread(connection.fd) != 0)
+    spin_unlock(&connection.lock)
+    return waits
+
+
 cdef bint gil_is_on() except -1:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
@@ -1932,6 +1944,21 @@ cdef class TstPool:
         """The open connections, a snapshot; listeners are not among them."""
         self.check_alive()
         return self.snapshot()
+
+    def waiting(self):
+        """How many connections have input that no worker has fetched yet: the length of the queue, which is the
+        kernel's. It asks the kernel for each one in turn, so it is for a look now and then. Paused ones do not count.
+        """
+        cdef int chunk, i
+        cdef int n = 0
+        cdef tst_connection *first
+        self.check_alive()
+        with nogil:
+            for chunk in range(TABLE_CHUNKS):
+                first = table_chunk(&self.engine.table, chunk)
+                for i in range(TABLE_CHUNK if first != NULL else 0):
+                    n += connection_waits(first + i)
+        return n
 
     def __len__(self):
         """Open connections, listeners not counted."""
