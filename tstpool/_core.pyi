@@ -146,6 +146,7 @@ class TstPool:
         on_overflow: str = "raise",
         auto_pause: bool = True,
         max_total_queued: int | None = 268435456,
+        keepalive: int | None = None,
     ) -> None: ...
     @property
     def running(self) -> bool: ...

@@ -1205,6 +1205,9 @@ cdef class TstPool:
     write_timeout: seconds in which a peer takes none of the output that waits for it (60). None: for ever. When one has
     passed the connection is closed, with a TimeoutError as the reason. Time in which handlers do not read (pause, a
     handler that runs) does not count. linger_timeout: seconds without progress while closing (5).
+    keepalive: whole seconds of silence after which the kernel asks a peer whether it is there; one that has not
+    answered three times within about as long again is gone, with a TimeoutError as the reason. For connections that may
+    be idle for ever; of listen() and connect(), while addsocket() leaves a socket's options as they are. None: off.
     high_water, low_water: bytes of output that wait for a peer: above high_water (64 KiB) its messages are not handed
     out any more (auto_pause), and it is not read; at low_water (16 KiB) that goes on, and on_writable is called.
     max_queued: with so many waiting (1 MiB) no more is taken; the message that goes beyond still is. on_overflow: what
@@ -1235,7 +1238,7 @@ cdef class TstPool:
                  max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool",
                  max_connections=None, when_full="wait", first_byte_timeout=15.0, message_timeout=60.0,
                  idle_timeout=75.0, write_timeout=60.0, linger_timeout=5.0, high_water=65536, low_water=16384,
-                 max_queued=1048576, on_overflow="raise", auto_pause=True, max_total_queued=268435456):
+                 max_queued=1048576, on_overflow="raise", auto_pause=True, max_total_queued=268435456, keepalive=None):
         if self.hooks is not None:
             raise TstError("a TstPool is initialised once")
         if trigger not in TRIGGERS:
@@ -1258,6 +1261,7 @@ cdef class TstPool:
         self.engine.max_connections = <uint32_t>(
             usual_max_connections() if max_connections is None else positive(max_connections, "max_connections"))
         self.engine.close_excess = when_full == "close"
+        self.keepalive = 0 if keepalive is None else number_within(keepalive, "keepalive", 1, 32767)
         self.copy = bool(copy)
         self.mutex = threading.Lock()
         self.limits_from(self.timeouts)
@@ -1367,6 +1371,8 @@ cdef class TstPool:
                                    "write": write_timeout, "linger": linger_timeout})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
         sockets = _net.listening_sockets(host, port, backlog)
+        for listener in sockets if self.keepalive else ():
+            _net.keep_alive(listener, self.keepalive)
         addresses = [self.add_listener(listener, used, limits) for listener in sockets]
         return addresses[0]
 
@@ -1426,7 +1432,10 @@ cdef class TstPool:
         timeout: seconds for connecting. Returns the TstSocket. Raises OSError with the address in its text.
         """
         self.check_alive()
-        return self.addsocket(_net.connected_socket(host, port, timeout), type, handler, user_data, framing)
+        sock = _net.connected_socket(host, port, timeout)
+        if self.keepalive:
+            _net.keep_alive(sock, self.keepalive)
+        return self.addsocket(sock, type, handler, user_data, framing)
 
     def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.

@@ -135,6 +135,20 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
     return address[0], address[1]
 
 
+def keep_alive(sock: socket.socket, seconds: int) -> None:
+    """Has the kernel ask a silent peer whether it is still there. What a listener accepts inherits it.
+
+    The first question comes after so many seconds, and two more with a third of that between them; with no answer to
+    any, the connection ends.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 3))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
 def connected_socket(host: str, port: int, timeout: float | None) -> socket.socket:
     """Connects, in the calling thread. Raises OSError naming the address."""
     check_address(host, port)
