@@ -53,8 +53,8 @@ from tstpool._shard cimport (
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport TICK_BITS, tick_of
 from tstpool._turn cimport (
-    ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
-    engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
+    ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN, TURN_SLOW,
+    engine_shard_ended, shard_turn, shard_yield, slow_next, turn_elsewhere)
 from tstpool._libc cimport EPOLLERR as _EPOLLERR
 from tstpool._libc cimport EPOLLET as _EPOLLET
 from tstpool._libc cimport EPOLLHUP as _EPOLLHUP
@@ -74,6 +74,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import weakref
 
 from tstpool import _net
@@ -1024,7 +1025,11 @@ cdef class TstHandler:
         """Worker `worker_no` has had nothing to do for the pool's idle_time."""
 
     def on_slow(self, sock, seconds):
-        """A hook of `sock` took longer than the pool's slow_handler."""
+        """A hook of `sock` took longer than the pool's slow_handler. It is called when that hook has returned.
+
+        Unless overridden it logs a warning; another one, with the stack of the thread, is logged while the hook still
+        runs, by a worker that is free. (Without a GIL there is no stack: frames of a running thread change.)
+        """
         logger.warning("a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
@@ -1111,6 +1116,11 @@ cdef object hook_of(object handler, str name):
         if name not in getattr(handler, "__dict__", ()):
             return None
     return method
+
+
+cdef bint logs_slow(Binding binding):
+    """on_slow is TstHandler's own."""
+    return getattr(binding.on_slow, "__func__", None) is TstHandler.on_slow or binding.function is not None
 
 
 cdef Binding bind(object handler, dict hooks):
@@ -1578,6 +1588,8 @@ cdef class TstPool:
             self.engine.workers[no].group_most = GROUP_MOST if self.engine.slow_handler > LONG_GROUP else 1
         self.binding = bind(self.binding.handler, self.hooks)
         self.engine.call_idle = self.binding.on_idle is not None
+        self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)
+        store64(&self.engine.slow_look, 0, RELEASE)
         self.engine.call_longest = self.binding.on_most_elapsed is not None
         self.fault = None
         self.live_workers = 0
@@ -2280,6 +2292,9 @@ cdef class Worker:
             elif turn == TURN_IDLE:
                 self.idle(shard)
                 ran = True
+            elif turn == TURN_SLOW:
+                self.log_slow(shard)
+                ran = True
             elif turn == TURN_COMPLAIN:
                 self.complain()
             elif turn == TURN_LITTER:
@@ -2842,6 +2857,27 @@ cdef class Worker:
             store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
         return 0
 
+    cdef int log_slow(self, tst_shard *shard) except -1:
+        """Logs where handlers are that have been stuck for slow_handler; open to take-over, as in idle()."""
+        cdef bint again = False
+        cdef int no
+        shard_enter_running(self.engine, self.worker, shard)
+        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        store64(&self.worker.slow_logged, self.worker.calls, RELAXED)      # this call is none of a handler
+        try:
+            no = slow_next(self.engine, 0, &again)
+            while no >= 0:
+                logger.warning("%s-%d has been in a handler for %.3f s and more%s", self.pool.name, no,
+                               self.engine.slow_handler / 1e9, stack_of(self.engine.workers[no].ident))
+                no = slow_next(self.engine, no + 1, &again)
+        except BaseException:
+            logger.exception("a slow handler could not be logged")
+        finally:
+            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        if again:
+            store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)
+        return 0
+
     cdef int complain(self) except -1:
         """accept has failed: one line a second at most, however often it fails."""
         cdef int number = self.worker.accept_errno
@@ -2851,6 +2887,12 @@ cdef class Worker:
             self.complained = time.monotonic()
             logger.warning("%s accepts no more connections for now: %s", self.pool.name, text)
         return 0
+
+
+cdef object stack_of(unsigned long ident):
+    """Where a thread is, on lines of their own. Without a GIL its frames may change while they are looked at: nothing."""
+    frame = sys._current_frames().get(ident) if gil_is_on() else None
+    return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()
 
 
 cdef Worker new_worker(TstPool pool, int no):
