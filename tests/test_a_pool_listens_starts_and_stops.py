@@ -1,12 +1,27 @@
 """S2, S4, S34, B42, B43: the second entry style, TstPool(handler) with listen, start, stop."""
 
 import os
+import re
+import shutil
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from contract_helpers import Gate, as_function, echo, free_port, handler, in_threads, round_trip, serve
-from helpers import connect, native_threads, open_fds, scaled, wait_until
+from contract_helpers import (
+    Gate,
+    ServerProcess,
+    as_function,
+    echo,
+    every_trigger,
+    free_port,
+    handler,
+    in_threads,
+    round_trip,
+    serve,
+)
+from helpers import SANITIZER, connect, native_threads, open_fds, patient, recv_until_eof, scaled, wait_until
 
 import tstpool
 from tstpool import TstError, TstPool
@@ -275,6 +290,88 @@ def test_no_handler_runs_after_stop_returned_true(make_pool, make_client):
     stop.set()
     sender.join(10)
     assert len(calls) == count
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@every_trigger
+def test_stop_closes_the_listeners_before_it_lets_go_of_anybody(make_pool, make_client, trigger, shards):
+    """B41: a handler that runs sees that its own listener refuses already; then it replies, and its peer gets that."""
+    refused = []
+
+    def on_message(sock, data):
+        def is_refused():
+            try:
+                connect(address).close()
+            except (ConnectionRefusedError, ConnectionResetError):
+                return True
+
+        stopping.wait(patient(10))
+        wait_until(is_refused)
+        refused.append(sock.closed)
+        sock.send(b"the last reply")
+
+    stopping = threading.Event()
+    pool = make_pool(handler(on_message=on_message), workers=4, trigger=trigger, shards=shards)
+    address = pool.addresses[0]
+    client = make_client(pool)
+    client.sendall(b"x")
+
+    def stop():
+        stopping.set()
+        return pool.stop(drain=patient(10))
+
+    result, reply = in_threads(stop, lambda: recv_until_eof(client))
+    assert result is True
+    assert reply == b"the last reply"
+    assert refused == [False]
+
+
+LATE_LISTENERS = """
+pool = TstPool(Echo(), workers=2)
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+while len(pool.sockets()) < 20:
+    time.sleep(0.001)
+for _ in range(3):
+    pool.listen("127.0.0.1", 0)  # their descriptors are above those of the connections
+for client in clients:
+    client.send(b"hello")
+    assert client.recv(5) == b"hello"
+print(port)
+sys.stdin.read()
+pool.stop()
+"""
+
+
+@pytest.mark.skipif(shutil.which("strace") is None or bool(SANITIZER), reason="needs strace, and no sanitizer")
+def test_listeners_are_closed_first_whatever_their_descriptors(tmp_path):
+    """B41: the order of the system calls of a stop: no connection gets its FIN while a listener is open."""
+    log = tmp_path / "strace"
+    with ServerProcess(LATE_LISTENERS) as server:
+        trace = subprocess.Popen(
+            ["strace", "-f", "-qq", "-yy", "-e", "trace=close,shutdown", "-o", str(log), "-p", str(server.process.pid)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_until(lambda: traced(server.process.pid))
+            server.finish()
+        finally:
+            trace.communicate(timeout=patient(20))
+    if not log.exists() or not log.read_text():
+        pytest.skip("strace may not attach")
+    calls = re.findall(r"(?:close|shutdown)\(\d+<TCP:\[127\.0\.0\.1:\d+(->)?", log.read_text())
+    kinds = ["connection" if arrow else "listener" for arrow in calls]
+    assert kinds.count("listener") == 4, log.read_text()
+    assert kinds.count("connection") >= 20
+    assert kinds[:4] == ["listener"] * 4, kinds
+
+
+def traced(pid):
+    """Somebody watches all of its threads."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all("TracerPid:\t0\n" not in (task / "status").read_text() for task in tasks)
 
 
 def test_queued_output_is_sent_before_the_connection_ends(make_pool, make_client):
