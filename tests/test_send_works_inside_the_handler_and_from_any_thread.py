@@ -178,7 +178,7 @@ def test_two_gigabytes_in_one_send(make_pool, make_client, how, size):
     if not memory_is_there(5 << 30):
         pytest.skip("needs 5 GiB of memory")
     framing = LengthPrefixed(4, max_message=2**32 - 1)
-    pool = make_pool(handler(on_message=ignore), framing=framing, max_total_queued=None)
+    pool = make_pool(handler(on_message=ignore), framing=framing, max_total_queued=None, first_byte_timeout=None)
     client = make_client(pool)
     (sock,) = wait_until(pool.sockets)
     data = filled(size)
