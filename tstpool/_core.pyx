@@ -2136,7 +2136,8 @@ cdef object read_peer(tst_connection *connection):
     if family == socket.AF_INET:
         raw = address[1].to_bytes(2, "big") + socket.inet_pton(family, address[0])
     elif family == socket.AF_INET6:
-        raw = address[1].to_bytes(2, "big") + bytes(4) + socket.inet_pton(family, address[0].partition("%")[0])
+        raw = (address[1].to_bytes(2, "big") + bytes(4) + socket.inet_pton(family, address[0].partition("%")[0])
+               + address[3].to_bytes(4, sys.byteorder))
     else:
         return None
     connection.peer.family = family
