@@ -1,13 +1,26 @@
 """Issue 2, defects 1 and 2, B11, B12, B14: blocking handlers, and the wake-ups of those who are free."""
 
+import contextlib
 import random
 import socket
 import threading
 import time
 
 import pytest
-from contract_helpers import Gate, echo, every_style, every_trigger, handler, ignore, in_threads, round_trip, serve
-from helpers import SANITIZER, patient, process_cpu_seconds, recv_exact, scaled, wait_until
+from contract_helpers import (
+    TRIGGERS,
+    Gate,
+    ServerProcess,
+    echo,
+    every_style,
+    every_trigger,
+    handler,
+    ignore,
+    in_threads,
+    round_trip,
+    serve,
+)
+from helpers import PATIENCE, SANITIZER, connect, patient, process_cpu_seconds, recv_exact, scaled, wait_until
 
 
 def blocking(gate):
@@ -536,3 +549,62 @@ def test_an_idle_pool_with_a_worker_for_each_shard_uses_no_cpu(make_pool, make_c
     cpu = process_cpu_seconds()
     time.sleep(0.5)  # a window to measure in, not a wait
     assert process_cpu_seconds() - cpu < (0.3 if SANITIZER else 0.01)
+
+
+MANY = """
+pool = TstPool(Echo(), workers=4, trigger=os.environ["TRIGGER"], max_connections=12_000, idle_timeout=300)
+print(pool.listen("127.0.0.1", 0)[1])
+pool.start()
+for line in sys.stdin:
+    print(len(pool), pool.stats().messages)
+pool.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    ("trigger", "number"),
+    [("level", 1000), *(pytest.param(trigger, 10_000, marks=pytest.mark.slow) for trigger in TRIGGERS)],
+)
+def test_idle_connections_cost_the_active_ones_nothing(trigger, number):
+    """B16: ten thousand idle connections use less than 1 % of a processor, and a message of one of ten active ones costs
+    no more than it did before they came."""
+
+    def talk(rounds):
+        """Processor time of the server for a message of the active ones."""
+        before = server.cpu_seconds()
+        for _ in range(rounds):
+            for client in active:
+                client.send(b"hello")
+            for client in active:
+                assert client.recv(5) == b"hello"
+        return (server.cpu_seconds() - before) / rounds / len(active)
+
+    rounds = scaled(1500, minimum=300)
+    with ServerProcess(MANY, env={"TRIGGER": trigger}) as server, contextlib.ExitStack() as stack:
+        active = [stack.enter_context(connect(server.addr)) for _ in range(10)]
+        talk(100)
+        alone = sorted(talk(rounds) for _ in range(3))[1]
+        for _ in range(number):
+            round_trip(stack.enter_context(connect(server.addr)), b"hello")
+        beside = sorted(talk(rounds) for _ in range(3))[1]
+        wait_until(lambda: server_rests(server), 20)
+        begin = server.cpu_seconds()
+        time.sleep(3)  # a window to measure in, not a wait
+        idle = (server.cpu_seconds() - begin) / 3
+        server.process.stdin.write("?\n")
+        server.process.stdin.flush()
+        assert int(server.process.stdout.readline().split()[0]) == number + 10
+        server.finish(60)
+    print(
+        f"{trigger}, {number} idle connections: {idle:.2%} of a processor; "
+        f"{alone * 1e6:.1f} us a message without them, {beside * 1e6:.1f} us beside them"
+    )
+    assert idle < 0.01 * PATIENCE
+    assert beside < 2 * alone + 20e-6
+
+
+def server_rests(server):
+    """It has used no processor time for a tenth of a second."""
+    before = server.cpu_seconds()
+    time.sleep(0.1)
+    return server.cpu_seconds() == before
