@@ -2364,6 +2364,10 @@ cdef class Worker:
             connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
         try:
             self.run_entry(entry)
+        except MemoryError:            # of the interpreter, outside a handler: this connection ends, the worker lives
+            connection_break(entry.connection, ENOMEM)
+            if entry.connection.sock == NULL:
+                entry.what = DO_RETIRE         # no handler has heard of it
         finally:
             self.worker.current = NULL
             store32(&entry.state, ENTRY_RAN, RELEASE)
