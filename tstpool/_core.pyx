@@ -1430,8 +1430,13 @@ cdef class TstPool:
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
+            try:
+                self.listeners.append((address[0], address[1], id))
+            except BaseException:              # no memory: it has a slot already, and goes as if it were stopped
+                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
+                self.begin(id)
+                raise
             add32(&self.engine.n_listeners, 1, RELAXED)
-            self.listeners.append((address[0], address[1], id))
         self.begin(id)
         return address
 
@@ -1486,11 +1491,17 @@ cdef class TstPool:
             if connection == NULL:
                 close(fd)
                 raise MemoryError("no slot for the socket")
-            path = read_peer(connection)
             connection.framing = framing_pointer(framing)
             connection.limits = self.engine.limits
             connection.active_tick = connection.output_tick = tick_of(clock_now())
-            sock = new_socket(self, connection)
+            try:
+                path = read_peer(connection)
+                sock = new_socket(self, connection)
+            except BaseException:              # no memory: it has a slot already, and ends like any other
+                add64(&self.added, 1, RELAXED)
+                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
+                self.begin(id)
+                raise
             sock.peer_path = path
             sock.data = user_data
             sock.binding = binding
