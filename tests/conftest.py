@@ -24,8 +24,8 @@ def pytest_report_header(config):
 
 
 def pytest_configure(config):
-    """Ctrl-C is as in a terminal: a shell without job control ignores SIGINT in its background jobs (`make test &`), and
-    the servers that tests start would inherit that. And refuse to test another copy of the package than ours."""
+    """Ctrl-C is as in a terminal: a shell without job control ignores SIGINT in its background jobs (`make test &`),
+    and the servers that tests start would inherit that. And refuse to test another copy of the package than ours."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     import tstpool

@@ -46,8 +46,8 @@ def drop_everything(device):
 
 
 class FarNetwork:
-    """A second network for the thread of in_a_network_of_its_own, at the other end of a cable: NEAR, on the device v0, is
-    here, FAR, on v1, is there. What runs in `with far:` is there, and so are the sockets that are made in it."""
+    """A second network for the thread of in_a_network_of_its_own, at the other end of a cable: NEAR, on the device v0,
+    is here, FAR, on v1, is there. What runs in `with far:` is there, and so are the sockets that are made in it."""
 
     NEAR, FAR = "10.0.0.1", "10.0.0.2"
 

@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from contract_helpers import Gate, echo, every_trigger, exchange, handler, ignore, in_threads, round_trip
+from contract_helpers import Gate, echo, every_trigger, exchange, handler, in_threads, round_trip
 from helpers import connect, patient, process_cpu_seconds, recv_exact, wait_until
 from network_helpers import FarNetwork, configure, drop_everything, in_a_network_of_its_own
 

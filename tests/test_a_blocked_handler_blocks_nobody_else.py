@@ -79,8 +79,8 @@ def test_a_block_in_the_middle_of_a_batch(make_pool, make_client, style, trigger
 def test_all_workers_blocked_is_quiet_and_everything_is_served_afterwards(make_pool, make_client, style, trigger):
     """Defect 2, B12: a thousand messages and new connections wait, no CPU is used; then all are served.
 
-    They wait in the kernel, which nobody asks as long as nobody is free: so the number of them is no counter of stats(),
-    but pool.waiting() asks.
+    They wait in the kernel, which nobody asks as long as nobody is free: so the number of them is no counter of
+    stats(), but pool.waiting() asks.
     """
     with Gate() as gate:
         pool = serve(make_pool, style, blocking(gate), trigger=trigger, workers=4)
@@ -566,8 +566,8 @@ pool.stop()
     [("level", 1000), *(pytest.param(trigger, 10_000, marks=pytest.mark.slow) for trigger in TRIGGERS)],
 )
 def test_idle_connections_cost_the_active_ones_nothing(trigger, number):
-    """B16: ten thousand idle connections use less than 1 % of a processor, and a message of one of ten active ones costs
-    no more than it did before they came."""
+    """B16: ten thousand idle connections use less than 1 % of a processor, and a message of one of ten active ones
+    costs no more than it did before they came."""
 
     def talk(rounds):
         """Processor time of the server for a message of the active ones."""

@@ -45,7 +45,7 @@ pool.stop()
 
 CLIENT = r"""
 /* flood ADDRESS PORT SECONDS: connects and resets, over and over, and prints how often.
-   visit ADDRESS PORT COUNT: so many connections, which say nothing, or "hello", or that and "raise"; each echo is checked.
+   visit ADDRESS PORT COUNT: so many connections, which say nothing, or "hello", or that and "raise".
    Each client resets at its end, which leaves no TIME_WAIT behind, so the ports do not run out. */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -154,7 +154,8 @@ def round_trips(client, seconds):
 @pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_who_is_there_is_served_during_a_flood_of_connects(seconds):
     """B39: two processes in C that only connect and reset; the slowest in a hundred round trips of a connection beside
-    them. How many connects come to be depends on the machine, whose processors they share with the server."""
+    them. How many connects come to be depends on the machine, whose processors they share with the server: two of them
+    gave 11,500 a second, all accepted, not the 20,000 that a larger machine may give."""
     with ServerProcess(SERVER) as server, connect(server.addr) as client:
         with two_processes("flood", server.addr, round(patient(seconds)) + 1) as counts:
             took = round_trips(client, patient(seconds))

@@ -172,8 +172,8 @@ def test_flush_ends_when_the_connection_does(make_pool, make_client):
 
 
 TIMED_SENDS = r"""
-/* For LD_PRELOAD: looks at each send and sendmsg. Is its descriptor non-blocking, has the thread gone to sleep in it, and
-   how much of the processor's time has it taken? (Not how long: that is also time in which others were running.) */
+/* For LD_PRELOAD: looks at each send and sendmsg. Is its descriptor non-blocking, has the thread gone to sleep in it,
+   and how much of the processor's time has it taken? (Not how long: that is also time in which others were running.) */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -216,7 +216,8 @@ ssize_t sendmsg(int fd, const struct msghdr *m, int f) {
 
 MUCH = """
 import ctypes
-counts = [ctypes.c_int.in_dll(ctypes.CDLL(None), "tst_" + name) for name in ("sends", "full", "blocking", "slept", "slow")]
+names = ("sends", "full", "blocking", "slept", "slow")
+counts = [ctypes.c_int.in_dll(ctypes.CDLL(None), "tst_" + name) for name in names]
 size = int(os.environ["SIZE"])
 
 class Much(TstHandler):
@@ -240,8 +241,9 @@ pool.stop()
 @every_trigger
 @pytest.mark.parametrize(("size", "pause"), [(1 << 20, 0.0005), pytest.param(8 << 20, 0.01, marks=pytest.mark.slow)])
 def test_a_worker_never_waits_in_send(make_client, trigger, size, pause):
-    """B28: to a peer that reads a kilobyte now and then, with the least buffers there are: each send is to a descriptor
-    that does not block, none puts the worker to sleep, hardly any takes it a millisecond; others are served meanwhile."""
+    """B28: to a peer that reads a kilobyte now and then, with the least buffers there are: each send is to a
+    descriptor that does not block, none puts the worker to sleep, hardly any takes it a millisecond; others are served
+    meanwhile."""
     env = {"TRIGGER": trigger, "SIZE": str(size)}
     with ServerProcess(MUCH, env=env, preload=shim("timed-sends", TIMED_SENDS)) as server:
         other = make_client(server.addr)

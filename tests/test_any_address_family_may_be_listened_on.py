@@ -1,5 +1,6 @@
 """S2, S19, B62, bad input: IPv4, IPv6, dual-stack, unix sockets, ports, and addresses that are no good."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -197,13 +198,14 @@ pool.stop()
 
 def test_two_processes_share_a_port():
     """B62: as above."""
-    with ServerProcess(SHARING, env={"PORT": "0"}) as first:
-        with ServerProcess(SHARING, env={"PORT": str(first.addr[1])}) as second:
-            assert second.addr == first.addr
-            for _ in range(100):
-                with connect(first.addr) as client:
-                    assert round_trip(client, b"hello") == b"hello"
-            accepted = [int(server.finish()) for server in (first, second)]
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(ServerProcess(SHARING, env={"PORT": "0"}))
+        second = stack.enter_context(ServerProcess(SHARING, env={"PORT": str(first.addr[1])}))
+        assert second.addr == first.addr
+        for _ in range(100):
+            with connect(first.addr) as client:
+                assert round_trip(client, b"hello") == b"hello"
+        accepted = [int(server.finish()) for server in (first, second)]
     assert sum(accepted) == 100
     assert min(accepted) > 10
 

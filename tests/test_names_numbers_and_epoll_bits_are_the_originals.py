@@ -207,11 +207,12 @@ pool.stop()
 @every_trigger
 @pytest.mark.parametrize("events", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_no_socket_goes_deaf_and_none_is_armed_too_often(trigger, events):
-    """B04: fifty connections with one message each under way; the handler raises for each third, and the connection goes
-    on. Each message is answered; with oneshot there is one EPOLL_CTL_MOD for each, otherwise hardly any."""
+    """B04: fifty connections with one message each under way; the handler raises for each third, and the connection
+    goes on. Each message is answered; with oneshot there is one EPOLL_CTL_MOD for each, otherwise hardly any."""
     clients = 50
     rounds = scaled(events, minimum=clients) // clients
-    with ServerProcess(EXCEPTIONS, env={"TRIGGER": trigger}, preload=faults()) as server, contextlib.ExitStack() as stack:
+    env = {"TRIGGER": trigger}
+    with ServerProcess(EXCEPTIONS, env=env, preload=faults()) as server, contextlib.ExitStack() as stack:
         socks = [stack.enter_context(connect(server.addr, timeout=20)) for _ in range(clients)]
         for i in range(rounds):
             for k, sock in enumerate(socks):

@@ -208,9 +208,9 @@ def test_more_than_a_header_can_say_is_refused(make_pool, make_client):
     pool = make_pool(handler(on_message=echo), framing=LengthPrefixed(4, max_message=2**32 - 1))
     client = make_client(pool)
     (sock,) = wait_until(pool.sockets)
-    with mmap.mmap(-1, 2**32 + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as much:
-        with pytest.raises(MessageTooLarge, match=str(2**32 + 1)):
-            sock.send_message(much)
+    much = mmap.mmap(-1, 2**32 + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with much, pytest.raises(MessageTooLarge, match=str(2**32 + 1)):
+        sock.send_message(much)
     sock.send_message(b"hello")
     assert recv_exact(client, 9) == b"\0\0\0\5hello"
 
