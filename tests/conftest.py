@@ -1,6 +1,7 @@
 """Fixtures for every test: a leak check around each, pools and clients that are always ended."""
 
 import gc
+import signal
 import sys
 import threading
 import time
@@ -23,7 +24,10 @@ def pytest_report_header(config):
 
 
 def pytest_configure(config):
-    """Refuse to test another copy of the package than the one that these tests belong to."""
+    """Ctrl-C is as in a terminal: a shell without job control ignores SIGINT in its background jobs (`make test &`),
+    and the servers that tests start would inherit that. And refuse to test another copy of the package than ours."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     import tstpool
 
     found = Path(tstpool.__file__).resolve().parent

@@ -1,18 +1,19 @@
-"""B64: small segments, a link that goes down, a socket that somebody aborts from outside."""
+"""B64: small segments, packets that are lost or out of order, peers that are gone, sockets aborted from outside."""
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
 import socket
 import subprocess
-import threading
 import time
 
 import pytest
 from contract_helpers import Gate, echo, every_trigger, exchange, handler, in_threads, round_trip
 from helpers import connect, patient, process_cpu_seconds, recv_exact, wait_until
+from network_helpers import FarNetwork, configure, drop_everything, in_a_network_of_its_own
+
+from tstpool import TstPool, TstSockType
 
 
 def ended(make_pool, on_message=echo, **options):
@@ -101,31 +102,11 @@ def test_a_socket_that_is_aborted_from_outside(make_pool, trigger):
     assert sum(isinstance(reason, ConnectionError) for _, reason in ends) == 3
 
 
-def in_a_network_of_its_own(function):
-    """Runs function() on a thread that has a network of its own, with nothing but `lo`; skips where that may not be."""
-    outcome = []
-
-    def run():
-        try:
-            if shutil.which("ip") is None or shutil.which("tc") is None:
-                pytest.skip("needs ip and tc")
-            if ctypes.CDLL(None, use_errno=True).unshare(0x40000000):  # CLONE_NEWNET
-                pytest.skip(f"no network namespace: {os.strerror(ctypes.get_errno())}")
-            configure("ip link set lo mtu 1500 up")
-            function()
-        except BaseException as error:  # pytest.skip, too
-            outcome.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(patient(60))
-    assert not thread.is_alive()
-    if outcome:
-        raise outcome[0]
-
-
-def configure(command):
-    return subprocess.run(command.split(), check=True, capture_output=True, text=True, timeout=patient(20)).stdout
+def tcp_counter(name):
+    """One of the kernel's counters, of this thread's network."""
+    with open("/proc/thread-self/net/netstat") as netstat:
+        names, numbers = [line.split() for line in netstat if line.startswith("TcpExt:")]
+    return int(numbers[names.index(name)])
 
 
 @every_trigger
@@ -144,8 +125,10 @@ def test_a_link_that_drops_packets(make_pool, trigger):
         wait_until(lambda: len(ends) == 2)
         assert [reason for _, reason in ends] == [None, None]
         dropped = int(re.search(r"dropped (\d+)", configure("tc -s qdisc show dev lo"))[1])
-        print(f"{dropped} packets were lost")
+        early = tcp_counter("TCPOFOQueue")
+        print(f"{dropped} packets were lost, {early} came before those that they were behind")
         assert dropped > 10
+        assert early > 10
         pool.stop()
 
     def check(client, data):
@@ -179,5 +162,91 @@ def test_a_peer_whose_packets_no_longer_come(make_pool):
             wait_until(lambda: len(ends) == 3)
             assert len({number for number, _ in ends}) == 3
         pool.stop()
+
+    in_a_network_of_its_own(talk)
+
+
+@every_trigger
+def test_a_silent_peer_that_does_not_answer_the_kernels_questions_is_gone(make_pool, trigger):
+    """B64: keepalive=, with no idle_timeout: what was accepted and what was connected hears of it, once each."""
+
+    def talk():
+        far = FarNetwork()
+        pool, ends = ended(make_pool, listen=(far.NEAR, 0), trigger=trigger, idle_timeout=None, keepalive=1)
+        with contextlib.ExitStack() as stack:
+            with far:
+                clients = [stack.enter_context(connect(pool)) for _ in range(3)]
+                listener = stack.enter_context(socket.create_server((far.FAR, 0)))
+            for client in clients:
+                round_trip(client, b"hello")
+            pool.connect(*listener.getsockname())
+            time.sleep(2.5)  # the kernel asks, and is answered: nobody ends
+            assert ends == []
+            begin = time.monotonic()
+            with far:
+                drop_everything("v1")
+            wait_until(lambda: len(ends) == 4, 30)
+            assert time.monotonic() - begin > 2
+            wait_until(lambda: len(pool) == 0)
+        assert {type(reason) for _, reason in ends} == {TimeoutError}
+        assert len({number for number, _ in ends}) == 4
+        pool.stop()
+        far.close()
+
+    in_a_network_of_its_own(talk)
+
+
+def test_without_keepalive_a_silent_peer_stays(make_pool):
+    """B64: what `keepalive` is for; the other deadlines are off."""
+
+    def talk():
+        far = FarNetwork()
+        pool, ends = ended(make_pool, listen=(far.NEAR, 0), idle_timeout=None)
+        with far, connect(pool) as client:
+            round_trip(client, b"hello")
+            drop_everything("v1")
+            time.sleep(4)  # a window in which no end may come
+            assert (ends, len(pool)) == ([], 1)
+        pool.stop(0.1)
+        far.close()
+
+    in_a_network_of_its_own(talk)
+
+
+@pytest.mark.parametrize(("wrong", "error"), [(0, ValueError), (-1, ValueError), (32768, ValueError), ("1", TypeError)])
+def test_a_keepalive_that_the_kernel_does_not_have_is_refused(wrong, error):
+    """Bad input: whole seconds, as many as fit."""
+    with pytest.raises(error, match=r"keepalive|integer"):
+        TstPool(handler(on_message=echo), keepalive=wrong)
+
+
+def test_keepalive_does_no_harm_to_unix_sockets(make_pool, make_client, tmp_path):
+    """B64: they have no such option."""
+    path = f"unix:{tmp_path}/socket"
+    make_pool(handler(on_message=echo), listen=(path, 0), keepalive=5)
+    assert round_trip(make_client(path), b"hello") == b"hello"
+
+
+def test_output_that_a_dead_peer_never_acknowledges_ends_by_the_users_own_option(make_pool):
+    """B64: TCP_USER_TIMEOUT of a listener that the user has made: what it accepts has it too, and the kernel's error is
+    the one reason of the end. The write_timeout is no help here: the kernel has taken all of the output."""
+
+    def talk():
+        far = FarNetwork()
+        pool, ends = ended(make_pool, listen=None, idle_timeout=None)
+        listener = socket.create_server((far.NEAR, 0))
+        address = listener.getsockname()
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
+        pool.addsocket(listener, TstSockType.LISTEN)
+        with far, connect(address) as client:
+            round_trip(client, b"hello")
+            (sock,) = pool.sockets()
+            drop_everything("v1")
+            sock.send(b"to nobody")
+            wait_until(lambda: ends, 20)
+            wait_until(lambda: len(pool) == 0)
+        assert [type(reason) for _, reason in ends] == [TimeoutError]
+        pool.stop()
+        far.close()
 
     in_a_network_of_its_own(talk)

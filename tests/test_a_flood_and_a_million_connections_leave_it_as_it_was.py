@@ -1,13 +1,18 @@
 """B39, B40: as many connects as the machine can make, and as many connections as time allows."""
 
+import atexit
 import contextlib
+import functools
+import os
+import shutil
 import subprocess
-import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from contract_helpers import ServerProcess, round_trip
-from helpers import PATIENCE, SANITIZER, connect, patient, scaled
+from helpers import SANITIZER, connect, patient, scaled
 
 SERVER = """
 class Server(TstHandler):
@@ -38,52 +43,96 @@ pool.stop()
 """
 
 
-# Each client resets at its end, which leaves no TIME_WAIT behind.
-CLIENT = """
-import socket, struct, sys, time
-address, patience = (sys.argv[1], int(sys.argv[2])), float(sys.argv[4])
+CLIENT = r"""
+/* flood ADDRESS PORT SECONDS: connects and resets, over and over, and prints how often.
+   visit ADDRESS PORT COUNT: so many connections, which say nothing, or "hello", or that and "raise".
+   Each client resets at its end, which leaves no TIME_WAIT behind, so the ports do not run out. */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static struct sockaddr_in server = {.sin_family = AF_INET};
+
+static int fail(const char *what) { fprintf(stderr, "%s: %s\n", what, strerror(errno)); exit(1); }
+
+static int client(int patience) {  /* -1: nobody has accepted it in time */
+    struct linger at_once = {1, 0};
+    struct timeval limit = {patience, 0};
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (fd < 0) fail("socket");
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+    if (connect(fd, (struct sockaddr *)&server, sizeof(server)) == 0) return fd;
+    close(fd);
+    return -1;
+}
+
+static void say(int fd, const char *text, const char *answer) {
+    char got[16];
+    ssize_t n = (ssize_t)strlen(answer);
+    if (send(fd, text, strlen(text), MSG_NOSIGNAL) != (ssize_t)strlen(text)) fail("send");
+    if (recv(fd, got, n ? (size_t)n : 1, MSG_WAITALL) != n || memcmp(got, answer, (size_t)n)) fail("recv");
+}
+
+int main(int argc, char **argv) {
+    (void)argc;
+    struct timespec now, until;
+    long i = 0;
+    inet_aton(argv[2], &server.sin_addr);
+    server.sin_port = htons((unsigned short)atoi(argv[3]));
+    puts("ready");
+    fflush(stdout);
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += atoi(argv[4]);
+    if (argv[1][0] == 'f') {
+        do {
+            int fd = client(1);
+            i += fd >= 0;
+            close(fd);
+            clock_gettime(CLOCK_MONOTONIC, &now);
+        } while (now.tv_sec < until.tv_sec || (now.tv_sec == until.tv_sec && now.tv_nsec < until.tv_nsec));
+    } else for (; i < atol(argv[4]); i++) {
+        int fd = client(60);
+        if (fd < 0) fail("connect");
+        if (i % 4) say(fd, "hello", "hello");
+        if (i % 4 == 2) say(fd, "raise", "");
+        close(fd);
+    }
+    printf("%ld\n", i);
+    return 0;
+}
 """
 
-FLOOD = (
-    CLIENT
-    + """
-until = time.monotonic() + float(sys.argv[3])
-print("ready", flush=True)
-while time.monotonic() < until:
-    try:
-        with socket.create_connection(address, 1) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except OSError:
-        pass
-"""
-)
 
-VISIT = (
-    CLIENT
-    + """
-print("ready", flush=True)
-for i in range(int(sys.argv[3])):
-    with socket.create_connection(address, 10 * patience) as client:
-        if i % 4:  # else nothing is ever said
-            client.sendall(b"hello")
-            assert client.recv(5) == b"hello"
-        if i % 4 == 2:
-            client.sendall(b"raise")
-            assert client.recv(1) == b""
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-"""
-)
+@functools.cache
+def client_program():
+    folder = Path(tempfile.mkdtemp(prefix="tstpool-clients-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "client.c").write_text(CLIENT)
+    command = ["cc", "-O2", "-o", str(folder / "client"), str(folder / "client.c")]
+    subprocess.run(command, check=True, timeout=60, env={**os.environ, "LD_PRELOAD": ""})
+    return str(folder / "client")
 
 
 @contextlib.contextmanager
-def two_processes(code, address, argument):
-    """Two that run the code, beside the block; they end by themselves, without an error."""
-    command = [sys.executable, "-c", code, address[0], str(address[1]), str(argument), str(PATIENCE)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+def two_processes(what, address, argument):
+    """Two clients beside the block; they end by themselves, without an error. Yields a list, which then has what each
+    of them counted."""
+    command = [client_program(), what, address[0], str(address[1]), str(argument)]
+    env, counts = {**os.environ, "LD_PRELOAD": ""}, []
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=env) for _ in range(2)]
     try:
         for process in processes:
             assert process.stdout.readline() == b"ready\n"
-        yield
+        yield counts
+        counts += [int(process.stdout.readline() or -1) for process in processes]
         assert [process.wait() for process in processes] == [0, 0]
     finally:
         for process in processes:
@@ -104,15 +153,21 @@ def round_trips(client, seconds):
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_who_is_there_is_served_during_a_flood_of_connects(seconds):
-    """B39: two processes that only connect; the slowest in a hundred round trips of a connection beside them."""
+    """B39: two processes in C that only connect and reset; the slowest in a hundred round trips of a connection beside
+    them. How many connects come to be depends on the machine, whose processors they share with the server: two of them
+    gave 11,500 a second, all accepted, not the 20,000 that a larger machine may give."""
     with ServerProcess(SERVER) as server, connect(server.addr) as client:
-        with two_processes(FLOOD, server.addr, patient(seconds) + 1):
+        with two_processes("flood", server.addr, round(patient(seconds)) + 1) as counts:
             took = round_trips(client, patient(seconds))
         client.close()
-        accepted = int(server.process.communicate("?\n", timeout=patient(20))[0].split()[3])
+        accepted = int(server.process.communicate("?\n", timeout=patient(60))[0].split()[3])
     slow = took[len(took) * 99 // 100]
-    print(f"{accepted / (seconds + 1):.0f} connects a second; 99 % of {len(took)} round trips < {slow * 1e3:.1f} ms")
-    assert accepted > 500 * seconds
+    rates = [round(number / (round(patient(seconds)) + 1)) for number in (sum(counts), accepted)]
+    print(
+        f"{rates[0]} connects a second, {rates[1]} of them accepted; "
+        f"p99 of {len(took)} round trips {slow * 1e3:.1f} ms, the longest {took[-1] * 1e3:.1f} ms"
+    )
+    assert accepted > 1000 * seconds
     assert slow < patient(0.25)
     assert took[-1] < patient(1)
 
@@ -127,15 +182,15 @@ def ask(server):
 def test_the_process_does_not_grow(count):
     """B40: connect, echo, raise, reset; descriptors, threads and memory after the half are those after the whole."""
     count = scaled(count, minimum=1000)
+    seen, done = {}, 0
     with ServerProcess(SERVER) as server:
-        seen = []
-        for _ in range(2):
-            with two_processes(VISIT, server.addr, count // 4):
+        for share in (10, 50, 100):
+            with two_processes("visit", server.addr, (count * share // 100 - done) // 2):
                 pass
-            seen.append(ask(server))
+            *counts, resident, done = ask(server)
+            seen[share] = counts, resident
+            print(f"after {done} connections {resident / 1e6:.2f} MB", flush=True)
         server.finish()
-    (*before, resident, _), (*after, resident_after, accepted) = seen
-    print(f"{accepted} connections: {resident} bytes after the half, {resident_after} after the whole")
-    assert before == after
-    assert accepted == count // 4 * 4
-    assert SANITIZER or resident_after < resident * 1.02 + (1 << 18)
+    assert count - 4 <= done <= count
+    assert seen[50][0] == seen[100][0]
+    assert SANITIZER or seen[100][1] < seen[50][1] * 1.02 + (1 << 18)

@@ -1,12 +1,27 @@
 """S2, S4, S34, B42, B43: the second entry style, TstPool(handler) with listen, start, stop."""
 
 import os
+import re
+import shutil
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from contract_helpers import Gate, as_function, echo, free_port, handler, in_threads, round_trip, serve
-from helpers import connect, native_threads, open_fds, scaled, wait_until
+from contract_helpers import (
+    Gate,
+    ServerProcess,
+    as_function,
+    echo,
+    every_trigger,
+    free_port,
+    handler,
+    in_threads,
+    round_trip,
+    serve,
+)
+from helpers import SANITIZER, connect, native_threads, open_fds, patient, recv_until_eof, scaled, wait_until
 
 import tstpool
 from tstpool import TstError, TstPool
@@ -275,6 +290,90 @@ def test_no_handler_runs_after_stop_returned_true(make_pool, make_client):
     stop.set()
     sender.join(10)
     assert len(calls) == count
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@every_trigger
+def test_stop_closes_the_listeners_before_it_lets_go_of_anybody(make_pool, make_client, trigger, shards):
+    """B41: a handler that runs sees that its own listener refuses already; then it replies, and its peer gets that."""
+    refused = []
+
+    def on_message(sock, data):
+        def is_refused():
+            try:
+                connect(address).close()
+            except (ConnectionRefusedError, ConnectionResetError):
+                return True
+
+        stopping.wait(patient(10))
+        wait_until(is_refused)
+        refused.append(sock.closed)
+        sock.send(b"the last reply")
+
+    stopping = threading.Event()
+    pool = make_pool(handler(on_message=on_message), workers=4, trigger=trigger, shards=shards)
+    address = pool.addresses[0]
+    client = make_client(pool)
+    client.sendall(b"x")
+
+    def stop():
+        stopping.set()
+        return pool.stop(drain=patient(10))
+
+    result, reply = in_threads(stop, lambda: recv_until_eof(client))
+    assert result is True
+    assert reply == b"the last reply"
+    assert refused == [False]
+
+
+LATE_LISTENERS = """
+def descriptors():
+    names = os.listdir("/proc/self/fd")
+    return {int(name) for name in names if os.path.lexists("/proc/self/fd/" + name)}  # the listing's own is gone
+
+pool = TstPool(Echo(), workers=2)
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
+while len(pool.sockets()) < 600:
+    time.sleep(0.001)
+before = descriptors()
+listeners = [pool.listen("127.0.0.1", 0) for _ in range(3)]
+for client in clients:
+    client.send(b"hello")
+    assert client.recv(5) == b"hello"
+print(port)
+print(*(descriptors() - before))
+print(*(sock.sd for sock in pool.sockets()))
+sys.stdin.read()
+pool.stop()
+"""
+
+
+@pytest.mark.skipif(shutil.which("strace") is None or bool(SANITIZER), reason="needs strace, and no sanitizer")
+def test_listeners_are_closed_first_whatever_their_descriptors(tmp_path):
+    """B41: the order of the system calls of a stop with more connections than one turn ends: listeners that came late,
+    and so have higher descriptors, are closed before any connection is."""
+    log = tmp_path / "strace"
+    with ServerProcess(LATE_LISTENERS) as server:
+        late, connections = ([int(word) for word in server.process.stdout.readline().split()] for _ in range(2))
+        command = ["strace", "-f", "-qq", "-e", "trace=close", "-o", str(log), "-p", str(server.process.pid)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as trace:
+            wait_until(lambda: traced(server.process.pid) or trace.poll() is not None)
+            server.finish()
+            trace.communicate(timeout=patient(20))
+    closed = [int(number) for number in re.findall(r"close\((\d+)", log.read_text() if log.exists() else "")]
+    if not closed:
+        pytest.skip("strace may not attach")
+    assert (len(late), len(connections)) == (3, 600)
+    assert min(late) > max(connections)
+    assert max(map(closed.index, late)) < min(map(closed.index, connections))
+
+
+def traced(pid):
+    """Somebody watches all of its threads."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all("TracerPid:\t0\n" not in (task / "status").read_text() for task in tasks)
 
 
 def test_queued_output_is_sent_before_the_connection_ends(make_pool, make_client):

@@ -6,7 +6,18 @@ import threading
 import time
 
 import pytest
-from contract_helpers import every_style, every_trigger, handler, ignore, in_threads, replying, round_trip, serve
+from contract_helpers import (
+    ServerProcess,
+    every_style,
+    every_trigger,
+    handler,
+    ignore,
+    in_threads,
+    replying,
+    round_trip,
+    serve,
+    shim,
+)
 from helpers import patient, scaled, wait_until
 
 from tstpool import ConnectionClosed, TstStat
@@ -158,3 +169,98 @@ def test_flush_ends_when_the_connection_does(make_pool, make_client):
     closer.join()
     with pytest.raises(ConnectionClosed):
         sock.flush()
+
+
+TIMED_SENDS = r"""
+/* For LD_PRELOAD: looks at each send and sendmsg. Is its descriptor non-blocking, has the thread gone to sleep in it,
+   and how much of the processor's time has it taken? (Not how long: that is also time in which others were running.) */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+
+int tst_sends, tst_full, tst_blocking, tst_slept, tst_slow;
+
+static long microseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+static long sleeps(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw;
+}
+
+#define TIMED(call, size) \
+    long before = sleeps(), begin = microseconds(); \
+    ssize_t result = call; \
+    __sync_add_and_fetch(&tst_slow, microseconds() - begin > 1000); \
+    __sync_add_and_fetch(&tst_slept, sleeps() != before); \
+    __sync_add_and_fetch(&tst_full, result < (ssize_t)(size)); \
+    __sync_add_and_fetch(&tst_blocking, !(fcntl(fd, F_GETFL) & O_NONBLOCK)); \
+    __sync_add_and_fetch(&tst_sends, 1); \
+    return result;
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+ssize_t send(int fd, const void *p, size_t n, int f) { TIMED(REAL(send)(fd, p, n, f), n) }
+ssize_t sendmsg(int fd, const struct msghdr *m, int f) {
+    size_t i, all = 0;
+    for (i = 0; i < m->msg_iovlen; i++) all += m->msg_iov[i].iov_len;
+    TIMED(REAL(sendmsg)(fd, m, f), all)
+}
+"""
+
+MUCH = """
+import ctypes
+names = ("sends", "full", "blocking", "slept", "slow")
+counts = [ctypes.c_int.in_dll(ctypes.CDLL(None), "tst_" + name) for name in names]
+size = int(os.environ["SIZE"])
+
+class Much(TstHandler):
+    def on_message(self, sock, data):
+        sock.send(bytes(range(256)) * (size // 256) if data == b"much" else data)
+
+listener = socket.socket()
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what it accepts inherits that
+listener.bind(("127.0.0.1", 0))
+listener.listen()
+pool = TstPool(Much(), workers=1, trigger=os.environ["TRIGGER"])
+print(listener.getsockname()[1])
+pool.addsocket(listener, TstSockType.LISTEN)
+pool.start()
+sys.stdin.read()
+print(*(count.value for count in counts))
+pool.stop()
+"""
+
+
+@every_trigger
+@pytest.mark.parametrize(("size", "pause"), [(1 << 20, 0.0005), pytest.param(8 << 20, 0.01, marks=pytest.mark.slow)])
+def test_a_worker_never_waits_in_send(make_client, trigger, size, pause):
+    """B28: to a peer that reads a kilobyte now and then, with the least buffers there are: each send is to a
+    descriptor that does not block, none puts the worker to sleep, hardly any takes it a millisecond; others are served
+    meanwhile."""
+    env = {"TRIGGER": trigger, "SIZE": str(size)}
+    with ServerProcess(MUCH, env=env, preload=shim("timed-sends", TIMED_SENDS)) as server:
+        other = make_client(server.addr)
+        with slow_client(server.addr, 2048) as client:
+            client.sendall(b"much")
+            received = 0
+            while received < size:
+                piece = client.recv(1024)
+                assert piece == (bytes(range(256)) * 5)[received % 256 :][: len(piece)]
+                received += len(piece)
+                if received // 1024 % 16 == 0:
+                    assert round_trip(other, b"hello") == b"hello"
+                time.sleep(pause)  # what makes the peer slow
+        sends, full, blocking, slept, slow = map(int, server.finish().split())
+    print(f"{sends} sends, {full} of them cut short, {slept} slept, {slow} took a millisecond of a processor")
+    assert sends > 100
+    assert full > 10
+    assert blocking == 0
+    assert slept <= sends // 100  # the kernel may have to wait for the lock of a socket that its other end holds
+    assert slow <= sends // 100

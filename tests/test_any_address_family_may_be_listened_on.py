@@ -1,13 +1,25 @@
 """S2, S19, B62, bad input: IPv4, IPv6, dual-stack, unix sockets, ports, and addresses that are no good."""
 
+import contextlib
 import os
 import socket
+import subprocess
 
 import pytest
-from contract_helpers import as_function, echo, every_trigger, free_port, handler, round_trip
-from helpers import open_fds, run_python, wait_until
+from contract_helpers import (
+    ServerProcess,
+    as_function,
+    echo,
+    every_trigger,
+    free_port,
+    handler,
+    ignore,
+    round_trip,
+)
+from helpers import connect, open_fds, run_python, wait_until
+from network_helpers import configure, in_a_network_of_its_own
 
-from tstpool import TstPool
+from tstpool import TstPool, TstSockType
 
 
 @pytest.fixture
@@ -101,6 +113,101 @@ def test_addresses_of_both_ends(pool, make_client):
     (sock,) = wait_until(pool.sockets)
     assert sock.peer == client.getsockname()
     assert sock.local == address
+
+
+@pytest.mark.parametrize("interface", ["lo", "v0"])
+def test_an_address_of_one_interface(make_pool, interface):
+    """B62: "fe80::1%lo", and the same on one end of a pair of devices: listen, connect, and the names of both ends,
+    which can be connected to as they are; on another interface, or on none, it is an error that names the address."""
+
+    def talk():
+        try:
+            configure("ip link add v0 type veth peer name v1")
+            for device in ("v0", "v1"):
+                configure(f"ip link set {device} up")
+            configure(f"ip -6 addr add fe80::1:1/64 dev {interface} nodad")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no such devices: {error.stderr}")
+        pool = make_pool(handler(on_message=echo), listen=None)
+        host, port = pool.listen(f"fe80::1:1%{interface}", 0)
+        assert host == f"fe80::1:1%{interface}"
+        assert pool.addresses == [(host, port)]
+        with connect((host, port)) as client:
+            assert round_trip(client, b"hello") == b"hello"
+            (sock,) = pool.sockets()
+            assert (sock.local, sock.peer) == ((host, port), (host, client.getsockname()[1]))
+        other = make_pool(handler(on_message=ignore), listen=None)
+        assert other.connect(host, port).peer == (host, port)
+        for wrong in ("fe80::1:1%v1", "fe80::1:1", "fe80::1:1%nothing"):
+            with pytest.raises(OSError, match=wrong.replace("%", ".")):
+                pool.listen(wrong, 0)
+        pool.stop()
+        other.stop()
+
+    in_a_network_of_its_own(talk)
+
+
+def shared_listener(address):
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind(address)
+    listener.listen(100)
+    return listener
+
+
+@every_trigger
+def test_two_pools_share_a_port(make_pool, trigger):
+    """B62: SO_REUSEPORT is the user's to set, on listeners that addsocket() adopts: the kernel shares the clients out,
+    and when one pool has stopped, all come to the other."""
+    pools = [make_pool(handler(on_message=echo), listen=None, trigger=trigger) for _ in range(2)]
+    listeners = [shared_listener(("127.0.0.1", 0))]
+    address = listeners[0].getsockname()
+    listeners.append(shared_listener(address))
+    for pool, listener in zip(pools, listeners, strict=True):
+        pool.addsocket(listener, TstSockType.LISTEN)
+        assert pool.addresses == [address]
+
+    def visit(number):
+        for _ in range(number):
+            with connect(address) as client:
+                assert round_trip(client, b"hello") == b"hello"
+
+    visit(100)
+    accepted = [pool.stats().accepted for pool in pools]
+    assert sum(accepted) == 100
+    assert min(accepted) > 10
+    pools[0].stop()
+    visit(20)
+    assert pools[1].stats().accepted == accepted[1] + 20
+
+
+SHARING = """
+listener = socket.socket()
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+listener.bind(("127.0.0.1", int(os.environ["PORT"])))
+listener.listen(100)
+pool = TstPool(Echo(), workers=2)
+print(listener.getsockname()[1])
+pool.addsocket(listener, TstSockType.LISTEN)
+pool.start()
+sys.stdin.read()
+print(pool.stats().accepted)
+pool.stop()
+"""
+
+
+def test_two_processes_share_a_port():
+    """B62: as above."""
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(ServerProcess(SHARING, env={"PORT": "0"}))
+        second = stack.enter_context(ServerProcess(SHARING, env={"PORT": str(first.addr[1])}))
+        assert second.addr == first.addr
+        for _ in range(100):
+            with connect(first.addr) as client:
+                assert round_trip(client, b"hello") == b"hello"
+        accepted = [int(server.finish()) for server in (first, second)]
+    assert sum(accepted) == 100
+    assert min(accepted) > 10
 
 
 @pytest.mark.parametrize(

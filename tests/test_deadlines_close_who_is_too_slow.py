@@ -10,7 +10,7 @@ import time
 
 import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
-from contract_helpers import Gate, every_trigger, handler, is_open, open_sockets, round_trip
+from contract_helpers import Gate, ServerProcess, every_trigger, handler, is_open, open_sockets, round_trip
 from downstream_handlers import Commands, Counting
 from helpers import ROOT, RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
 
@@ -601,6 +601,94 @@ def test_many_slow_peers_do_not_disturb_a_good_one(make_pool):
         assert p99 < patient(0.1)
         assert say(good, b"still here") == [b"still here"]
         assert counters(pool) == (0, number)
+
+
+SLOW_CLIENTS = """
+import ctypes, gc
+
+class Server(TstHandler):
+    def on_message(self, sock, data):
+        if data == b"much":
+            try:
+                while True:
+                    sock.send(piece)  # a bytearray: copied each time
+            except SendQueueFull:
+                pass
+        else:
+            sock.send_message(data)
+
+    def on_disconnect(self, sock, reason):
+        ends.append(type(reason).__name__)
+
+ends, piece = [], bytearray(b"x" * 65536)
+pool = TstPool(Server(), workers=4, framing=LengthPrefixed(4), first_byte_timeout=5,
+               message_timeout=5, write_timeout=5, max_connections=2000)
+print(pool.listen("127.0.0.1", 0)[1])
+pool.start()
+for line in sys.stdin:
+    resident = int(open("/proc/self/statm").read().split()[1]) * 4096
+    kinds = {kind: ends.count(kind) for kind in set(ends)}
+    print(len(pool), len(ends), kinds.get("TimeoutError", 0), pool.stats().bytes_queued, resident, flush=True)
+pool.stop()
+"""
+
+
+def p99_of(client, seconds):
+    """The slowest in a hundred of the round trips of so many seconds."""
+    took, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        begin = time.monotonic()
+        assert say(client, b"hello") == [b"hello"]
+        took.append(time.monotonic() - begin)
+        time.sleep(0.001)
+    return sorted(took)[len(took) * 99 // 100]
+
+
+@pytest.mark.slow
+def test_five_hundred_that_trickle_and_five_hundred_that_never_read():
+    """B34, B35, B37: a byte a second each, and as much output as is accepted, which nobody takes: all are closed at
+    their deadlines of 5 s; a good client's p99; memory stays under what its caps say. With -s it prints the figures."""
+
+    def ask():
+        server.process.stdin.write("?\n")
+        server.process.stdin.flush()
+        return [int(word) for word in server.process.stdout.readline().split()]
+
+    with ServerProcess(SLOW_CLIENTS) as server, contextlib.ExitStack() as stack:
+        good = stack.enter_context(connect(server.addr))
+        say(good, b"hello")
+        unloaded = p99_of(good, 3)
+        idle = ask()[4]
+        slow = [stack.enter_context(connect(server.addr)) for _ in range(500)]
+        deaf = [stack.enter_context(connect(server.addr)) for _ in range(500)]
+        begin = time.monotonic()
+        for each in slow:
+            each.sendall((1000).to_bytes(4, "big"))
+        for each in deaf:
+            each.sendall(pack(b"much"))
+        loaded, queued, resident = [], 0, 0
+        while (now := ask())[1] < 1000:
+            assert time.monotonic() - begin < patient(30), now
+            queued, resident = max(queued, now[3]), max(resident, now[4])
+            for each in slow:
+                with contextlib.suppress(OSError):
+                    each.send(b"x")
+            loaded.append(p99_of(good, 1))
+        gone = time.monotonic() - begin
+        p99 = sorted(loaded)[len(loaded) // 2]
+        print(
+            f"all 1000 gone after {gone:.1f} s, {now[2]} by a deadline; good client's p99 {unloaded * 1e3:.2f} ms "
+            f"unloaded, {p99 * 1e3:.2f} ms loaded (seconds: {[round(each * 1e3, 2) for each in loaded]}); "
+            f"memory {idle / 1e6:.0f} MB before, {resident / 1e6:.0f} MB at most, {queued / 1e6:.0f} MB of it queued"
+        )
+        assert now[:3] == [1, 1000, 1000]
+        assert gone < patient(12)
+        most = (256 << 20) + 500 * 2 * 65536  # max_total_queued, and who has less than high_water is not counted yet
+        assert queued <= most
+        assert resident < idle + most * 1.1
+        assert p99 < 2 * unloaded + patient(0.005)
+        wait_until(lambda: ask()[3] == 0)
+        server.finish()
 
 
 # ------------------------------------------------------------------------------- long after the machine began

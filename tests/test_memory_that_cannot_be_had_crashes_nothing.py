@@ -1,4 +1,4 @@
-"""B36: each malloc, calloc and realloc of the engine fails once, in a server process of its own."""
+"""B36: each malloc, calloc and realloc of the engine fails once, in a server process of its own; Python's own, too."""
 
 import pytest
 from contract_helpers import shim
@@ -102,12 +102,7 @@ def play(number):
         pool = pool_of[0] = TstPool(Server(), workers=2, framing=LengthPrefixed(4))
         try:
             address = pool.listen("127.0.0.1", 0, idle_timeout=50)
-            fail.value = 0  # a worker that gets no batch at its start breaks, and its shard with it: not shown here
-            pool.start()
-            with socket.create_connection(address, 10) as client:
-                client.sendall(b"\\0\\0\\0\\1e")
-                assert client.recv(5)
-            fail.value = number
+            pool.start()  # a worker that gets no batch tries again
             for _ in range(2):
                 talk(address, whole)
             ours, theirs = socket.socketpair()
@@ -150,8 +145,72 @@ print(noted)
 """
 
 
+PYTHONS = """
+import _testcapi
+
+def strike(code, n):
+    # Allocation number n from here on fails, whichever thread's it is.
+    _testcapi.set_nomemory(n, n + 1)
+    try:
+        return code()
+    except (MemoryError, RuntimeError):  # "can't allocate lock"
+        return None
+    finally:
+        _testcapi.remove_mem_hooks()
+
+def visit(address):
+    try:
+        with socket.create_connection(address, 10) as client:
+            client.sendall(b"\\0\\0\\0\\1e")
+            return client.recv(6) != b"\\0\\0\\0\\2ee"
+    finally:
+        _testcapi.remove_mem_hooks()
+
+class Careless(Server):
+    n = 0
+
+    def on_message(self, sock, data):
+        _testcapi.set_nomemory(self.n, self.n + 1)  # here, or in what the worker does behind this call
+        return data * 2
+
+    def on_error(self, sock, error):
+        _testcapi.remove_mem_hooks()
+        note(error)
+
+ended = 0
+for n in range(1, 60):
+    # The user's own calls, as long as no worker runs ...
+    server = Careless()
+    pool = strike(lambda: TstPool(server, workers=2, framing=LengthPrefixed(4)), n)
+    pool = pool or TstPool(server, workers=2, framing=LengthPrefixed(4))
+    address = strike(lambda: pool.listen("127.0.0.1", 0), n) or pool.listen("127.0.0.1", 0)
+    ours, theirs = socket.socketpair()
+    sock = strike(lambda: pool.addsocket(theirs), n)
+    for use in (lambda: sock.send_message(b"x" * 2000), lambda: len(sock.send_data.s), pool.stats, pool.sockets):
+        if sock is not None:
+            strike(use, n)
+    pool.start()
+    # ... and a worker's, when a handler has returned.
+    Careless.n = n
+    for _ in range(2):
+        try:
+            ended += visit(address)
+        except TimeoutError:
+            raise AssertionError(f"a client waits for ever: {n}") from None
+        except (ConnectionError, MemoryError):
+            ended += 1
+    assert pool.stop(5) is True
+    ours.close()
+    theirs.close()
+errors.clear()
+fail.value = 0
+assert play(0)[2] == 2 and errors == {}, errors
+print(ended)
+"""
+
+
 def play(code):
-    return run_python("-c", SCENE + code, env={"LD_PRELOAD": str(no_memory())}, timeout=120).stdout
+    return run_python("-c", SCENE + code, env={"LD_PRELOAD": str(no_memory())}, timeout=100).stdout
 
 
 def test_each_allocation_fails_once():
@@ -165,3 +224,20 @@ def test_each_allocation_fails_once():
 def test_many_allocations_fail():
     """B36: each second, third, ... of them: several at once, also those of an end that another failure has brought."""
     assert "Error" in play(OFTEN)
+
+
+def has_failing_allocations():
+    try:
+        import _testcapi
+    except ImportError:
+        return False
+    return hasattr(_testcapi, "set_nomemory")
+
+
+@pytest.mark.skipif(not has_failing_allocations(), reason="this Python was built without _testcapi")
+def test_each_allocation_of_python_fails():
+    """B36: those of the user's calls, and those of a worker when a handler has returned: MemoryError, or the end of a
+    connection; nobody waits for ever, and then all is as before."""
+    ended = int(play(PYTHONS))
+    print(f"{ended} connections ended by it")
+    assert ended > 0

@@ -1,6 +1,9 @@
 """S7, S8, S10, B29, B54: sock.send."""
 
 import array
+import contextlib
+import mmap
+import random
 import threading
 
 import pytest
@@ -17,7 +20,7 @@ from contract_helpers import (
 )
 from helpers import recv_exact, scaled, wait_until
 
-from tstpool import TstStat
+from tstpool import LengthPrefixed, MessageTooLarge, SendQueueFull, TstStat
 
 
 @every_style
@@ -137,6 +140,79 @@ def test_any_buffer_may_be_sent(make_pool, make_client, data, sent):
     assert isinstance(sock.send(data), int)
     sock.send(b"|")
     assert recv_exact(client, len(sent) + 1) == sent + b"|"
+
+
+PATTERN = random.Random(29).randbytes(1 << 20)
+
+
+def filled(size):
+    """A bytearray of that size: PATTERN, over and over."""
+    data = bytearray(size)
+    for begin in range(0, size, len(PATTERN)):
+        data[begin : begin + len(PATTERN)] = PATTERN[: min(len(PATTERN), size - begin)]
+    return data
+
+
+def receive_pattern(client, size):
+    """Receives so many bytes and compares them with PATTERN, keeping none."""
+    twice, buffer, done = memoryview(PATTERN * 2), memoryview(bytearray(len(PATTERN))), 0
+    while done < size:
+        n = client.recv_into(buffer[: min(len(PATTERN), size - done)])
+        assert n, f"closed after {done} of {size} bytes"
+        place = done % len(PATTERN)
+        assert buffer[:n] == twice[place : place + n], f"wrong after {done} bytes"
+        done += n
+
+
+def memory_is_there(size):
+    with open("/proc/meminfo") as meminfo:
+        return next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable")) * 1024 > size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["memoryview", "bytes", "message"])
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31 + 1])
+def test_two_gigabytes_in_one_send(make_pool, make_client, how, size):
+    """B29: at and above the limit of a C int: a view, which is copied; bytes, which are not; a message with its length
+    in four bytes. Every byte arrives, and what is sent next is behind them."""
+    if not memory_is_there(5 << 30):
+        pytest.skip("needs 5 GiB of memory")
+    framing = LengthPrefixed(4, max_message=2**32 - 1)
+    pool = make_pool(handler(on_message=ignore), framing=framing, max_total_queued=None, first_byte_timeout=None)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    data = filled(size)
+    if how == "memoryview":
+        queued = sock.send(memoryview(data)[:])
+    else:
+        copy = bytes(data)
+        del data
+        queued = sock.send(copy) if how == "bytes" else sock.send_message(copy)
+        del copy
+    header = 4 if how == "message" else 0
+    assert queued == size + header
+    with contextlib.suppress(SendQueueFull):  # max_queued; unless the kernel has taken all of it already
+        sock.send(b"too much")
+        pytest.fail("nothing of two gigabytes waits")
+    assert int.from_bytes(recv_exact(client, header), "big") == (size if header else 0)
+    receive_pattern(client, size)
+    sock.flush(10)
+    sock.send(b"|")
+    assert recv_exact(client, 1) == b"|"
+    wait_until(lambda: pool.stats().bytes_queued == 0)
+
+
+def test_more_than_a_header_can_say_is_refused(make_pool, make_client):
+    """B29: 4 GiB and one byte, of which none exists, as a message with its length in four bytes; the connection goes
+    on."""
+    pool = make_pool(handler(on_message=echo), framing=LengthPrefixed(4, max_message=2**32 - 1))
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    much = mmap.mmap(-1, 2**32 + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with much, pytest.raises(MessageTooLarge, match=str(2**32 + 1)):
+        sock.send_message(much)
+    sock.send_message(b"hello")
+    assert recv_exact(client, 9) == b"\0\0\0\5hello"
 
 
 @pytest.mark.parametrize("wrong", ["text", 5, None, ["list"], object()], ids=["str", "int", "None", "list", "object"])

@@ -6,8 +6,10 @@ import threading
 import time
 
 import pytest
-from contract_helpers import as_function, echo, every_style, handler, round_trip, serve
-from helpers import quick_switches, wait_until
+from compiled_helpers import FRAMING, pack, receive
+from contract_helpers import Gate, as_function, echo, every_style, handler, round_trip, serve
+from downstream_handlers import Commands
+from helpers import FREE_THREADED, quick_switches, recv_exact, wait_until
 
 from tstpool import PoolStats, WorkerStats
 
@@ -66,11 +68,77 @@ def test_on_slow_is_called_for_each_job_over_the_limit(make_pool, make_client):
 def test_a_slow_job_is_logged_by_default(make_pool, make_client, caplog):
     """S24: a warning to the logger "tstpool"."""
     caplog.set_level(logging.WARNING, "tstpool")
-    client = make_client(make_pool(handler(on_message=slow_echo), slow_handler=0.01))
+    client = make_client(make_pool(handler(on_message=slow_echo), slow_handler=0.01, workers=1))
     round_trip(client, b"x" * 50)
     wait_until(lambda: caplog.records)
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("tstpool", logging.WARNING)
+
+
+@every_style
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_handler_that_is_stuck_is_logged_with_its_stack_while_it_runs(make_pool, make_client, caplog, style, shards):
+    """B14: by a worker that is free, once for each call, whether or not others come meanwhile."""
+    caplog.set_level(logging.WARNING, "tstpool")
+
+    def reports():
+        return [record.getMessage() for record in caplog.records if "has been in a handler" in record.getMessage()]
+
+    for quiet in (True, False):
+        caplog.clear()
+        with Gate() as gate:
+
+            def stuck_in_here(sock, data, gate=gate):
+                if data == b"block":
+                    gate.wait()
+                sock.send(data)
+
+            pool = serve(make_pool, style, stuck_in_here, workers=4, shards=shards, slow_handler=0.05, name="slowly")
+            first, second, other = (make_client(pool) for _ in range(3))
+            for client in (first, second):
+                client.sendall(b"block")
+            wait_until(lambda gate=gate: gate.inside == 2)
+            if not quiet:
+                wait_until(lambda client=other: round_trip(client, b"hello") and len(reports()) >= 2)
+            wait_until(lambda: len(reports()) >= 2)
+            time.sleep(0.3)  # a window in which no more may come
+            lines = reports()
+            assert gate.inside == len(lines) == 2
+            assert len({line.partition(" ")[0] for line in lines}) == 2  # two workers
+            for line in lines:
+                assert line.startswith("slowly-") and "0.050 s and more" in line
+                assert ("in stuck_in_here" in line and "gate.wait()" in line) or FREE_THREADED
+            gate.open()
+            assert recv_exact(first, 5) == recv_exact(second, 5) == b"block"
+            pool.stop()
+
+
+def test_who_has_an_on_slow_of_its_own_gets_no_such_log(make_pool, make_client, caplog):
+    """B14: it is told when the handler has returned."""
+    told = []
+    with Gate() as gate:
+        hooks = {"on_message": lambda sock, data: gate.wait(), "on_slow": lambda sock, seconds: told.append(seconds)}
+        make_client(make_pool(handler(**hooks), workers=2, slow_handler=0.02)).sendall(b"block")
+        wait_until(lambda: gate.inside)
+        time.sleep(0.2)  # a window in which none may come
+        gate.open()
+        wait_until(lambda: told)
+    assert told[0] >= 0.2
+    assert caplog.records == []
+
+
+def test_a_compiled_handler_that_is_stuck_is_logged(make_pool, make_client, caplog):
+    """B14: its thread is named."""
+    commands = Commands()
+    pool = make_pool(commands, framing=FRAMING, workers=3, slow_handler=0.05, name="compiled")
+    client = make_client(pool)
+    try:
+        client.sendall(pack(b"b"))
+        wait_until(lambda: commands.waiting == 1)
+        wait_until(lambda: any("has been in a handler" in record.getMessage() for record in caplog.records))
+    finally:
+        commands.open_gate()
+    assert receive(client) == [b"b"]
 
 
 @every_style

@@ -196,7 +196,8 @@ cdef class TstPool:
     cdef object fault                      # the exception that stopped the engine by itself
     cdef object name
     cdef object __weakref__
-    cdef long long _abi_reserve[6]         # growth comes out of it, so that what cimports us need not be compiled anew
+    cdef int keepalive                     # seconds, 0: off
+    cdef long long _abi_reserve[5]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1

@@ -39,7 +39,8 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_wake)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_unread,
+    sys_wake)
 from tstpool._queue cimport (
     SHARE_LEAST, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
     tst_stock)
@@ -52,8 +53,8 @@ from tstpool._shard cimport (
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport TICK_BITS, tick_of
 from tstpool._turn cimport (
-    ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
-    engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
+    ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN, TURN_SLOW,
+    engine_shard_ended, shard_turn, shard_yield, slow_next, turn_elsewhere)
 from tstpool._libc cimport EPOLLERR as _EPOLLERR
 from tstpool._libc cimport EPOLLET as _EPOLLET
 from tstpool._libc cimport EPOLLHUP as _EPOLLHUP
@@ -73,6 +74,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import weakref
 
 from tstpool import _net
@@ -1023,7 +1025,11 @@ cdef class TstHandler:
         """Worker `worker_no` has had nothing to do for the pool's idle_time."""
 
     def on_slow(self, sock, seconds):
-        """A hook of `sock` took longer than the pool's slow_handler."""
+        """A hook of `sock` took longer than the pool's slow_handler. It is called when that hook has returned.
+
+        Unless overridden it logs a warning; another one, with the stack of the thread, is logged while the hook still
+        runs, by a worker that is free. (Without a GIL there is no stack: frames of a running thread change.)
+        """
         logger.warning("a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
@@ -1112,6 +1118,11 @@ cdef object hook_of(object handler, str name):
     return method
 
 
+cdef bint logs_slow(Binding binding):
+    """on_slow is TstHandler's own."""
+    return getattr(binding.on_slow, "__func__", None) is TstHandler.on_slow or binding.function is not None
+
+
 cdef Binding bind(object handler, dict hooks):
     """Looks a handler's hooks up; `hooks` from setEvent... win. TypeError for what is no handler."""
     cdef Binding binding = Binding.__new__(Binding)
@@ -1162,6 +1173,17 @@ cdef object with_arity(object function, int least, int most):
 
 # ----------------------------------------------------------------------------------------------------- pool
 
+cdef bint connection_waits(tst_connection *connection) noexcept nogil:
+    """Its input lies in the kernel, and nothing but a worker is missing. With the lock held nobody closes the
+    descriptor."""
+    cdef bint waits
+    spin_lock(&connection.lock)
+    waits = (load64(&connection.state, ACQUIRE) & (STATE_OPEN | STATE_PAUSED) == STATE_OPEN
+             and connection.type != TYPE_LISTEN and sys_unread(connection.fd) != 0)
+    spin_unlock(&connection.lock)
+    return waits
+
+
 cdef bint gil_is_on() except -1:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
@@ -1193,6 +1215,9 @@ cdef class TstPool:
     write_timeout: seconds in which a peer takes none of the output that waits for it (60). None: for ever. When one has
     passed the connection is closed, with a TimeoutError as the reason. Time in which handlers do not read (pause, a
     handler that runs) does not count. linger_timeout: seconds without progress while closing (5).
+    keepalive: whole seconds of silence after which the kernel asks a peer whether it is there; one that has not
+    answered three times within about as long again is gone, with a TimeoutError as the reason. For connections that may
+    be idle for ever; of listen() and connect(), while addsocket() leaves a socket's options as they are. None: off.
     high_water, low_water: bytes of output that wait for a peer: above high_water (64 KiB) its messages are not handed
     out any more (auto_pause), and it is not read; at low_water (16 KiB) that goes on, and on_writable is called.
     max_queued: with so many waiting (1 MiB) no more is taken; the message that goes beyond still is. on_overflow: what
@@ -1226,7 +1251,8 @@ cdef class TstPool:
                  max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool",
                  max_connections=None, when_full="wait", first_byte_timeout=15.0, message_timeout=60.0,
                  idle_timeout=75.0, write_timeout=60.0, linger_timeout=5.0, high_water=65536, low_water=16384,
-                 max_queued=1048576, on_overflow="raise", auto_pause=True, max_total_queued=268435456, busy_poll=0.0):
+                 max_queued=1048576, on_overflow="raise", auto_pause=True, max_total_queued=268435456, busy_poll=0.0,
+                 keepalive=None):
         if self.hooks is not None:
             raise TstError("a TstPool is initialised once")
         if trigger not in TRIGGERS:
@@ -1249,6 +1275,7 @@ cdef class TstPool:
         self.engine.max_connections = <uint32_t>(
             usual_max_connections() if max_connections is None else positive(max_connections, "max_connections"))
         self.engine.close_excess = when_full == "close"
+        self.keepalive = 0 if keepalive is None else number_within(keepalive, "keepalive", 1, 32767)
         self.copy = bool(copy)
         self.mutex = threading.Lock()
         self.limits_from(self.timeouts)
@@ -1359,6 +1386,8 @@ cdef class TstPool:
                                    "write": write_timeout, "linger": linger_timeout})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
         sockets = _net.listening_sockets(host, port, backlog)
+        for listener in sockets if self.keepalive else ():
+            _net.keep_alive(listener, self.keepalive)
         addresses = [self.add_listener(listener, used, limits) for listener in sockets]
         return addresses[0]
 
@@ -1406,8 +1435,13 @@ cdef class TstPool:
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
+            try:
+                self.listeners.append((address[0], address[1], id))
+            except BaseException:              # no memory: it has a slot already, and goes as if it were stopped
+                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
+                self.begin(id)
+                raise
             add32(&self.engine.n_listeners, 1, RELAXED)
-            self.listeners.append((address[0], address[1], id))
         self.begin(id)
         return address
 
@@ -1418,7 +1452,10 @@ cdef class TstPool:
         timeout: seconds for connecting. Returns the TstSocket. Raises OSError with the address in its text.
         """
         self.check_alive()
-        return self.addsocket(_net.connected_socket(host, port, timeout), type, handler, user_data, framing)
+        sock = _net.connected_socket(host, port, timeout)
+        if self.keepalive:
+            _net.keep_alive(sock, self.keepalive)
+        return self.addsocket(sock, type, handler, user_data, framing)
 
     def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
@@ -1459,11 +1496,17 @@ cdef class TstPool:
             if connection == NULL:
                 close(fd)
                 raise MemoryError("no slot for the socket")
-            path = read_peer(connection)
             connection.framing = framing_pointer(framing)
             connection.limits = self.engine.limits
             connection.active_tick = connection.output_tick = tick_of(clock_now())
-            sock = new_socket(self, connection)
+            try:
+                path = read_peer(connection)
+                sock = new_socket(self, connection)
+            except BaseException:              # no memory: it has a slot already, and ends like any other
+                add64(&self.added, 1, RELAXED)
+                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
+                self.begin(id)
+                raise
             sock.peer_path = path
             sock.data = user_data
             sock.binding = binding
@@ -1565,6 +1608,8 @@ cdef class TstPool:
             self.engine.workers[no].group_most = GROUP_MOST if self.engine.slow_handler > LONG_GROUP else 1
         self.binding = bind(self.binding.handler, self.hooks)
         self.engine.call_idle = self.binding.on_idle is not None
+        self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)
+        store64(&self.engine.slow_look, 0, RELEASE)
         self.engine.call_longest = self.binding.on_most_elapsed is not None
         self.fault = None
         self.live_workers = 0
@@ -1943,6 +1988,21 @@ cdef class TstPool:
         self.check_alive()
         return self.snapshot()
 
+    def waiting(self):
+        """How many connections have input that no worker has fetched yet: the length of the queue, which is the
+        kernel's. It asks the kernel for each one in turn, so it is for a look now and then. Paused ones do not count.
+        """
+        cdef int chunk, i
+        cdef int n = 0
+        cdef tst_connection *first
+        self.check_alive()
+        with nogil:
+            for chunk in range(TABLE_CHUNKS):
+                first = table_chunk(&self.engine.table, chunk)
+                for i in range(TABLE_CHUNK if first != NULL else 0):
+                    n += connection_waits(first + i)
+        return n
+
     def __len__(self):
         """Open connections, listeners not counted."""
         cdef int i
@@ -2098,7 +2158,8 @@ cdef object read_peer(tst_connection *connection):
     if family == socket.AF_INET:
         raw = address[1].to_bytes(2, "big") + socket.inet_pton(family, address[0])
     elif family == socket.AF_INET6:
-        raw = address[1].to_bytes(2, "big") + bytes(4) + socket.inet_pton(family, address[0].partition("%")[0])
+        raw = (address[1].to_bytes(2, "big") + bytes(4) + socket.inet_pton(family, address[0].partition("%")[0])
+               + address[3].to_bytes(4, sys.byteorder))
     else:
         return None
     connection.peer.family = family
@@ -2254,6 +2315,9 @@ cdef class Worker:
             elif turn == TURN_IDLE:
                 self.idle(shard)
                 ran = True
+            elif turn == TURN_SLOW:
+                self.log_slow(shard)
+                ran = True
             elif turn == TURN_COMPLAIN:
                 self.complain()
             elif turn == TURN_LITTER:
@@ -2322,6 +2386,10 @@ cdef class Worker:
             connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
         try:
             self.run_entry(entry)
+        except MemoryError:            # of the interpreter, outside a handler: this connection ends, the worker lives
+            connection_break(entry.connection, ENOMEM)
+            if entry.connection.sock == NULL:
+                entry.what = DO_RETIRE         # no handler has heard of it
         finally:
             self.worker.current = NULL
             store32(&entry.state, ENTRY_RAN, RELEASE)
@@ -2816,6 +2884,27 @@ cdef class Worker:
             store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
         return 0
 
+    cdef int log_slow(self, tst_shard *shard) except -1:
+        """Logs where handlers are that have been stuck for slow_handler; open to take-over, as in idle()."""
+        cdef bint again = False
+        cdef int no
+        shard_enter_running(self.engine, self.worker, shard)
+        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        store64(&self.worker.slow_logged, self.worker.calls, RELAXED)      # this call is none of a handler
+        try:
+            no = slow_next(self.engine, 0, &again)
+            while no >= 0:
+                logger.warning("%s-%d has been in a handler for %.3f s and more%s", self.pool.name, no,
+                               self.engine.slow_handler / 1e9, stack_of(self.engine.workers[no].ident))
+                no = slow_next(self.engine, no + 1, &again)
+        except BaseException:
+            logger.exception("a slow handler could not be logged")
+        finally:
+            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        if again:
+            store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)
+        return 0
+
     cdef int complain(self) except -1:
         """accept has failed: one line a second at most, however often it fails."""
         cdef int number = self.worker.accept_errno
@@ -2825,6 +2914,12 @@ cdef class Worker:
             self.complained = time.monotonic()
             logger.warning("%s accepts no more connections for now: %s", self.pool.name, text)
         return 0
+
+
+cdef object stack_of(unsigned long ident):
+    """Where a thread is, on lines of their own. Without a GIL its frames may change while they are looked at: nothing."""
+    frame = sys._current_frames().get(ident) if gil_is_on() else None
+    return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()
 
 
 cdef Worker new_worker(TstPool pool, int no):

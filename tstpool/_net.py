@@ -8,6 +8,7 @@ import operator
 import os
 import socket
 import stat
+import sys
 from typing import Any
 
 UNIX_PREFIX = "unix:"
@@ -132,7 +133,31 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
     address = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return UNIX_PREFIX + os.fsdecode(address), 0
-    return address[0], address[1]
+    return scoped(address[0], address[3] if sock.family == socket.AF_INET6 else 0), address[1]
+
+
+def scoped(host: str, scope: int) -> str:
+    """An IPv6 address with the interface that it belongs to, if to one alone: "fe80::1%eth0"."""
+    if not scope:
+        return host
+    try:
+        return f"{host}%{socket.if_indextoname(scope)}"
+    except OSError:
+        return f"{host}%{scope}"
+
+
+def keep_alive(sock: socket.socket, seconds: int) -> None:
+    """Has the kernel ask a silent peer whether it is still there. What a listener accepts inherits it.
+
+    The first question comes after so many seconds, and two more with a third of that between them; with no answer to
+    any, the connection ends.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 3))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 def connected_socket(host: str, port: int, timeout: float | None) -> socket.socket:
@@ -168,5 +193,6 @@ def text_address(family: int, raw: bytes) -> tuple[str, int] | None:
     if family == socket.AF_INET:
         return socket.inet_ntop(family, raw[2:6]), int.from_bytes(raw[:2], "big")
     if family == socket.AF_INET6:
-        return socket.inet_ntop(family, raw[6:22]), int.from_bytes(raw[:2], "big")
+        host = scoped(socket.inet_ntop(family, raw[6:22]), int.from_bytes(raw[22:26], sys.byteorder))
+        return host, int.from_bytes(raw[:2], "big")
     return None

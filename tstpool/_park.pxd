@@ -26,7 +26,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strrchr
 
 from tstpool._libc cimport (
-    ACQUIRE, O_CLOEXEC, O_RDONLY, RELAXED, SEQ_CST, close, load32, load64, open_file, pthread_cond_signal,
+    ACQUIRE, O_CLOEXEC, O_RDONLY, RELAXED, RELEASE, SEQ_CST, close, load32, load64, open_file, pthread_cond_signal,
     pthread_cond_t, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, read, store32,
     store64, timespec)
 from tstpool._shard cimport (
@@ -96,6 +96,14 @@ cdef inline bint worker_is_stuck(tst_worker *worker) noexcept nogil:
     return worker.looks >= RUNNING_LOOKS or not thread_is_running(worker.tid)
 
 
+cdef inline void slow_expect(tst_engine *engine, tst_worker *holder, uint64_t calls) noexcept nogil:
+    """A handler is stuck: whoever polls looks again in slow_handler, and if it still is, logs where (TURN_SLOW)."""
+    if engine.log_slow:
+        store64(&holder.slow_calls, calls, RELAXED)
+        if load64(&engine.slow_look, RELAXED) == 0:
+            store64(&engine.slow_look, clock_now() + engine.slow_handler, RELEASE)
+
+
 cdef inline bint any_shard_running(tst_engine *engine) noexcept nogil:
     cdef int i
     cdef uint64_t token
@@ -113,7 +121,7 @@ cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker,
     any_running: a shard runs handlers. suspicion: SUSPECT_*, what its worker does.
     """
     cdef int i
-    cdef uint64_t token
+    cdef uint64_t token, calls
     cdef tst_shard *shard
     cdef tst_worker *holder
     any_running[0] = False
@@ -127,8 +135,10 @@ cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker,
         holder = &engine.workers[(token >> 8) - 1]
         if worker_is_stuck(holder):
             holder.looks = 0
+            calls = holder.looked_calls
             if token_move(shard, token, token_of(worker.no, TOKEN_RUNNING)):
                 engine.blocked_at = clock_now()
+                slow_expect(engine, holder, calls)
                 return shard
         if holder.looks > 0:
             suspicion[0] = SUSPECT_SAME_CALL

@@ -123,6 +123,8 @@ cdef struct tst_worker:
     uint64_t group_most
     uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
+    uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler
+    uint64_t slow_logged       # atomic: `calls` of the slow handler that was logged last
     uint64_t looked_calls      # watcher only: `calls` at its last look
     int looks                  # watcher only: looks at which it had not moved
     tst_stats stats
@@ -162,6 +164,8 @@ cdef struct tst_engine:
     uint64_t idle_time         # nanoseconds
     uint64_t busy_poll         # nanoseconds of polling before a holder goes to sleep; 0: none
     uint64_t slow_handler      # nanoseconds from which a job is reported
+    bint log_slow              # nobody else wants on_slow: handlers that are stuck for that long are logged
+    uint64_t slow_look         # atomic: when to look for them, 0: nobody is known to be stuck
     bint call_idle             # a handler wants on_idle
     bint call_longest          # a handler wants on_most_elapsed
     bint close_excess          # connections above the limit are closed, instead of waiting in the kernel's backlog

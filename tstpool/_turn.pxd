@@ -19,7 +19,7 @@ from tstpool._conn cimport (
     tst_connection)
 from tstpool._entry cimport batch_finish, connection_drop_output
 from tstpool._libc cimport (
-    ACQUIRE, RELAXED, RELEASE, SEQ_CST, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange64, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
     pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
 from tstpool._poll cimport sys_alarm, sys_wait
 from tstpool._queue cimport stock_has_litter
@@ -46,6 +46,7 @@ cdef enum:
     TURN_COMPLAIN = 4                      # accept failed: say so, then go on
     TURN_LITTER = 5                        # objects that were sent wait to be let go, and nothing else is to be done
     TURN_ELSEWHERE = 6                     # other shards need to be looked after
+    TURN_SLOW = 7                          # a handler has been stuck for slow_handler: log where
 
 
 # --------------------------------------------------------------------------------------------------- stop
@@ -69,8 +70,12 @@ cdef inline void shard_close_all(tst_engine *engine, tst_shard *shard, bint abor
 
 cdef inline bint shard_drain(tst_engine *engine, tst_shard *shard, uint64_t now) noexcept nogil:
     """One step of stopping. True: nothing is open here any more."""
+    cdef tst_connection *listener = shard.listeners
     if not shard.draining:
         store32(&shard.draining, 1, RELAXED)
+        while listener != NULL:            # first of all: nobody is to come to a server that lets go of who is there
+            shard_ask(listener, generation_of(load64(&listener.state, ACQUIRE)), PEND_CLOSE)
+            listener = listener.timer_next
         shard_close_all(engine, shard, False)
     if not shard.aborted and now >= load64(&engine.drain_until, ACQUIRE):
         store32(&shard.aborted, 1, RELAXED)
@@ -202,6 +207,7 @@ cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now
     if engine.call_idle:
         timeout = milliseconds_until(now + engine.idle_time, now, timeout)
     timeout = milliseconds_until(shard.accept_again, now, timeout)
+    timeout = milliseconds_until(load64(&engine.slow_look, RELAXED), now, timeout)
     if shard.draining:
         # Another thread's flush() may be the last to let go of a connection, and it wakes nobody.
         timeout = milliseconds_until(now + DRAIN_LOOK, now, timeout)
@@ -260,6 +266,31 @@ cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *sh
     return n
 
 
+cdef inline bint slow_is_due(tst_engine *engine, uint64_t now) noexcept nogil:
+    """True for one of those who poll, once it is time to look for handlers that are stuck."""
+    cdef uint64_t due = load64(&engine.slow_look, ACQUIRE)
+    return due != 0 and now >= due and compare_exchange64(&engine.slow_look, &due, 0, False, ACQ_REL, RELAXED)
+
+
+cdef inline int slow_next(tst_engine *engine, int first, bint *again) noexcept nogil:
+    """A worker, from `first` on, that has been in one handler since the last look and was not logged for it; -1: none.
+    `again`: one must be looked at once more."""
+    cdef tst_worker *worker
+    cdef uint64_t calls
+    cdef int no
+    for no in range(first, engine.n_workers):
+        worker = &engine.workers[no]
+        calls = load64(&worker.calls, ACQUIRE)
+        if calls % 2 == 0 or calls == load64(&worker.slow_logged, RELAXED):
+            continue
+        if calls == load64(&worker.slow_calls, RELAXED):
+            store64(&worker.slow_logged, calls, RELAXED)
+            return no
+        store64(&worker.slow_calls, calls, RELAXED)
+        again[0] = True
+    return -1
+
+
 cdef inline void worker_waited(tst_engine *engine, tst_worker *worker, uint64_t now) noexcept nogil:
     """Counts how often the wait that ends now was longer than idle_time (S37)."""
     cdef uint64_t since = load64(&worker.waiting_since, RELAXED)
@@ -290,6 +321,8 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
         if batch.next_event >= batch.n_events:
             if stock_has_litter(&shard.stock):
                 return TURN_LITTER
+            if slow_is_due(engine, now):
+                return TURN_SLOW
             if engine.n_shards > 1:
                 elsewhere = turn_elsewhere(engine, shard)
                 if elsewhere and now - worker.since >= SHARE_TIME:

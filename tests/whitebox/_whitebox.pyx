@@ -12,7 +12,7 @@ from libc.string cimport memcpy, memset
 from tstpool._conn cimport (
     ACQUIRED, TABLE_CHUNK, TABLE_CHUNKS, connection_acquire, connection_append, connection_ask,
     connection_close_output, connection_is, connection_mark, connection_release, generation_of, table_find,
-    table_open, table_slot, tst_connection, tst_table)
+    table_make, table_open, table_slot, tst_connection, tst_table)
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PEND_OUT, STATE_DEAD, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED)
 from tstpool._conn cimport NO_TIMER, tst_compiled
@@ -560,6 +560,12 @@ cdef class Engine:
         made.connection = connection
         made.id = id
         return made
+
+    def age(self, uint64_t slot, uint32_t generation):
+        """As if a slot, which must be free, had been given away so often: its next connection is of that generation."""
+        cdef tst_connection *connection = table_make(self.table, slot)
+        assert connection != NULL and <uint32_t>load64(&connection.state, ACQUIRE) == 0
+        store64(&connection.state, <uint64_t>generation << 32, RELEASE)
 
     def finds(self, uint64_t id):
         """The descriptor of the connection that an id, or a bare descriptor, stands for; None."""

@@ -83,6 +83,33 @@ def test_an_id_finds_its_connection_and_no_later_one(engine):
     assert second.alive
 
 
+def test_generations_wrap_around_and_none_is_zero(engine, descriptor):
+    """B02: a slot whose 2^32 generations are used up begins anew with 1, since an id with 0 means whoever is there now;
+    an id comes again after 2^32 - 1 others, no earlier."""
+    generations, stale = [2**32 - 2, 2**32 - 1, 1, 2], []
+    engine.age(descriptor, generations[0])
+    for generation in generations:
+        connection = engine.open(descriptor)
+        assert connection.id == generation << 32 | descriptor
+        assert engine.finds(connection.id) == engine.finds(descriptor) == descriptor
+        for old in stale:
+            assert engine.finds(old.id) is None
+            assert not old.alive
+            assert old.acquire()[0] == old.ask(WANT_CLOSE) == old.close_output() == GONE
+            assert old.append(b"for another") == (-errno.ENOTCONN, False)
+            assert old.mark(PAUSED) is False
+        assert connection.state == OPEN
+        assert connection.append(b"x") == (1, True)
+        assert connection.acquire() == (ACQUIRED, 0)
+        connection.retire()  # as the engine ends one: the slot is free, the descriptor closed
+        assert engine.finds(connection.id) is None
+        stale.append(connection)
+        again = os.open("/dev/null", os.O_RDONLY)
+        if again != descriptor:
+            os.dup2(again, descriptor)
+            os.close(again)
+
+
 def test_a_slot_is_given_to_one_connection_at_a_time(engine):
     engine.open(7)
     assert engine.open(7) is None
