@@ -29,9 +29,7 @@ class Call:
 
     @property
     def title(self):
-        return f"{self.name} {self.argument}".strip() + {"start": " (start)", "connect": " (connect)"}.get(
-            self.kind, ""
-        )
+        return f"{self.name} {self.argument}".strip(" ,") + f" ({self.kind})"
 
 
 ENDS_RECV = "EBADF ECONNREFUSED ECONNRESET EFAULT EHOSTUNREACH EINVAL EIO ENOBUFS ENOMEM ENOTCONN ENOTSOCK ETIMEDOUT"
