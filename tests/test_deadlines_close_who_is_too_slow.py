@@ -20,7 +20,7 @@ from tstpool import LengthPrefixed, TstHandler
 FRAMES = LengthPrefixed(4, max_message=64 << 20)
 MUCH = 16 << 20  # more than the socket buffers of a loopback connection hold
 
-limits = pytest.mark.parametrize("limit", [0.2, 1.0])
+limits = pytest.mark.parametrize("limit", [0.2, 0.5])
 
 
 class Watch(TstHandler):
@@ -288,9 +288,9 @@ def test_a_paused_socket_is_not_closed_and_gets_its_time_anew(make_pool, make_cl
         watch,
         trigger=trigger,
         framing=FRAMES,
-        first_byte_timeout=0.3,
-        message_timeout=0.3,
-        idle_timeout=0.3,
+        first_byte_timeout=0.2,
+        message_timeout=0.2,
+        idle_timeout=0.2,
     )
     client = make_client(pool)
     client.sendall(begun)
@@ -300,10 +300,10 @@ def test_a_paused_socket_is_not_closed_and_gets_its_time_anew(make_pool, make_cl
     if begun == b"\0\0":
         wait_until(lambda: pool.stats().bytes_in == 2)
     ours.pause()
-    assert stays_open(client, 0.7)
+    assert stays_open(client, 0.45)
     begin = time.monotonic()
     ours.resume()
-    check_end(watch, begin, 0.3)
+    check_end(watch, begin, 0.2)
 
 
 @pytest.mark.parametrize("begun", [b"", b"\0\0", pack(b"hello")], ids=["nothing", "half", "message"])
@@ -343,19 +343,19 @@ def test_a_handler_that_still_runs_is_not_interrupted(make_pool, make_client, wo
             framing=framing,
             workers=workers,
             slow_handler=30,
-            idle_timeout=0.3,
-            message_timeout=0.3,
-            first_byte_timeout=0.3,
+            idle_timeout=0.2,
+            message_timeout=0.2,
+            first_byte_timeout=0.2,
         )
         client = make_client(pool)
         client.sendall(pack(b"hello") + b"\0")
         wait_until(lambda: gate.inside)
-        assert stays_open(client, 0.8)
+        assert stays_open(client, 0.5)
         begin = time.monotonic()
         gate.open()
         assert recv_exact(client, 5)
         wait_until(lambda: ends)
-    check_took(ends[0][0] - begin, 0.3)
+    check_took(ends[0][0] - begin, 0.2)
     assert isinstance(ends[0][1], TimeoutError)
 
 

@@ -30,7 +30,7 @@ from tstpool._cli.services import Service
 from tstpool._cli.wire import Kind
 
 {fault}
-sys.exit(tstpool.__main__.main(["demo", "--seconds", "1"]))
+sys.exit(tstpool.__main__.main(["demo", "--seconds", "0.5"]))
 """
 
 
@@ -45,7 +45,7 @@ def run_with(fault):
 
 @pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
 def test_the_demo_serves_every_kind_and_exits_with_0(trigger):
-    done = run_python("-m", "tstpool", "demo", "--seconds", "1", "--trigger", trigger, check=False)
+    done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", "--trigger", trigger, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     for kind in KINDS:
@@ -57,7 +57,7 @@ def test_the_demo_serves_every_kind_and_exits_with_0(trigger):
 
 
 def test_two_workers_suffice_for_the_demo():
-    done = run_python("-m", "tstpool", "demo", "--seconds", "1", "--workers", "2", check=False)
+    done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", "--workers", "2", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^blocking handler +1 ", done.stdout, re.MULTILINE)
 
@@ -190,10 +190,10 @@ demo.Broadcaster = Leaks
 
 
 def test_a_hang_ends_with_every_stack_and_1():
-    fault = "demo.WATCHDOG_GRACE = 2.0; demo.Demo.finish = lambda demo: threading.Event().wait()"
+    fault = "demo.WATCHDOG_GRACE = 1.5; demo.Demo.finish = lambda demo: threading.Event().wait()"
     done = run_python("-c", PLANT.format(fault=fault), check=False)
     assert done.returncode == 1
-    assert "Timeout (0:00:03)!" in done.stderr
+    assert "Timeout (0:00:02)!" in done.stderr
     assert "most recent call first" in done.stderr
 
 

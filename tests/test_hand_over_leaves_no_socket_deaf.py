@@ -32,7 +32,7 @@ def test_a_send_whose_last_bytes_another_worker_sends_is_finished(make_pool, tri
             sock.send(b"END")
 
     pool = make_pool(Late(), workers=4, trigger=trigger)
-    for n in range(scaled(200, minimum=20)):
+    for n in range(scaled(80, minimum=20)):
         spin[0] = n % 40 * 5e-6
         with connect(pool, timeout=3) as client:
             client.sendall(b"x")

@@ -78,10 +78,13 @@ def build(what, source, target, path=None):
     """`what`: "wheel" or "sdist", made of the folder `source` by its own pyproject.toml, as a user's pip would.
 
     `path`: where the build finds other packages beside the environment's. What is in the files matters here and not how
-    fast they are: -O0, and none of the flavours of setup.py.
+    fast they are: none of the flavours of setup.py, and -O0, which has to come last to be heard.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith("TSTPOOL_")}
-    env["CFLAGS"] = env.get("CFLAGS", "") + " -O0"
+    compiler = target / "cc-O0"
+    compiler.write_text(f'#!/bin/sh\nexec {env.get("CC", "cc")} "$@" -O0\n')
+    compiler.chmod(0o755)
+    env["CC"] = str(compiler)
     if path is not None:
         env["PYTHONPATH"] = str(path)
     code = f"import setuptools.build_meta as backend; backend.build_{what}({str(target)!r})"
