@@ -646,6 +646,8 @@ cdef class TstSocket:
         with cython.critical_section(self):
             spin_lock(&self.connection.lock)           # another thread's send_message() may be reading the old one
             self.connection.framing = framing_pointer(framing)
+            # Unread input is cut anew. The old one may be freed below, and a later one lie where it lay.
+            self.connection.framed_by = NULL
             spin_unlock(&self.connection.lock)
             self.own_framing, framing = framing, self.own_framing
 
