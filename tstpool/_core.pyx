@@ -1357,8 +1357,12 @@ cdef class TstPool:
                                    "write": write_timeout, "linger": linger_timeout})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
         sockets = _net.listening_sockets(host, port, backlog)
-        addresses = [self.add_listener(listener, used, limits) for listener in sockets]
-        return addresses[0]
+        try:
+            return [self.add_listener(listener, used, limits) for listener in sockets][0]
+        except BaseException:
+            for listener in sockets:
+                _net.discard_listener(listener)
+            raise
 
     cdef tst_limits *limits_from(self, dict timeouts) except NULL:
         """The limits of a listener, in seconds, where THE_POOLS stands for the pool's. They live as long as the
@@ -1401,6 +1405,7 @@ cdef class TstPool:
             connection = self.enter(fd, TYPE_LISTEN, 0, &id)
             if connection == NULL:
                 close(fd)
+                _net.unlink_socket(address)
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
