@@ -1562,6 +1562,10 @@ cdef class TstPool:
             self.engine.workers[no].ticks.scale = tick_scale()
             self.engine.workers[no].group = 1
             self.engine.workers[no].group_most = GROUP_MOST if self.engine.slow_handler > LONG_GROUP else 1
+        # The counters that are no worker's begin anew, too; what was added already will be closed in this run.
+        store64(&self.added, <uint64_t>len(self), RELAXED)
+        store64(&self.bytes_outside, 0, RELAXED)
+        store64(&self.engine.total.overflow_closed, 0, RELAXED)
         self.binding = bind(self.binding.handler, self.hooks)
         self.engine.call_idle = self.binding.on_idle is not None
         self.engine.call_longest = self.binding.on_most_elapsed is not None
