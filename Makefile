@@ -34,7 +34,7 @@ install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
-.PHONY: help build demo test test-slow model faults debug asan tsan werror cov lint format bench bench-full bench-check wheel clean distclean
+.PHONY: help build demo test test-slow model faults debug asan tsan werror cov fuzz lint format bench bench-full bench-check wheel clean distclean
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
@@ -46,6 +46,7 @@ help:
 	@echo "make debug      the tests with the engine's invariants checked"
 	@echo "make asan       the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the tests under ThreadSanitizer"
+	@echo "make fuzz       a minute of fuzzing for each target (ARGS=3600 for an hour each; best with clang)"
 	@echo "make werror     a build in which every compiler warning is an error"
 	@echo "make cov        the tests with coverage of the .py, .pyx and .pxd files (use a Python 3.11)"
 	@echo "make lint       ruff, cython-lint, mypy, stubtest"
@@ -82,6 +83,11 @@ debug asan tsan werror: $(BUILT)
 	bash .ci/flavour $@ $(VENV) $(ARGS)
 
 cov: $(VENV)/.extra-cov
+	bash .ci/flavour $@ $(VENV) $(ARGS)
+
+# Guided by coverage where clang is there and atheris installs; inputs are changed at random elsewhere.
+fuzz: $(BUILT)
+	@$(call install_lists,fuzz) || echo "no atheris for this Python"
 	bash .ci/flavour $@ $(VENV) $(ARGS)
 
 model:

@@ -3,7 +3,8 @@
 Environment variables choose a flavour of the build (the Makefile's targets set them):
 
     TSTPOOL_DEBUG=1          invariants are checked (`if TST_DEBUG:` in the sources), -O1 -g
-    TSTPOOL_SANITIZE=...     "address,undefined" or "thread": gcc's sanitizers
+    TSTPOOL_SANITIZE=...     "address,undefined" or "thread": gcc's sanitizers; "fuzzer-no-link,address": clang's, for
+                             tests/fuzz, whose runtime library is preloaded
     TSTPOOL_COVERAGE=1       line tracing of the .pyx and .pxd files
     TSTPOOL_WERROR=1         every warning of the C compiler is an error
     TSTPOOL_WHITEBOX=1       also builds the tests' modules, each beside its source; never part of a wheel
@@ -36,8 +37,8 @@ COVERAGE = env_flag("TSTPOOL_COVERAGE")
 WERROR = env_flag("TSTPOOL_WERROR")
 WHITEBOX = env_flag("TSTPOOL_WHITEBOX")
 SANITIZE = os.environ.get("TSTPOOL_SANITIZE", "")
-if SANITIZE not in ("", "address,undefined", "thread"):
-    sys.exit(f"TSTPOOL_SANITIZE is {SANITIZE!r}, but can only be 'address,undefined' or 'thread'.")
+if SANITIZE not in ("", "address,undefined", "thread", "fuzzer-no-link,address"):
+    sys.exit(f"TSTPOOL_SANITIZE is {SANITIZE!r}: not one of those that the head of setup.py names.")
 
 # Each flavour has its own directory of generated C and objects: neither Cython nor distutils notices changed options.
 FLAVOUR = "-".join(
@@ -46,6 +47,7 @@ FLAVOUR = "-".join(
         ("debug", DEBUG),
         ("asan", SANITIZE == "address,undefined"),
         ("tsan", SANITIZE == "thread"),
+        ("fuzz", SANITIZE == "fuzzer-no-link,address"),
         ("coverage", COVERAGE),
         ("werror", WERROR),
     ]
@@ -78,7 +80,7 @@ def make_extension(name, source):
         define_macros=[("TST_DEBUG", "1" if DEBUG else "0")]
         + ([("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if COVERAGE else []),
         extra_compile_args=compile_args(),
-        extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
+        extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE and "fuzzer" not in SANITIZE else [],
     )
 
 

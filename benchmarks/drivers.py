@@ -62,9 +62,7 @@ def connect(port: int, stack: ExitStack) -> socket.socket:
 def idle(port: int, pid: int, connections: int, seconds: float) -> dict[str, float]:
     """Many connections that have been used once and then say nothing: what they cost in memory and CPU time."""
     with ExitStack() as stack:
-        receive_echo(
-            [connect(port, stack)]
-        )  # the first of all: what the server makes only once
+        receive_echo([connect(port, stack)])  # the first of all: what the server makes only once
         empty = resident_bytes(pid)
         receive_echo(connect(port, stack) for _ in range(connections - 1))
         full = resident_bytes(pid)

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -21,7 +22,17 @@ from contract_helpers import (
     round_trip,
     serve,
 )
-from helpers import SANITIZER, connect, native_threads, open_fds, patient, recv_until_eof, scaled, wait_until
+from helpers import (
+    SANITIZER,
+    connect,
+    native_threads,
+    open_fds,
+    patient,
+    recv_exact,
+    recv_until_eof,
+    scaled,
+    wait_until,
+)
 
 import tstpool
 from tstpool import TstError, TstPool
@@ -470,3 +481,20 @@ def test_the_default_number_of_workers(make_pool):
     assert pool.workers in {min(32, n + 4) for n in cores}
     assert pool.trigger == "level"
     assert tstpool.__version__ == "0.1.0"
+
+
+def test_counters_begin_anew_with_each_start():
+    """Those that no worker keeps, too; what was added before start() belongs to the run that closes it."""
+    pool = TstPool(handler(on_message=echo), workers=1)
+    for _ in range(2):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            sock = pool.addsocket(ours)
+            pool.start()
+            sock.send(b"hello")
+            sock.flush(10)  # on this thread, perhaps: such bytes are counted apart
+            assert recv_exact(theirs, 5) == b"hello"
+        wait_until(lambda: not len(pool))
+        stats = pool.stats()
+        assert (stats.accepted, stats.added, stats.closed, stats.bytes_out) == (0, 1, 1, 5)
+        assert pool.stop()

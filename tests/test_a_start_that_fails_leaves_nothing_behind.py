@@ -1,12 +1,15 @@
 """B44: an address that may not be used, and threads that can't be had."""
 
+import contextlib
 import errno
 import os
+import resource
 import tempfile
 
 import pytest
+import tstpool
 from contract_helpers import faults
-from helpers import SANITIZER, run_python
+from helpers import SANITIZER, open_fds, run_python
 
 THREADS = """
 import os, socket, threading, time
@@ -109,3 +112,33 @@ def test_a_place_where_one_may_not_listen():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         assert run_python("-c", FORBIDDEN, folder).stdout == "True 0 1\nTrue\n"
+
+
+@contextlib.contextmanager
+def descriptors_left(n):
+    """This process may open n more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(n)]
+    for fd in free:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_listener_that_fails_takes_its_file_with_it(tmp_path):
+    """B44: a backlog that is none, found when the socket has its name; no descriptor for epoll; then it works."""
+    pool = tstpool.TstPool(lambda sock: None)
+    before = open_fds()
+    with pytest.raises(TypeError):
+        pool.listen(f"unix:{tmp_path}/socket", backlog="many")
+    assert not (tmp_path / "socket").exists()
+    with descriptors_left(1), pytest.raises(OSError, match="epoll"):
+        pool.listen(f"unix:{tmp_path}/socket")
+    assert not (tmp_path / "socket").exists()
+    assert open_fds() == before
+    assert pool.addresses == []
+    pool.listen(f"unix:{tmp_path}/socket")
+    pool.stop()

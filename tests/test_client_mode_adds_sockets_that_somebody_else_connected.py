@@ -172,6 +172,8 @@ def test_connect_failures_name_the_address(make_pool):
         pool.connect("no-such-host.invalid", 80)
     with pytest.raises(OSError):
         pool.connect("unix:/no/such/path", 0)
+    with pytest.raises(TypeError, match="host"):
+        pool.connect(None)
     assert len(pool) == 0
 
 

@@ -256,6 +256,28 @@ def test_framing_changes_in_mid_stream(make_pool, make_client):
     assert got == [b"hello", b"UPGRADE", b"abc", b"", b"LINES", b"a line", b"RAW", b"the rest\r\n\0\1"]
 
 
+def test_framings_that_come_and_go_in_the_midst_of_a_message(make_pool, make_client):
+    """The last one counts, from the first byte of what is unread, also where it lies at a freed one's address."""
+
+    class Fickle(Collector):
+        def on_connect(self, sock):
+            sock.framing = Delimited(b"\n")
+
+        def on_writable(self, sock):
+            sock.framing = Delimited(b"nobody sends this")  # frees the first one, so that the next may lie there
+            sock.framing = Delimited(b"a")
+
+    got = Fickle()
+    pool = make_pool(got, workers=1)
+    client = make_client(pool)
+    client.sendall(b"1a2a3")
+    wait_until(lambda: pool.stats().bytes_in == 5)
+    pool.need_send(pool.sockets()[0])
+    wait_until(lambda: got.messages == [b"1", b"2"])
+    client.sendall(b"4a")
+    wait_until(lambda: got.messages == [b"1", b"2", b"34"])
+
+
 def test_framing_is_changed_in_the_handler_only(make_pool, make_client):
     pool = make_pool(Collector(), framing=Delimited())
     make_client(pool)

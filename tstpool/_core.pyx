@@ -648,6 +648,8 @@ cdef class TstSocket:
         with cython.critical_section(self):
             spin_lock(&self.connection.lock)           # another thread's send_message() may be reading the old one
             self.connection.framing = framing_pointer(framing)
+            # Unread input is cut anew. The old one may be freed below, and a later one lie where it lay.
+            self.connection.framed_by = NULL
             spin_unlock(&self.connection.lock)
             self.own_framing, framing = framing, self.own_framing
 
@@ -1386,10 +1388,14 @@ cdef class TstPool:
                                    "write": write_timeout, "linger": linger_timeout})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
         sockets = _net.listening_sockets(host, port, backlog)
-        for listener in sockets if self.keepalive else ():
-            _net.keep_alive(listener, self.keepalive)
-        addresses = [self.add_listener(listener, used, limits) for listener in sockets]
-        return addresses[0]
+        try:
+            for listener in sockets if self.keepalive else ():
+                _net.keep_alive(listener, self.keepalive)
+            return [self.add_listener(listener, used, limits) for listener in sockets][0]
+        except BaseException:
+            for listener in sockets:
+                _net.discard_listener(listener)
+            raise
 
     cdef tst_limits *limits_from(self, dict timeouts) except NULL:
         """The limits of a listener, in seconds, where THE_POOLS stands for the pool's. They live as long as the
@@ -1432,6 +1438,7 @@ cdef class TstPool:
             connection = self.enter(fd, TYPE_LISTEN, 0, &id)
             if connection == NULL:
                 close(fd)
+                _net.unlink_socket(address)
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
@@ -1606,6 +1613,10 @@ cdef class TstPool:
             self.engine.workers[no].ticks.scale = tick_scale()
             self.engine.workers[no].group = 1
             self.engine.workers[no].group_most = GROUP_MOST if self.engine.slow_handler > LONG_GROUP else 1
+        # The counters that are no worker's begin anew, too; what was added already will be closed in this run.
+        store64(&self.added, <uint64_t>len(self), RELAXED)
+        store64(&self.bytes_outside, 0, RELAXED)
+        store64(&self.engine.total.overflow_closed, 0, RELAXED)
         self.binding = bind(self.binding.handler, self.hooks)
         self.engine.call_idle = self.binding.on_idle is not None
         self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)

@@ -106,9 +106,13 @@ def _listen_unix(path: str, backlog: int) -> socket.socket:
                 raise
             os.unlink(path)
             listener.bind(path)
-        listener.listen(backlog)
     except BaseException:
         listener.close()
+        raise
+    try:
+        listener.listen(backlog)
+    except BaseException:
+        discard_listener(listener)
         raise
     return listener
 
@@ -162,6 +166,8 @@ def keep_alive(sock: socket.socket, seconds: int) -> None:
 
 def connected_socket(host: str, port: int, timeout: float | None) -> socket.socket:
     """Connects, in the calling thread. Raises OSError naming the address."""
+    if host is None:
+        raise TypeError("host must be a string: None stands for no address to connect to")
     check_address(host, port)
     try:
         if host.startswith(UNIX_PREFIX):
@@ -178,6 +184,15 @@ def connected_socket(host: str, port: int, timeout: float | None) -> socket.sock
         raise named(error, "connect to", host, port) from error
     except (UnicodeError, OverflowError) as error:
         raise named(OSError(errno.EINVAL, str(error)), "connect to", host, port) from error
+
+
+def discard_listener(listener: socket.socket) -> None:
+    """Closes a listener that nobody was told of, and removes its file. Nothing is left to do for one that was
+    detached."""
+    if listener.fileno() >= 0:
+        address = address_of(listener)
+        listener.close()
+        unlink_socket(address)
 
 
 def unlink_socket(address: tuple[str, int]) -> None:

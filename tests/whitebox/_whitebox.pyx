@@ -215,6 +215,13 @@ cdef class Framing:
         self.framing.adjust = adjust
         self.framing.max_message = max_message
 
+    @staticmethod
+    def like(PublicFraming framing):
+        """The same as one of the package's."""
+        cdef Framing made = Framing(0)
+        made.framing = framing.framing
+        return made
+
     def cut(self, bytes data, size_t scanned=0):
         """(result, message or None, bytes that it took up, bytes needed, scanned)"""
         cdef tst_frame frame
@@ -253,6 +260,7 @@ cdef class Stream:
     cdef tst_worker *worker
     cdef tst_compiled compiled
     cdef PublicFraming framing             # None: bytes as they arrive
+    cdef dict changes                      # number of messages: the framing that takes over there
     cdef readonly list messages
     cdef readonly bint too_large           # the stream has ended with an error
 
@@ -270,6 +278,7 @@ cdef class Stream:
             self.compiled.received = keep_message
             self.connection.compiled = &self.compiled
         self.messages = []
+        self.changes = {}
 
     def __dealloc__(self):
         if self.connection != NULL:
@@ -277,6 +286,10 @@ cdef class Stream:
         free(self.connection)
         free(self.engine)
         free(self.worker)
+
+    def change_framing(self, number, PublicFraming framing):
+        """After so many messages, as a handler in Python may."""
+        self.changes[number] = framing
 
     def arrive(self, bytes data, size_t step=SCRATCH_SIZE):
         """Reads of at most `step` bytes, each with a turn of its own, until the stream has ended with an error."""
@@ -327,6 +340,9 @@ cdef class Stream:
             input_consume(&connection.input, connection.frame.whole if connection.framed else size)
             connection.message_ready = connection.framed = False
             connection.frame.needed = 0
+            if len(self.messages) in self.changes:
+                self.framing = self.changes[len(self.messages)]
+                connection.framing = &self.framing.framing
         return 0
 
     def change_byte(self, size_t place, unsigned char value):
