@@ -22,6 +22,5 @@ def test_every_input_of_the_corpus(name):
         try:
             target(path.read_bytes())
         except BaseException as error:
-            error.add_note(f"replay it: python tests/fuzz/run.py {name} {path}") if hasattr(error, "add_note") else None
-            raise
+            raise AssertionError(f"to replay it: python tests/fuzz/run.py {name} {path}") from error
     faulthandler.cancel_dump_traceback_later()

@@ -4,13 +4,14 @@ tests/fuzz/pool_model.py, here chosen and shrunk by hypothesis."""
 
 import threading
 
-import tstpool
 from fuzz.framing_model import Model
 from fuzz.pool_model import World
 from helpers import scaled
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import tstpool
 
 FRAMINGS = [
     None,

@@ -12,22 +12,31 @@ import socket
 import tempfile
 import warnings
 
-import tstpool
 from fuzz.framing_model import edge
 from fuzz.source import Source
 from helpers import open_fds
+
+import tstpool
 from tstpool import _net
 
 # What TstPool(), listen() and connect() say that they raise; OverflowError is what int and float themselves raise.
 DOCUMENTED = (OSError, TypeError, ValueError, tstpool.TstError, OverflowError)
 
 HOSTS = [
-    None, "", "::", "0.0.0.0", "127.0.0.1", "127.0.0.2", "::1", "localhost", "127.1", "0x7f.1", "127.0.0.1%lo", "::1%lo",
-    "fe80::1%lo", "::ffff:127.0.0.1", "[::1]", "300.1.1.1", "192.0.2.1", "unix:", "unix:new", "unix:abandoned",
+    None, "", "::", "0.0.0.0", "127.0.0.1", "127.0.0.2", "::1", "localhost", "127.1", "0x7f.1", "127.0.0.1%lo",
+    "::1%lo", "fe80::1%lo", "::ffff:127.0.0.1", "[::1]", "300.1.1.1", "192.0.2.1", "unix:", "unix:new", "unix:abandoned",
     "unix:alive", "unix:file", "unix:folder", "unix:missing/new", "unix:new\0x", "unix:alive\0x", "unix:abandoned\0x",
     "unix:" + "x" * 107, "unix:" + "x" * 108, "UNIX:new",
 ]  # fmt: skip
-SIZES = ["max_recv_size", "max_send_size", "max_connections", "high_water", "low_water", "max_queued", "max_total_queued"]
+SIZES = [
+    "max_recv_size",
+    "max_send_size",
+    "max_connections",
+    "high_water",
+    "low_water",
+    "max_queued",
+    "max_total_queued",
+]
 TIMES = ["first_byte_timeout", "message_timeout", "idle_timeout", "write_timeout", "linger_timeout"]
 WORDS = ["trigger", "when_full", "on_overflow", "name"]
 OTHER = ["workers", "shards", "idle_time", "slow_handler", "copy", "auto_pause", "framing", "handler"]
@@ -104,7 +113,9 @@ def value(source):
     if kind == 4:
         return source.choose([0.0, -0.0, 0.001, 1.0, 1e-12, 4e6, 4e6 + 1, 1e9, 1e300, math.inf, -math.inf, math.nan])
     if kind == 5:
-        return source.choose(["level", "oneshot", "edge", "wait", "close", "raise", "block", "", "x", "127.0.0.1", "\0"])
+        return source.choose(
+            ["level", "oneshot", "edge", "wait", "close", "raise", "block", "", "x", "127.0.0.1", "\0"]
+        )
     if kind == 6:
         return source.some(12).decode("latin-1")
     if kind == 7:

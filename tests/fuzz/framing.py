@@ -6,9 +6,10 @@ The bytes: a framing; another one and after how many messages it takes over; the
 import pickle
 
 import _whitebox
-import tstpool
 from fuzz.framing_model import TOO_LARGE, acceptable, cut, edge, model_from
 from fuzz.source import Source
+
+import tstpool
 
 MOST = 4096  # bytes in a stream: some thousand reads
 ALLOCATED = 2**20  # a length that a peer announces is memory at once: up to max_message, which is the user's choice

@@ -31,33 +31,39 @@ class Model:
             return tstpool.Delimited(self.delimiter, self.keep, **limit)
         return tstpool.LengthPrefixed(self.size, self.byteorder, self.offset, self.adjust, not self.keep, **limit)
 
-    def first(self, stream):
-        """(message, bytes that it takes up); None: it is not whole yet; TOO_LARGE."""
+    def first(self, stream, begin):
+        """(message, bytes that it takes up) of what begins there; None: it is not whole yet; TOO_LARGE."""
+        left = len(stream) - begin
         if self.kind is tstpool.Raw:
-            return (stream[: self.max_message], min(len(stream), self.max_message)) if stream else None
+            size = min(left, self.max_message)
+            return (stream[begin : begin + size], size) if size else None
         if self.kind is tstpool.Fixed:
-            return (stream[: self.size], self.size) if len(stream) >= self.size else None
+            return (stream[begin : begin + self.size], self.size) if left >= self.size else None
         if self.kind is tstpool.Delimited:
-            return self.first_delimited(stream)
-        return self.first_prefixed(stream)
+            return self.first_delimited(stream, begin)
+        return self.first_prefixed(stream, begin)
 
-    def first_delimited(self, stream):
-        body, found, _ = stream.partition(self.delimiter)
-        if found:
-            whole = len(body) + len(found)
-            return TOO_LARGE if len(body) > self.max_message else (stream[:whole] if self.keep else body, whole)
-        # The end may be the beginning of a delimiter.
-        return TOO_LARGE if len(stream) - (len(self.delimiter) - 1) > self.max_message else None
+    def first_delimited(self, stream, begin):
+        end = stream.find(self.delimiter, begin)
+        if end < 0:  # the last bytes may be the beginning of a delimiter
+            beyond = len(stream) - begin - (len(self.delimiter) - 1) > self.max_message
+            return TOO_LARGE if beyond else None
+        whole = end + len(self.delimiter)
+        return (
+            TOO_LARGE
+            if end - begin > self.max_message
+            else (stream[begin : whole if self.keep else end], whole - begin)
+        )
 
-    def first_prefixed(self, stream):
-        header = self.offset + self.size
+    def first_prefixed(self, stream, begin):
+        header = begin + self.offset + self.size
         if len(stream) < header:
             return None
-        body = int.from_bytes(stream[self.offset : header], self.byteorder) + self.adjust
+        body = int.from_bytes(stream[begin + self.offset : header], self.byteorder) + self.adjust
         if not 0 <= body <= self.max_message:
             return TOO_LARGE
-        whole = header + body
-        return (stream[0 if self.keep else header : whole], whole) if len(stream) >= whole else None
+        end = header + body
+        return (stream[begin if self.keep else header : end], end - begin) if len(stream) >= end else None
 
     def header(self, size):
         """What goes before a body of `size` bytes; TOO_LARGE: there is no frame for it."""
@@ -73,17 +79,18 @@ class Model:
 def cut(model, stream, changes=()):
     """(messages, what is left, whether it ended as too large). `changes`: {number of messages: the Model from there}.
     For Raw: as if all came in one read."""
-    messages, changes = [], dict(changes)
+    messages, begin, changes = [], 0, dict(changes)
     while True:
-        found = None if model is None else model.first(stream)
-        if model is None and stream:
-            found = stream, len(stream)
+        if model is None:
+            found = (stream[begin:], len(stream) - begin) if begin < len(stream) else None
+        else:
+            found = model.first(stream, begin)
         if found is None:
-            return messages, stream, False
+            return messages, stream[begin:], False
         if found is TOO_LARGE:
             return messages, b"", True
         messages.append(found[0])
-        stream = stream[found[1] :]
+        begin += found[1]
         model = changes.get(len(messages), model)
 
 

@@ -14,11 +14,11 @@ import os
 import socket
 import tempfile
 import threading
-import time
 
-import tstpool
 from fuzz.framing_model import TOO_LARGE, cut
 from helpers import patient, reset, wait_until
+
+import tstpool
 from tstpool import ConnectionClosed, MessageTooLarge, SendQueueFull, TstStat
 
 DEADLINE = 10.0  # seconds for what is to happen soon
@@ -161,10 +161,7 @@ class World:
         """Returns the Peer, or None when nobody listens."""
         if not self.running:
             return None
-        if self.folder:
-            client = socket.socket(socket.AF_UNIX)
-        else:
-            client = socket.socket()
+        client = socket.socket(socket.AF_UNIX if self.folder else socket.AF_INET)
         peer = Peer(client, self.framing)
         self.expected = peer
         client.connect(f"{self.folder}/socket" if self.folder else self.address)
@@ -207,7 +204,9 @@ class World:
             return
         with peer.lock:
             peer.closing = peer.input_cut = peer.output_cut = peer.left = True
-        reset(peer.client) if with_reset else peer.client.close()
+        if with_reset:
+            reset(peer.client)
+        peer.client.close()
 
     # -- the server's side: each may be called on any thread, also in the handler, where it may return a TstStat
 
@@ -330,7 +329,7 @@ class World:
                 self.end(peer)
             wait_until(lambda: all(peer.disconnects for peer in self.peers), DEADLINE, "on_disconnect")
             self.check_all()
-            self.running and wait_until(lambda: len(self.pool) == 0, DEADLINE, "no connection")
+            wait_until(lambda: len(self.pool) == 0, DEADLINE, "no connection")
             self.check_counters()
         finally:
             self.discard()
@@ -341,9 +340,11 @@ class World:
             peer.ending = True
             peer.sock.resume()
         self.half_close(peer)
-        peer.client.settimeout(patient(DEADLINE)) if not peer.left else None
+        if peer.left:
+            return
+        peer.client.settimeout(patient(DEADLINE))
         try:
-            while not peer.left and (piece := peer.client.recv(1 << 16)):
+            while piece := peer.client.recv(1 << 16):
                 peer.received += piece
         except ConnectionResetError:
             peer.was_reset = True

@@ -1,8 +1,9 @@
 """Fuzzing: python tests/fuzz/run.py TARGET [--seconds N], or with files: each is replayed once.
 
-TARGET is framing, addresses or sequences. With atheris, and an extension that .ci/flavour built for it (`make fuzz`), the
-search is guided by coverage, and AddressSanitizer watches; without, the corpus is mutated at random. New inputs go to
-build/fuzz/TARGET, what made the target fail to build/fuzz/TARGET-crash-*. --merge copies into the corpus what adds coverage.
+TARGET is framing, addresses or sequences. With atheris, and an extension that .ci/flavour built for it (`make fuzz`),
+the search is guided by coverage, and AddressSanitizer watches; without, the corpus is changed at random. New inputs go
+to build/fuzz/TARGET, what made the target fail to build/fuzz/TARGET-crash-*. --merge copies what adds coverage into the
+corpus.
 """
 
 import argparse

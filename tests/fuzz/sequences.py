@@ -3,10 +3,11 @@
 The bytes: a framing, options of the pool, then up to 48 operations, each with its operands.
 """
 
-import tstpool
 from fuzz.framing_model import Model
 from fuzz.pool_model import World
 from fuzz.source import Source
+
+import tstpool
 
 MOST_OPERATIONS = 48
 MOST_PEERS = 4
