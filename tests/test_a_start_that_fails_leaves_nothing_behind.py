@@ -7,9 +7,10 @@ import resource
 import tempfile
 
 import pytest
-import tstpool
 from contract_helpers import faults
 from helpers import SANITIZER, open_fds, run_python
+
+import tstpool
 
 THREADS = """
 import os, socket, threading, time

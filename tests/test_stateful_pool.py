@@ -133,8 +133,7 @@ class Pool(RuleBasedStateMachine):
 
     def teardown(self):
         if self.world is not None:
-            world, self.world = self.world, None
-            world.finish()
+            self.world.finish()
 
 
 TestPool = Pool.TestCase

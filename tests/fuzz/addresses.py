@@ -24,9 +24,9 @@ DOCUMENTED = (OSError, TypeError, ValueError, tstpool.TstError, OverflowError)
 
 HOSTS = [
     None, "", "::", "0.0.0.0", "127.0.0.1", "127.0.0.2", "::1", "localhost", "127.1", "0x7f.1", "127.0.0.1%lo",
-    "::1%lo", "fe80::1%lo", "::ffff:127.0.0.1", "[::1]", "300.1.1.1", "192.0.2.1", "unix:", "unix:new", "unix:abandoned",
-    "unix:alive", "unix:file", "unix:folder", "unix:missing/new", "unix:new\0x", "unix:alive\0x", "unix:abandoned\0x",
-    "unix:" + "x" * 107, "unix:" + "x" * 108, "UNIX:new",
+    "::1%lo", "fe80::1%lo", "::ffff:127.0.0.1", "[::1]", "300.1.1.1", "192.0.2.1", "unix:", "unix:new",
+    "unix:abandoned", "unix:alive", "unix:file", "unix:folder", "unix:missing/new", "unix:new\0x", "unix:alive\0x",
+    "unix:abandoned\0x", "unix:" + "x" * 107, "unix:" + "x" * 108, "UNIX:new",
 ]  # fmt: skip
 SIZES = [
     "max_recv_size",

@@ -15,8 +15,8 @@ SIZES = [0, 1, 2, 3, 4, 7, 8, 50, 51, 300, 2000, 8192, 20000, 70000, 131073, 200
 
 FRAMINGS = [
     None,
-    Model(tstpool.Raw, 7),
-    Model(tstpool.Fixed, 2**20, size=1),
+    Model(tstpool.Raw, 97),
+    Model(tstpool.Fixed, 2**20, size=7),
     Model(tstpool.Fixed, 2**20, size=300),
     Model(tstpool.Delimited, 2**20, delimiter=b"\n"),
     Model(tstpool.Delimited, 50, delimiter=b"\0\x01", keep=True),
