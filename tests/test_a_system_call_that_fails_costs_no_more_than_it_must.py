@@ -42,7 +42,7 @@ def failing(call, name, count=1, **more):
 @pytest.mark.parametrize("name", ["ENOMEM", "ENOENT", "EBADF"])
 @pytest.mark.parametrize(
     ("call", "after", "trigger"),
-    [("epoll_add", 2, "level"), ("epoll_add", 2, "edge"), ("epoll_mod", 0, "oneshot"), ("epoll_mod", 3, "oneshot")],
+    [("epoll_add", 3, "level"), ("epoll_add", 3, "edge"), ("epoll_mod", 0, "oneshot"), ("epoll_mod", 3, "oneshot")],
 )
 def test_a_connection_that_epoll_refuses_ends_once(call, after, trigger, name):
     """B07, B27: its descriptor can't be armed, at first or later; the client sees the end, the others go on.
@@ -110,7 +110,7 @@ pool.stop()
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_listener_that_epoll_refuses_is_not_forgotten(count):
     """B07: no watch is left for it (ENOSPC): that is logged, and it is tried again until it works."""
-    env = failing("epoll_add", "ENOSPC", count, fail_after=1)
+    env = failing("epoll_add", "ENOSPC", count, fail_after=2)
     with ServerProcess(LISTENER_FAILS, env=env, preload=faults()) as server:
         with connect(server.addr) as client:
             assert round_trip(client, b"hello") == b"hello"

@@ -32,8 +32,8 @@ from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED, RELEASE,
-    SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd, gettid, load32, load64,
-    load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
+    SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd, gettid,
+    load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
     pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
     shutdown, store32, store64, store_pointer, timerfd_create, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
@@ -46,10 +46,10 @@ from tstpool._queue cimport (
     tst_stock)
 from tstpool._run cimport RUN_BURST, RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
-    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM, ID_WAKE,
-    PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
-    scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
-    tst_entry, tst_scratch, tst_shard, tst_worker)
+    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
+    ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief,
+    entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch,
+    tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport TICK_BITS, tick_of
 from tstpool._turn cimport (
@@ -2928,7 +2928,7 @@ cdef class Worker:
 
 
 cdef object stack_of(unsigned long ident):
-    """Where a thread is, on lines of their own. Without a GIL its frames may change while they are looked at: nothing."""
+    """Where a thread is, on lines of their own. Without a GIL its frames may change while one looks: then nothing."""
     frame = sys._current_frames().get(ident) if gil_is_on() else None
     return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()
 
