@@ -26,7 +26,7 @@ def main():
     options = parse()
     sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "whitebox")]
     faulthandler.enable()
-    atheris = None if options.plain or options.files else load_atheris()
+    atheris = None if options.plain or (options.files and not options.libfuzzer) else load_atheris()
     if atheris is None:
         target = importlib.import_module(f"fuzz.{options.target}").target
     else:
@@ -34,7 +34,9 @@ def main():
             target = importlib.import_module(f"fuzz.{options.target}").target
     found = options.out / options.target
     found.mkdir(parents=True, exist_ok=True)
-    if options.files:
+    if options.libfuzzer:
+        fuzz(atheris, target, [sys.argv[0], *options.libfuzzer])
+    elif options.files:
         replay(target, options.files)
     elif atheris is None:
         mutate(target, options, found)
@@ -52,7 +54,7 @@ def parse():
     parser.add_argument("--merge", action="store_true", help="minimise what was found into the corpus (atheris only)")
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "build" / "fuzz")
-    options = parser.parse_args()
+    options, options.libfuzzer = parser.parse_known_args()  # -merge starts this program again, with options of its own
     options.corpus, options.out = options.corpus.resolve(), options.out.resolve()  # a target changes the directory
     return options
 
@@ -70,7 +72,7 @@ def guided(atheris, target, options, found):
     """libFuzzer's loop. Never returns: it ends the process."""
     corpus = options.corpus / options.target
     arguments = [
-        sys.argv[0],
+        f"{sys.executable} {sys.argv[0]} {options.target}",  # how -merge starts it again
         f"-max_len={MOST_BYTES[options.target]}",
         f"-timeout={TIMEOUT}",
         f"-artifact_prefix={options.out}/{options.target}-",
@@ -83,6 +85,10 @@ def guided(atheris, target, options, found):
         arguments += ["-merge=1", str(corpus), str(found)]
     else:
         arguments += [f"-max_total_time={options.seconds}", str(found), str(corpus)]
+    fuzz(atheris, target, arguments)
+
+
+def fuzz(atheris, target, arguments):
     atheris.Setup(arguments, lambda data: target(bytes(data)), enable_python_coverage=True)
     atheris.Fuzz()
 
