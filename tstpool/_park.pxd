@@ -9,10 +9,10 @@ change, and a thread that was merely descheduled looks the same.
 
 A look costs some 15 microseconds of the processor that it interrupts, and a timer that is soon due makes each sleep of
 that processor dearer: with one client and a look every 4 ms a C loop lost a fifth of its rate, with one every 32 ms
-nothing that could be measured. So the time between two looks grows with the time for which no handler has blocked: it
-is a thousandth of that (LOOK_PART), from LOOK_EVERY to CALM_EVERY. Those who wait behind handlers that block lose about a
-thousandth of the time to that, however often handlers do. A look that finds a worker inside a handler is followed by
-a second one LOOK_EVERY later, and by more as long as it is the same call.
+nothing that could be measured. So the time between two looks is a thousandth of the time for which no handler has
+blocked (LOOK_PART), from LOOK_EVERY to CALM_EVERY: those who wait behind handlers that block lose about a thousandth of
+the time to that, however often handlers do. A look that finds a worker inside a handler is followed by a second one
+LOOK_EVERY later, and by more as long as it is the same call.
 
 With several shards it may happen that more handlers block than leave a worker for each shard. Then nobody is parked to
 watch; who polls a shard looks after the others himself, now and then (engine_look), and takes turns between the shards
