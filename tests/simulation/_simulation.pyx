@@ -462,14 +462,13 @@ cdef sock_t *new_socket(tst_connection *connection) noexcept nogil:
     if world.n_socks == SOCKS:
         sim_fail("the simulation has no room for another socket")
     sock = &world.socks[world.n_socks]
-    memset(sock, 0, sizeof(sock_t))
+    world.n_socks += 1                     # before another thread may run
     sock.id = connection_id(connection)
     sock.connection = connection
     sock.stream = kernel_stream_of(connection.fd)
     for i in range(world.n_clients):
         if world.clients[i].stream == sock.stream:
             sock.client = i
-    world.n_socks += 1
     sock.wants_compiled = sim_below(2)
     spin_lock(&connection.lock)
     connection.sock = <PyObject *>sock
@@ -852,13 +851,15 @@ cdef void requester_main(void *argument) noexcept nogil:
         if world.n_socks == 0:
             continue
         sock = &world.socks[some_socket()]
+        if sock.connection == NULL:        # another thread is making it
+            continue
         gone = sock.forgotten
         result = 0
         kind = <int>sim_below(16)
         sim_trace("requests", sock.client, kind, 0)
         if kind < 7:
             result = send_frame(sock, no)
-            if gone and result != -ENOTCONN:
+            if gone and result != -ENOTCONN and result != -ENOMEM:
                 sim_fail("client %d: a stale handle sends: %zd", sock.client, result)      # B02
         elif kind == 7:
             result = sock_need_send(sock)
