@@ -71,12 +71,13 @@ def compile_args():
     return args
 
 
-def make_extension(name, source):
+def make_extension(name, source, *c_sources):
     return Extension(
         name,
-        [source],
+        [source, *c_sources],
         # A changed layer rebuilds all that is made of it.
-        depends=glob.glob("tstpool/*.pxd"),
+        depends=glob.glob("tstpool/*.pxd") + glob.glob(os.path.dirname(source) + "/*.h"),
+        include_dirs=[os.path.dirname(source)] if c_sources else [],
         define_macros=[("TST_DEBUG", "1" if DEBUG else "0")]
         + ([("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if COVERAGE else []),
         extra_compile_args=compile_args(),
@@ -143,6 +144,13 @@ extensions = [make_extension("tstpool._core", "tstpool/_core.pyx")]
 if WHITEBOX:
     for name in ("tests.whitebox._whitebox", "tests.downstream.downstream_handlers"):
         extensions.append(make_extension(name, name.replace(".", "/") + ".pyx"))
+    if not COVERAGE and SANITIZE != "thread":  # both would have to know of the simulation's own threads
+        here = "tests/simulation/"
+        extensions.append(
+            make_extension(
+                "tests.simulation._simulation", here + "_simulation.pyx", here + "kernel.c", here + "scheduler.c"
+            )
+        )
 
 setup(
     ext_modules=extensions,

@@ -1,0 +1,1232 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The engine over a fake kernel: one seed is one run of workers, clients and other threads, and replays exactly.
+
+See README.md. The engine's headers are compiled into this module as they are; reroute.h, which must stand first, leads
+their system calls to kernel.c. What tstpool/_core.pyx does between them, because it needs the interpreter, is done here
+in its smallest form: the functions in "the worker" and "the pool" carry the names of what they stand for.
+"""
+from libc.errno cimport ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+cdef extern from "reroute.h" nogil:
+    cdef struct sim_faults:
+        uint32_t recv_short, recv_eintr, recv_eagain, recv_error
+        uint32_t send_short, send_eintr, send_eagain, send_error
+        uint32_t accept_eintr, accept_error, accept_full
+        uint32_t control_error
+        uint32_t wait_eintr, wait_few, wait_stale, wait_twice, wait_error
+        uint32_t no_memory
+        uint32_t spurious_wakeup
+        uint32_t weak
+    cdef struct sim_stream:
+        int fd, accepted, closed, aborted, faulted, fin, reset, shut, went_with_reset
+        uint32_t in_size, out_size
+        uint64_t received, sent
+    cdef struct sim_tally:
+        uint64_t accepts, closes, bytes_sent, bytes_received, controls, wait_errors, no_memory, stale
+    const uint64_t MILLISECOND "SIM_MILLISECOND"
+    enum: SIM_STREAMS
+    uintptr_t sim_quiet_begin, sim_quiet_size
+    void sim_begin(uint64_t seed, int tracing)
+    const char *sim_run()
+    int sim_spawn(const char *name, void (*body)(void *) noexcept nogil, void *argument)
+    void sim_fail(const char *format, ...)
+    const char *sim_failure()
+    uint64_t sim_random()
+    uint32_t sim_below(uint32_t n)
+    int sim_chance(uint32_t rate)
+    int sim_block(const void *channel, uint64_t until)
+    void sim_wake(const void *channel, int all)
+    void sim_sleep(uint64_t nanoseconds)
+    void sim_wait_for_rest()
+    void sim_progress()
+    uint64_t sim_now()
+    void sim_set_schedule(uint32_t mean, int slow)
+    void sim_trace(const char *what, int64_t one, int64_t two, int64_t result)
+    uint64_t sim_trace_hash()
+    uint64_t sim_switches()
+    void sim_point()
+    void kernel_begin()
+    void kernel_faults(const sim_faults *faults)
+    void kernel_calm()
+    int kernel_listener()
+    sim_stream *kernel_stream(int i)
+    int kernel_stream_of(int fd)
+    int kernel_open_files()
+    uint64_t kernel_live_memory()
+    void kernel_free_all()
+    int kernel_backlog()
+    const sim_tally *kernel_tally()
+    const void *kernel_wire()
+    int wire_connect(uint32_t in_capacity, uint32_t out_capacity)
+    int wire_write(int stream, const unsigned char *bytes, uint32_t size)
+    int wire_read(int stream, unsigned char *bytes, uint32_t size)
+    void wire_fin(int stream)
+    void wire_reset(int stream)
+    void *calloc(size_t n, size_t size)
+    void *malloc(size_t size)
+    void free(void *place)
+
+from cpython.object cimport PyObject
+
+from tstpool._collect cimport connection_settle_in
+from tstpool._conn cimport (
+    GONE, OVERFLOW_CLOSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, PRESSURE_HIGH, STATE_DETACHED, STATE_OPEN,
+    STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
+    connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_drop, table_chunk,
+    table_open, tst_compiled, tst_connection, tst_limits)
+from tstpool._data cimport data_request, input_consume, input_free, input_keep, tst_data
+from tstpool._entry cimport (
+    STAT_DISCONNECT, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort, connection_apply,
+    connection_begin_close, connection_break, connection_cut, connection_due)
+from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, tst_framing
+from tstpool._libc cimport (
+    ACQUIRE, ACQ_REL, EPOLL_CTL_ADD, EPOLLIN, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_create1, eventfd, gettid, load32,
+    load64, load_pointer, store32, store64, store_pointer, sub32)
+from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
+from tstpool._poll cimport TRIGGER_LEVEL, connection_flush, sys_control, sys_wake
+from tstpool._queue cimport (
+    queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
+from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
+from tstpool._shard cimport (
+    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
+    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
+    scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
+    tst_entry, tst_shard, tst_worker)
+from tstpool._stats cimport clock_now, count, tick_now, tst_stats
+from tstpool._timer cimport tick_of
+from tstpool._turn cimport (
+    ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
+    engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
+
+cdef enum:
+    WORKERS = 4
+    SHARDS = 2
+    CLIENTS = 12
+    REQUESTERS = 3
+    BODY_MOST = 600            # bytes in a message
+    FRAME_MOST = 640
+    SOCKS = 64
+    HEAD = 12                  # bytes before the body of each frame that the server sends: sender, number, size
+    SENDERS = REQUESTERS + 1   # the handler is sender 0
+    REPLY_MOST = 3000
+
+
+# What a TstSocket is to the engine.
+cdef struct sock_t:
+    uint64_t id
+    tst_connection *connection
+    int stream
+    int client
+    int in_handler             # B06
+    int connected
+    int disconnected
+    int forgotten              # the slot has let go
+    int closing                # somebody has asked for the close
+    int reason                 # errno that ended it
+    int sending                # STAT_SEND was returned, `writable` is due
+    int asked                  # need_send of the handler's own, writable is due
+    int paused
+    int wants_compiled
+    uint64_t bytes             # of the client's stream that the handler has been given
+    uint32_t messages
+    uint32_t sent[SENDERS]     # frames that each sender has queued
+    tst_data transfer          # sock.send_data
+
+
+cdef struct client_t:
+    int stream                 # -1: it has not connected yet
+    int done
+    int patient                # 0: resets in the middle; 1: finishes, reads to the end; 2: stays until the server closes
+    int finished               # has sent its FIN
+    int ended                  # has seen the end, 1, or a reset, -1
+    uint32_t messages          # that it sends
+    uint32_t written           # of them, whole
+    uint64_t offset            # bytes of its stream that are out
+    uint64_t until             # does nothing before that
+    uint32_t pending           # of the frame at hand
+    uint32_t frame_size
+    uint64_t read
+    uint32_t have              # bytes of the server's frame that is not whole
+    uint32_t got[SENDERS]      # frames of each sender
+    unsigned char frame[FRAME_MOST]
+    unsigned char reply[HEAD + REPLY_MOST]
+
+
+cdef struct world_t:
+    tst_engine *engine
+    tst_framing framing
+    int framed                 # 0: no framing
+    tst_compiled compiled
+    tst_limits *limits
+    int n_clients
+    int n_requesters
+    int requesters_left
+    int workers_left
+    int blocking               # rate of handlers that block
+    int passing                # rate of TST_RUN
+    int closing                # rate of closes by handlers
+    int requests               # of each requester
+    int stop_early
+    int deadlines
+    int broken                 # epoll itself has failed
+    int calm                   # handlers pause no more
+    int stopped                # stop() has begun
+    uint64_t bytes_outside
+    uint64_t litter            # objects that queues hold
+    tst_connection *listener
+    uint64_t listener_id
+    int n_socks
+    sock_t socks[SOCKS]
+    client_t clients[CLIENTS]
+    int numbers[8]
+    tst_shard *shards
+
+cdef world_t world
+
+
+# -------------------------------------------------------------------------------------------------- streams
+
+cdef unsigned char letter(int client, uint64_t offset) noexcept nogil:
+    """The byte of a client's stream at that place: a letter, so that no delimiter is among them."""
+    cdef uint64_t z = (offset + 1) * 0x9e3779b97f4a7c15u + <uint64_t>client * 0xbf58476d1ce4e5b9u
+    return <unsigned char>(97 + ((z ^ z >> 29) % 26))
+
+
+cdef uint32_t body_size(int client, uint32_t message) noexcept nogil:
+    cdef uint64_t z = (<uint64_t>message + 7) * 0x94d049bb133111ebu + <uint64_t>client * 0x9e3779b97f4a7c15u
+    z ^= z >> 31
+    if z % 4 == 0:
+        return 1 + <uint32_t>(z >> 8) % BODY_MOST
+    return 1 + <uint32_t>(z >> 8) % 20
+
+
+cdef uint32_t make_frame(int client, uint32_t message, unsigned char *frame) noexcept nogil:
+    cdef uint32_t size = body_size(client, message), i, n = 0
+    if world.framed and world.framing.kind == FRAME_LENGTH:
+        frame[0] = <unsigned char>(size >> 8)
+        frame[1] = <unsigned char>(size & 255)
+        n = 2
+    for i in range(size):
+        frame[n + i] = letter(client, (<uint64_t>message << 16) + i)
+    n += size
+    if world.framed and world.framing.kind == FRAME_DELIMITED:
+        frame[n] = 13
+        frame[n + 1] = 10
+        n += 2
+    return n
+
+
+cdef void check_message(sock_t *sock, const char *data, size_t size) noexcept nogil:
+    """The handler gets what the client has sent, in order, none twice, none of another's (B01, B17, B27)."""
+    cdef size_t i
+    cdef uint32_t offset
+    if world.framed:
+        if size != body_size(sock.client, sock.messages):
+            sim_fail("client %d: message %u has %zu bytes", sock.client, sock.messages, size)
+        for i in range(size):
+            if <unsigned char>data[i] != letter(sock.client, (<uint64_t>sock.messages << 16) + i):
+                sim_fail("client %d: message %u is wrong at byte %zu", sock.client, sock.messages, i)
+        sock.messages += 1
+        return
+    for i in range(size):                  # without framing: any pieces
+        offset = <uint32_t>sock.bytes
+        if <unsigned char>data[i] != letter(sock.client, (<uint64_t>sock.messages << 16) + offset):
+            sim_fail("client %d: piece is wrong in message %u at byte %u", sock.client, sock.messages, offset)
+        sock.bytes += 1
+        if sock.bytes == body_size(sock.client, sock.messages):
+            sock.messages += 1
+            sock.bytes = 0
+
+
+# --------------------------------------------------------------------------- what TstSocket does (see _core.pyx)
+
+cdef ssize_t try_append(sock_t *sock, const char *bytes, size_t size, tst_shared *shared) noexcept nogil:
+    cdef bint flush = False
+    cdef ssize_t result = connection_append(sock.connection, generation_of(sock.id), bytes, size, shared, False, &flush)
+    if flush:
+        shard_ask(sock.connection, generation_of(sock.id), 0)
+    return result
+
+
+cdef void flush_once(sock_t *sock) noexcept nogil:
+    cdef tst_stats outside
+    memset(&outside, 0, sizeof(outside))
+    connection_flush(sock.connection, generation_of(sock.id), True, True, clock_now(), &outside)
+    connection_ask_relief(sock.connection, generation_of(sock.id))
+    world.bytes_outside += outside.bytes_out
+
+
+cdef ssize_t sock_append(sock_t *sock, const char *bytes, size_t size, tst_shared *shared) noexcept nogil:
+    cdef ssize_t result = try_append(sock, bytes, size, shared)
+    if result == -ENOBUFS:
+        flush_once(sock)
+        result = try_append(sock, bytes, size, shared)
+        if result == -ENOBUFS and sock.connection.limits != NULL and sock.connection.limits.overflow == OVERFLOW_CLOSE:
+            sock.closing = True
+            if connection_abort(sock.connection, generation_of(sock.id), ENOBUFS):
+                shard_ask(sock.connection, generation_of(sock.id), PEND_CLOSE)
+            result = -ENOTCONN
+    return result
+
+
+cdef void sock_close(sock_t *sock) noexcept nogil:
+    sock.closing = True
+    if connection_close_output(sock.connection, generation_of(sock.id)) == 1:
+        shard_ask(sock.connection, generation_of(sock.id), PEND_CLOSE)
+
+
+cdef void sock_abort(sock_t *sock) noexcept nogil:
+    sock.closing = True
+    if connection_abort(sock.connection, generation_of(sock.id), 0):
+        shard_ask(sock.connection, generation_of(sock.id), PEND_CLOSE)
+
+
+cdef void sock_pause(sock_t *sock) noexcept nogil:
+    sock.paused = True
+    connection_mark(sock.connection, STATE_PAUSED, True, STATE_OPEN, generation_of(sock.id))
+
+
+cdef void sock_resume(sock_t *sock) noexcept nogil:
+    sock.paused = False
+    if connection_mark(sock.connection, STATE_PAUSED, False, STATE_OPEN, generation_of(sock.id)):
+        shard_ask(sock.connection, generation_of(sock.id), PEND_ARM)
+
+
+cdef int sock_need_send(sock_t *sock) noexcept nogil:
+    cdef bint closed
+    spin_lock(&sock.connection.lock)
+    closed = sock.connection.out_closed or not connection_is(sock.connection, generation_of(sock.id))
+    spin_unlock(&sock.connection.lock)
+    if closed or shard_ask(sock.connection, generation_of(sock.id), PEND_OUT) == GONE:
+        return -ENOTCONN
+    return 0
+
+
+cdef tst_shared *share_object(const unsigned char *bytes, size_t size) noexcept nogil:
+    cdef tst_shared *shared = <tst_shared *>malloc(sizeof(tst_shared))
+    cdef void *object
+    if shared == NULL:
+        return NULL
+    object = malloc(size)
+    if object == NULL:
+        free(shared)
+        return NULL
+    memcpy(object, bytes, size)
+    shared.users = 1
+    shared.object = object
+    shared.next = NULL
+    shared.bytes = <const char *>object
+    shared.size = size
+    return shared
+
+
+cdef void drop_litter(tst_shared *shared) noexcept nogil:
+    cdef tst_shared *next
+    while shared != NULL:
+        next = shared.next
+        free(shared.object)
+        free(shared)
+        shared = next
+
+
+cdef uint32_t make_reply(sock_t *sock, int sender, uint32_t size, unsigned char *frame) noexcept nogil:
+    """A frame of the server's: who has sent it, its number, whose it is; so that its reader can tell what is wrong."""
+    cdef uint32_t number = sock.sent[sender], i
+    frame[0] = <unsigned char>sender
+    frame[1] = <unsigned char>sock.client
+    memcpy(frame + 2, &number, 4)
+    memcpy(frame + 6, &size, 4)
+    frame[10] = frame[11] = 0
+    for i in range(size):
+        frame[HEAD + i] = letter(sock.client + 100 * sender, (<uint64_t>number << 16) + i)
+    return HEAD + size
+
+
+cdef ssize_t send_frame(sock_t *sock, int sender) noexcept nogil:
+    """Sends one frame. A sender is never in it twice, so its numbers have no gap unless the socket is closed."""
+    cdef unsigned char frame[HEAD + REPLY_MOST]
+    cdef uint32_t size = sim_below(sim_below(8) and 40 or REPLY_MOST)
+    cdef ssize_t result
+    cdef tst_shared *shared
+    cdef uint32_t whole = make_reply(sock, sender, size, frame)
+    if sim_below(8) == 0:
+        shared = share_object(frame, whole)
+        if shared == NULL:
+            return -ENOMEM
+        result = sock_append(sock, shared.bytes, whole, shared)
+        if result >= 0:
+            sock.sent[sender] += 1
+        if sub32(&shared.users, 1, ACQ_REL) == 0:
+            shared.next = NULL
+            drop_litter(shared)
+        return result
+    result = sock_append(sock, <const char *>frame, whole, NULL)
+    if result >= 0:
+        sock.sent[sender] += 1
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- handlers
+
+cdef int some_socket() noexcept nogil:
+    return <int>sim_below(<uint32_t>world.n_socks)
+
+
+cdef int act(sock_t *sock) noexcept nogil:
+    """What a handler does with a message, or when it may write. Returns a TstStat."""
+    cdef unsigned char frame[HEAD + REPLY_MOST]
+    cdef uint32_t size
+    if sim_chance(<uint32_t>world.blocking):
+        sim_sleep((1 + sim_below(40)) * MILLISECOND)
+    if sim_chance(<uint32_t>world.closing):
+        size = sim_below(3)
+        if size == 0:
+            sock_close(sock)
+        elif size == 1:
+            sock_abort(sock)
+        else:
+            sock.closing = True
+            return STAT_DISCONNECT
+        return STAT_SUSPEND
+    size = sim_below(16)
+    if size < 9:
+        send_frame(sock, 0)
+    elif size == 9:
+        sock_need_send(sock)
+    elif size == 10 and not world.calm:
+        sock_pause(sock)
+    elif size == 11 and sock.transfer.s_len:
+        size = make_reply(sock, 0, sim_below(400), frame)
+        if sock.connection.out_closed or sock.transfer.s == NULL or sock.transfer.com_len != sock.transfer.req_len:
+            return STAT_SUSPEND
+        memcpy(sock.transfer.s, frame, size)
+        if data_request(&sock.transfer, 0, size) == 0:
+            sock.sent[0] += 1
+            sock.sending = True
+            return STAT_SEND
+    elif size == 12:
+        sock.sending = True
+        return STAT_SEND
+    return STAT_SUSPEND
+
+
+cdef void enter(sock_t *sock, const char *hook) noexcept nogil:
+    """One worker at a time is in a connection's handlers, between connect and disconnect (B06)."""
+    if sock.in_handler:
+        sim_fail("client %d: %s while another worker is in its handler", sock.client, hook)
+    if not sock.connected or sock.disconnected:
+        sim_fail("client %d: %s of a connection that is not connected", sock.client, hook)
+    sock.in_handler = True
+    sim_progress()
+    sim_trace(hook, sock.client, sock.messages, 0)
+    sim_point()
+
+
+cdef int leave(sock_t *sock, int stat) noexcept nogil:
+    sim_point()
+    sock.in_handler = False
+    return stat
+
+
+cdef int on_received(void *handler, void *place, const char *data, size_t size) noexcept nogil:
+    cdef sock_t *sock = <sock_t *>place
+    if handler != NULL and sim_chance(<uint32_t>world.passing):
+        return STAT_RUN
+    enter(sock, "received")
+    if sock.sending and not kernel_stream(sock.stream).reset and not kernel_stream(sock.stream).faulted:
+        sim_fail("client %d: a message before the SEND was done", sock.client)
+    check_message(sock, data, size)
+    return leave(sock, act(sock))
+
+
+cdef int on_writable(void *handler, void *place) noexcept nogil:
+    cdef sock_t *sock = <sock_t *>place
+    enter(sock, "writable")
+    sock.sending = False
+    if sim_below(2):
+        send_frame(sock, 0)
+    return leave(sock, STAT_SUSPEND)
+
+
+cdef int on_nothing(void *handler, void *place) noexcept nogil:
+    return STAT_SUSPEND
+
+
+# ---------------------------------------------------------------- the worker: what _core.pyx's Worker and its like do
+
+cdef sock_t *new_socket(tst_connection *connection) noexcept nogil:
+    cdef sock_t *sock
+    if world.n_socks == SOCKS:
+        sim_fail("the simulation has no room for another socket")
+    sock = &world.socks[world.n_socks]
+    world.n_socks += 1                     # before another thread may run
+    sock.id = connection_id(connection)
+    sock.connection = connection
+    sock.stream = kernel_stream_of(connection.fd)
+    for i in range(world.n_clients):
+        if world.clients[i].stream == sock.stream:
+            sock.client = i
+    sock.wants_compiled = sim_below(2)
+    spin_lock(&connection.lock)
+    connection.sock = <PyObject *>sock
+    spin_unlock(&connection.lock)
+    return sock
+
+
+cdef void forget_socket(tst_connection *connection) noexcept nogil:
+    cdef sock_t *sock
+    spin_lock(&connection.lock)
+    sock = <sock_t *>connection.sock
+    connection.sock = NULL
+    connection.recv = NULL
+    connection.send = NULL
+    spin_unlock(&connection.lock)
+    if sock == NULL:
+        return
+    free(sock.transfer.s)
+    sock.transfer.s = NULL
+    sock.forgotten = True
+    connection.compiled = NULL
+
+
+cdef void adopt_binding(sock_t *sock) noexcept nogil:
+    store32(&sock.connection.rebind, 0, SEQ_CST)
+    sock.connection.compiled = &world.compiled if sock.wants_compiled else NULL
+    sock.connection.tell_room = not sock.wants_compiled
+
+
+cdef void connect(tst_worker *worker, sock_t *sock) noexcept nogil:
+    cdef tst_connection *connection = sock.connection
+    if connection.closing or load32(&world.engine.phase, ACQUIRE) != PHASE_RUNNING:
+        connection_begin_close(connection)
+        return
+    if sock.connected or sock.disconnected:
+        sim_fail("client %d is connected twice", sock.client)
+    connection.connected = sock.connected = True
+    if sim_below(2):
+        sock.transfer.s_len = 512
+        sock.transfer.s = <char *>calloc(1, 512)
+        if sock.transfer.s != NULL:
+            spin_lock(&connection.lock)
+            store_pointer(<void **>&connection.send, &sock.transfer, RELEASE)
+            spin_unlock(&connection.lock)
+    worker_enter(worker)
+    enter(sock, "connected")
+    if sim_below(4) == 0:
+        send_frame(sock, 0)
+    if sim_chance(<uint32_t>world.blocking):
+        sim_sleep((1 + sim_below(40)) * MILLISECOND)
+    leave(sock, 0)
+    worker_leave(worker)
+    worker_job(world.engine, worker, connection, 1)
+    if sim_chance(<uint32_t>world.closing):
+        sock.connected = connection.connected = False      # refused
+        sock.closing = True
+        count(&worker.stats.rejected, 1)
+        connection_begin_close(connection)
+        return
+    connection_apply(connection, worker, STAT_SUSPEND)
+
+
+cdef void disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
+    sock.reason = sock.connection.reason
+    if sock.connection.connected:
+        if not sock.connected or sock.disconnected:
+            sim_fail("client %d is disconnected without having been connected, or twice", sock.client)
+        worker_enter(worker)
+        enter(sock, "disconnected")
+        sock.disconnected = True
+        if sim_chance(<uint32_t>world.blocking):
+            sim_sleep((1 + sim_below(40)) * MILLISECOND)
+        leave(sock, 0)
+        worker_leave(worker)
+    forget_socket(sock.connection)
+
+
+cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
+    cdef tst_connection *connection = sock.connection
+    cdef const char *bytes = NULL
+    cdef char *copy
+    cdef size_t size
+    cdef uint64_t n = 0
+    cdef int stat
+    while connection_cut(connection):
+        if load32(&connection.rebind, RELAXED):
+            adopt_binding(sock)
+        if connection.compiled != NULL and not connection.passed_on:
+            if not run_messages(world.engine, worker, connection):
+                break
+        connection.passed_on = False
+        size = message_at_hand(connection, &bytes)
+        copy = <char *>malloc(size + 1)
+        if copy == NULL:
+            connection_begin_close(connection)
+            return
+        memcpy(copy, bytes, size)
+        connection.message_ready = False
+        if connection.framed:
+            input_consume(&connection.input, connection.frame.whole)
+            connection.framed = False
+            connection.frame.begin = connection.frame.size = connection.frame.whole = connection.frame.needed = 0
+        else:
+            input_consume(&connection.input, size)
+        worker_enter(worker)
+        stat = on_received(NULL, sock, copy, size)
+        worker_leave(worker)
+        worker_job(world.engine, worker, connection, 1)
+        free(copy)
+        connection_apply(connection, worker, stat)
+        n += 1
+        if n % 4 == 0:
+            break
+    count(&worker.stats.messages, n)
+
+
+cdef void run_entry(tst_worker *worker, tst_entry *entry) noexcept nogil:
+    cdef tst_connection *connection = entry.connection
+    cdef sock_t *sock
+    cdef uint32_t due = entry.what
+    store32(<uint32_t *>&connection.thread_no, <uint32_t>worker.no, RELAXED)
+    worker.current = connection
+    sock = <sock_t *>connection.sock if connection.sock != NULL else new_socket(connection)
+    if sock.id != connection_id(connection):
+        sim_fail("an entry has another connection's socket")
+    if due & DO_CONNECT:
+        adopt_binding(sock)
+        connect(worker, sock)
+    connection.report = 0
+    if due & DO_WRITABLE and not connection.closing:
+        connection.passed_on = False
+        worker_enter(worker)
+        on_writable(NULL, sock)
+        worker_leave(worker)
+        worker_job(world.engine, worker, connection, 1)
+        connection_apply(connection, worker, STAT_SUSPEND)
+    if not due & DO_CONNECT:
+        read_messages(worker, sock)
+        due = connection_due(connection)
+    elif connection.closing:
+        due = connection_due(connection)
+    if due & DO_DISCONNECT:
+        disconnect(worker, sock)
+        entry.what = DO_RETIRE
+    elif input_keep(&connection.input) < 0:
+        connection_break(connection, ENOMEM)
+
+
+cdef bint run_one(tst_worker *worker, tst_shard *shard, tst_entry *entry) noexcept nogil:
+    if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
+        return False
+    if not token_held(shard, worker.no):
+        connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
+    run_entry(worker, entry)
+    worker.current = NULL
+    store32(&entry.state, ENTRY_RAN, RELEASE)
+    return True
+
+
+cdef void run_batch(tst_worker *worker, tst_shard *shard, tst_batch *batch) noexcept nogil:
+    cdef int i
+    cdef tst_entry *left = worker.left
+    cdef uint64_t flushed = tick_now(&worker.ticks)
+    worker.clock = flushed
+    if left != NULL:
+        worker.left = NULL
+        run_one(worker, shard, left)
+        if not token_held(shard, worker.no):
+            return
+    for i in range(batch.n_entries):
+        if not run_one(worker, shard, &batch.entries[i]):
+            continue
+        if not token_held(shard, worker.no):
+            return
+        if worker.clock - flushed >= RUN_TIME:
+            batch_finish(worker, batch, worker.clock)
+            worker.clock = flushed = tick_now(&worker.ticks)
+
+
+cdef tst_batch *resume(tst_worker *worker, tst_shard *shard) noexcept nogil:
+    cdef tst_batch *stuck = shard.batch
+    cdef tst_batch *own
+    cdef bint kept
+    sim_trace("takes over", shard.no, worker.no, 0)
+    add32(&stuck.users, 1, ACQUIRE)
+    batch_detach(stuck, &worker.stats)
+    run_batch(worker, shard, stuck)
+    batch_finish(worker, stuck, clock_now())
+    kept = shard_leave_running(worker, shard)
+    if not kept:
+        batch_leave(world.engine, stuck, 1)
+        return NULL
+    own = batch_get(world.engine)
+    while own == NULL:
+        sim_sleep(10 * MILLISECOND)
+        own = batch_get(world.engine)
+    own.n_events = stuck.n_events - stuck.next_event
+    memcpy(own.events, stuck.events + stuck.next_event, <size_t>own.n_events * sizeof(own.events[0]))
+    batch_leave(world.engine, stuck, 2)
+    return own
+
+
+cdef void idle(tst_worker *worker, tst_shard *shard) noexcept nogil:
+    if shard != NULL:
+        shard_enter_running(world.engine, worker, shard)
+    store64(&worker.calls, worker.calls + 1, RELEASE)
+    if sim_chance(<uint32_t>world.blocking):
+        sim_sleep((1 + sim_below(40)) * MILLISECOND)
+    store64(&worker.calls, worker.calls + 1, RELEASE)
+
+
+cdef tst_shard *serve(tst_worker *worker, tst_shard *shard, bint *taken_over) noexcept nogil:
+    cdef tst_engine *engine = world.engine
+    cdef tst_batch *batch
+    cdef tst_shard *other = NULL
+    cdef int turn
+    cdef bint ran = False
+    batch = resume(worker, shard) if taken_over[0] else batch_get(engine)
+    if batch == NULL:
+        if not taken_over[0]:
+            sim_sleep(10 * MILLISECOND)
+            shard_yield(engine, worker, shard)
+        return NULL
+    taken_over[0] = False
+    worker.since = clock_now()
+    shard.batch = batch
+    while True:
+        turn = shard_turn(engine, worker, shard, batch, ran)
+        ran = False
+        if turn == TURN_RUN:
+            if stock_has_litter(&shard.stock):
+                drop_litter(stock_take_litter(&shard.stock))
+            run_batch(worker, shard, batch)
+            worker.accept_errno = 0
+            ran = True
+        elif turn == TURN_LOST:
+            batch_leave(engine, batch, 1)
+            return NULL
+        elif turn == TURN_ENDED:
+            shard.batch = NULL
+            batch_leave(engine, batch, 2)
+            engine_shard_ended(engine, shard)
+            return NULL
+        elif turn == TURN_ELSEWHERE:
+            other = engine_look(engine, worker)
+            if other == NULL and not turn_elsewhere(engine, shard) & ELSEWHERE_FREE:
+                continue
+            taken_over[0] = other != NULL
+            shard.batch = NULL
+            batch_leave(engine, batch, 2)
+            shard_yield(engine, worker, shard)
+            return other
+        elif turn == TURN_IDLE:
+            idle(worker, shard)
+            ran = True
+        elif turn == TURN_COMPLAIN:
+            worker.accept_errno = 0
+        elif turn == TURN_LITTER:
+            drop_litter(stock_take_litter(&shard.stock))
+        else:
+            world.broken = True            # B09
+            begin_stop(0)
+
+
+cdef void worker_main(void *argument) noexcept nogil:
+    cdef tst_worker *worker = &world.engine.workers[(<int *>argument)[0]]
+    cdef tst_shard *shard = NULL
+    cdef bint taken_over = False
+    cdef int parked
+    worker.tid = gettid()
+    while True:
+        parked = engine_park(world.engine, worker, &shard, &taken_over)
+        if parked == PARK_END:
+            break
+        if parked == PARK_IDLE:
+            idle(worker, NULL)
+            shard = NULL
+        while shard != NULL:
+            shard = serve(worker, shard, &taken_over)
+    world.workers_left -= 1
+    sim_wake(&world.workers_left, 1)
+
+
+# ------------------------------------------------------------------------------- the pool: what TstPool does
+
+cdef void begin_stop(uint64_t drain) noexcept nogil:
+    cdef uint64_t until = clock_now() + drain
+    cdef int i
+    world.stopped = True
+    if load32(&world.engine.phase, ACQUIRE) == PHASE_RUNNING or until < load64(&world.engine.drain_until, ACQUIRE):
+        store64(&world.engine.drain_until, until, RELEASE)
+    if load32(&world.engine.phase, ACQUIRE) == PHASE_RUNNING:
+        store32(&world.engine.phase, PHASE_DRAINING, SEQ_CST)
+    for i in range(world.engine.n_shards):
+        sys_wake(world.engine.shards[i].event_fd)
+
+
+cdef void close_down() noexcept nogil:
+    """Nobody works any more. All connections must be gone by now."""
+    cdef int i
+    cdef tst_connection *first = table_chunk(&world.engine.table, 0)
+    for i in range(TABLE_CHUNK if first != NULL else 0):
+        if load64(&first[i].state, ACQUIRE) & STATE_OPEN:
+            sim_fail("descriptor %d is still open after the stop", i)
+    for i in range(world.engine.n_shards):
+        if load32(&world.engine.shards[i].open, ACQUIRE):
+            sim_fail("shard %d counts %u open connections after the stop", i, world.engine.shards[i].open)
+        drop_litter(stock_take_litter(&world.engine.shards[i].stock))
+        close(world.engine.shards[i].epoll_fd)
+        close(world.engine.shards[i].event_fd)
+
+
+cdef void free_memory() noexcept nogil:
+    cdef tst_engine *engine = world.engine
+    cdef tst_batch *batch
+    cdef int i
+    free(engine.limits)
+    while engine.batches != NULL:
+        batch = engine.batches
+        engine.batches = batch.next
+        scratch_leave(batch.scratch)
+        free(batch)
+    free(engine.table.chunks[0])
+    for i in range(engine.n_shards):
+        stock_free(&engine.shards[i].stock)
+    free(engine.shards)
+    free(engine.workers)
+    free(engine)
+
+
+cdef void open_pool(int n_workers, int n_shards) noexcept nogil:
+    cdef tst_engine *engine = <tst_engine *>calloc(1, sizeof(tst_engine))
+    cdef tst_shard *shard
+    cdef int i
+    world.engine = engine
+    engine.watcher = -1
+    engine.n_workers = n_workers
+    engine.n_shards = n_shards
+    engine.workers = <tst_worker *>calloc(n_workers, sizeof(tst_worker))
+    engine.shards = <tst_shard *>calloc(n_shards, sizeof(tst_shard))
+    engine.slow_handler = 100 * MILLISECOND
+    engine.idle_time = 50 * MILLISECOND
+    for i in range(n_workers):
+        engine.workers[i].no = i
+        engine.workers[i].group = engine.workers[i].group_most = 1
+    for i in range(n_shards):
+        shard = &engine.shards[i]
+        shard.no = i
+        shard.epoll_fd = epoll_create1(0)
+        shard.event_fd = eventfd(0, 0)
+        sys_control(shard.epoll_fd, EPOLL_CTL_ADD, shard.event_fd, EPOLLIN, 0)
+        shard.wheel.tick = tick_of(clock_now())
+    engine.phase = PHASE_RUNNING
+
+
+cdef void listen() noexcept nogil:
+    cdef uint64_t id = 0
+    cdef int fd = kernel_listener()
+    cdef tst_connection *connection = table_open(&world.engine.table, fd, STATE_QUEUED | PEND_CONNECT, &id)
+    connection_settle_in(connection, world.engine, &world.engine.shards[0], TYPE_LISTEN)
+    connection.framing = &world.framing if world.framed else NULL
+    connection.limits = world.engine.limits
+    add32(&world.engine.n_listeners, 1, RELAXED)
+    world.listener = connection
+    world.listener_id = id
+    shard_push(&world.engine.shards[0], connection)
+
+
+# ------------------------------------------------------------------------------------------- other threads
+
+cdef void requester_main(void *argument) noexcept nogil:
+    """A thread that is no worker: it sends, closes and so on, by any handle that it ever had, stale ones too."""
+    cdef int no = (<int *>argument)[0]
+    cdef int _n, kind
+    cdef sock_t *sock
+    cdef bint gone
+    cdef ssize_t result
+    for _n in range(world.requests):
+        sim_sleep((1 + sim_below(2000)) * MILLISECOND // 100)
+        if world.n_socks == 0:
+            continue
+        sock = &world.socks[some_socket()]
+        if sock.connection == NULL:        # another thread is making it
+            continue
+        gone = sock.forgotten
+        result = 0
+        kind = <int>sim_below(16)
+        sim_trace("requests", sock.client, kind, 0)
+        if kind < 7:
+            result = send_frame(sock, no)
+            if gone and result != -ENOTCONN and result != -ENOMEM:
+                sim_fail("client %d: a stale handle sends: %zd", sock.client, result)      # B02
+        elif kind == 7:
+            result = sock_need_send(sock)
+            if gone and result != -ENOTCONN:
+                sim_fail("client %d: need_send by a stale handle", sock.client)
+        elif kind == 8:
+            sock_pause(sock)
+        elif kind < 12:
+            sock_resume(sock)
+        elif kind == 12:
+            flush_once(sock)
+        elif kind == 13:
+            sock.wants_compiled = sim_below(2)
+            spin_lock(&sock.connection.lock)
+            if connection_is(sock.connection, generation_of(sock.id)):
+                store32(&sock.connection.rebind, 1, RELEASE)
+            spin_unlock(&sock.connection.lock)
+        elif sim_chance(<uint32_t>world.closing * 4):
+            if kind == 14:
+                sock_close(sock)
+            else:
+                sock_abort(sock)
+    world.requesters_left -= 1
+
+
+# ------------------------------------------------------------------------------------------------- clients
+
+cdef void check_reply(int no, client_t *client) noexcept nogil:
+    """Takes whole frames from what the client has read: each sender's in order, none torn, none of another's."""
+    cdef uint32_t number = 0, size = 0, i
+    cdef int sender
+    while client.have >= HEAD:
+        memcpy(&number, client.reply + 2, 4)
+        memcpy(&size, client.reply + 6, 4)
+        sender = client.reply[0]
+        if sender >= SENDERS or client.reply[1] != no or size > REPLY_MOST:
+            sim_fail("client %d gets what is no frame, or not its own", no)
+        if number != client.got[sender]:
+            sim_fail("client %d gets number %u of sender %d, not %u", no, number, sender, client.got[sender])
+        if client.have < HEAD + size:
+            return
+        for i in range(size):
+            if client.reply[HEAD + i] != letter(no + 100 * sender, (<uint64_t>number << 16) + i):
+                sim_fail("client %d gets a wrong byte", no)
+        client.got[sender] += 1
+        client.have -= HEAD + size
+        for i in range(client.have):
+            client.reply[i] = client.reply[HEAD + size + i]
+
+
+cdef bint client_reads(int no, client_t *client) noexcept nogil:
+    cdef int n = wire_read(client.stream, client.reply + client.have, 1 + sim_below(HEAD + REPLY_MOST - client.have))
+    if n == -2:
+        return False
+    if n <= 0:
+        client.ended = 1 if n == 0 else -1
+        if not client.finished:
+            client.finished = True
+            wire_fin(client.stream)
+        client.done = True
+        if n == 0 and client.have:
+            sim_fail("client %d sees the end in the middle of a frame", no)
+        return True
+    client.have += <uint32_t>n
+    check_reply(no, client)
+    return True
+
+
+cdef bint client_writes(int no, client_t *client) noexcept nogil:
+    cdef int n
+    cdef uint32_t piece
+    if client.finished:
+        return False
+    if client.pending == 0:
+        if client.written == client.messages:
+            if client.patient == 2:
+                return False
+            client.finished = True
+            wire_fin(client.stream)
+            return True
+        client.pending = client.frame_size = make_frame(no, client.written, client.frame)
+    if client.patient == 0 and sim_below(16) == 0:
+        client.done = client.finished = True
+        wire_reset(client.stream)
+        return True
+    piece = client.pending if sim_below(2) else 1 + sim_below(client.pending)
+    n = wire_write(client.stream, client.frame + client.frame_size - client.pending, piece)
+    if n < 0:
+        client.finished = True             # the reset is seen when it reads
+        return True
+    client.pending -= <uint32_t>n
+    if n and client.pending == 0:
+        client.written += 1
+    return n > 0
+
+
+cdef bint client_acts(int no) noexcept nogil:
+    """One step of a client. False: there is nothing that it can do now."""
+    cdef client_t *client = &world.clients[no]
+    if client.done or client.until > sim_now():
+        return False
+    if client.stream < 0:
+        client.stream = wire_connect(1 + sim_below(sim_below(2) and 60 or 2000), 1 + sim_below(sim_below(2) and 60 or 2000))
+        if client.stream < 0:
+            client.done = True
+        return True
+    if sim_below(64) == 0:
+        client.until = sim_now() + (1 + sim_below(80)) * MILLISECOND
+        return True
+    if sim_below(2):
+        return client_writes(no, client) or client_reads(no, client)
+    return client_reads(no, client) or client_writes(no, client)
+
+
+cdef void clients_main(void *argument) noexcept nogil:
+    cdef int i, first
+    cdef uint64_t until
+    cdef bint acted, left
+    while True:
+        acted = left = False
+        until = 0
+        first = <int>sim_below(<uint32_t>world.n_clients)
+        for i in range(world.n_clients):
+            acted |= client_acts((first + i) % world.n_clients)
+            if not world.clients[(first + i) % world.n_clients].done:
+                left = True
+        for i in range(world.n_clients):
+            if not world.clients[i].done and world.clients[i].until > sim_now() and (
+                    until == 0 or world.clients[i].until < until):
+                until = world.clients[i].until
+        if not left:
+            return
+        if acted:
+            sim_sleep(1 + sim_below(3) * 20000)
+        else:
+            sim_block(kernel_wire(), until)
+
+
+# ------------------------------------------------------------------------------------------ the end of a seed
+
+cdef bint ended_well(sock_t *sock) noexcept nogil:
+    """Nothing has happened to the connection but what its client and its handler wanted."""
+    cdef sim_stream *stream = kernel_stream(sock.stream)
+    return not (stream.faulted or sock.reason or world.broken or kernel_tally().no_memory or world.stop_early)
+
+
+cdef void check_rest() noexcept nogil:
+    """The world has come to rest: whoever has something to be done must be being served (B04, B05, B11)."""
+    cdef int i
+    cdef sock_t *sock
+    cdef tst_connection *connection
+    cdef sim_stream *stream
+    cdef client_t *client
+    if kernel_backlog() and not world.engine.max_connections:
+        sim_fail("at rest, %d clients wait to be accepted", kernel_backlog())
+    for i in range(world.n_socks):
+        sock = &world.socks[i]
+        connection = sock.connection
+        stream = kernel_stream(sock.stream)
+        client = &world.clients[sock.client]
+        if sock.forgotten:
+            continue
+        if client.done:
+            sim_fail("at rest, client %d is gone and its connection is not", sock.client)
+        if stream.in_size or stream.fin or stream.reset:
+            sim_fail("at rest, client %d has sent %u bytes that nobody reads", sock.client, stream.in_size)
+        if queue_size(&connection.out):
+            sim_fail("at rest, output waits for client %d, who reads", sock.client)
+        if sock.closing:
+            sim_fail("at rest, the connection of client %d is closing", sock.client)
+        if sock.sending:
+            sim_fail("at rest, the handler of client %d has not heard of its SEND", sock.client)
+        if connection.message_ready or (world.framed and sock.messages != client.written):
+            sim_fail("at rest, the handler of client %d has had %u of %u messages", sock.client, sock.messages,
+                     client.written)
+
+
+cdef void check_end() noexcept nogil:
+    cdef int i, j
+    cdef sock_t *sock
+    cdef client_t *client
+    cdef uint64_t accepted = 0, closed = 0, sent = world.bytes_outside, received = 0
+    cdef const sim_tally *tally = kernel_tally()
+    for i in range(world.n_socks):
+        sock = &world.socks[i]
+        client = &world.clients[sock.client]
+        if not sock.forgotten:
+            sim_fail("client %d: its socket was never let go", sock.client)
+        if sock.connected and not sock.disconnected:
+            sim_fail("client %d: it was connected and never disconnected", sock.client)
+        if not ended_well(sock) or sock.closing or client.patient != 1:
+            continue
+        if sock.messages != client.messages:
+            sim_fail("client %d: the handler has had %u of %u messages", sock.client, sock.messages, client.messages)
+        if client.ended != 1:
+            sim_fail("client %d: it has seen a reset", sock.client)
+        for j in range(SENDERS):
+            if client.got[j] != sock.sent[j]:
+                sim_fail("client %d: it has %u of %u frames of sender %d", sock.client, client.got[j], sock.sent[j], j)
+    for i in range(world.engine.n_workers):
+        accepted += world.engine.workers[i].stats.accepted
+        closed += world.engine.workers[i].stats.closed
+        sent += world.engine.workers[i].stats.bytes_out
+        received += world.engine.workers[i].stats.bytes_in
+    if accepted != closed:
+        sim_fail("%lu were accepted, %lu closed", accepted, closed)
+    if sent != tally.bytes_sent:
+        sim_fail("%lu bytes were counted, %lu sent", sent, tally.bytes_sent)
+    if received > tally.bytes_received:
+        sim_fail("%lu bytes were counted, %lu received", received, tally.bytes_received)
+    if world.engine.total.queued:
+        sim_fail("%lu bytes are counted as waiting", world.engine.total.queued)
+    if tally.accepts != tally.closes:
+        sim_fail("%lu descriptors were accepted, %lu closed", tally.accepts, tally.closes)
+
+
+cdef void director_main(void *argument) noexcept nogil:
+    """Lets the traffic come to rest, looks, and stops the pool."""
+    cdef int i
+    cdef uint64_t drain = 0
+    if world.stop_early:
+        sim_sleep(sim_below(60) * MILLISECOND)
+        drain = sim_below(200) * MILLISECOND
+    else:
+        sim_wait_for_rest()
+        kernel_calm()
+        world.calm = True
+        for i in range(world.n_socks):
+            if world.socks[i].paused:
+                sock_resume(&world.socks[i])
+        sim_wait_for_rest()
+        if not world.stopped:
+            check_rest()
+        drain = 500 * MILLISECOND
+    begin_stop(drain)
+    drain = sim_now() + drain + 3000 * MILLISECOND
+    while world.workers_left:
+        if not sim_block(&world.workers_left, drain) and sim_now() >= drain:
+            sim_fail("after stop(), %d workers are left", world.workers_left)
+    while world.requesters_left:
+        sim_sleep(10 * MILLISECOND)
+    close_down()
+    sim_wake(kernel_wire(), 1)
+
+
+cdef uint32_t rate(uint32_t most) noexcept nogil:
+    """A kind of fault is off in most seeds, so that each meets few of them at a time, often."""
+    return 1 + sim_below(most) if sim_below(3) == 0 else 0
+
+
+cdef void choose_faults(sim_faults *faults) noexcept nogil:
+    memset(faults, 0, sizeof(sim_faults))
+    faults.recv_short = rate(800)
+    faults.recv_eintr = rate(300)
+    faults.recv_eagain = rate(300)
+    faults.send_short = rate(800)
+    faults.send_eintr = rate(300)
+    faults.send_eagain = rate(300)
+    faults.accept_eintr = rate(300)
+    faults.wait_eintr = rate(200)
+    faults.wait_few = rate(900)
+    faults.wait_stale = rate(100)
+    faults.wait_twice = rate(100)
+    faults.spurious_wakeup = rate(200)
+    faults.weak = rate(200)
+    if sim_below(4) == 0:
+        faults.recv_error = rate(20)
+        faults.send_error = rate(20)
+        faults.accept_error = rate(200)
+        faults.accept_full = rate(100)
+        faults.control_error = rate(40)
+    if sim_below(16) == 0:
+        faults.no_memory = rate(20)
+    if sim_below(32) == 0:
+        faults.wait_error = 1 + sim_below(4)
+
+
+cdef tst_limits *choose_limits() noexcept nogil:
+    cdef tst_limits *limits = <tst_limits *>calloc(1, sizeof(tst_limits))
+    limits.total = &world.engine.total
+    limits.high_water = 1 + sim_below(sim_below(2) and 500 or 20000)
+    limits.low_water = sim_below(<uint32_t>limits.high_water)
+    limits.max_queued = 0 if sim_below(2) else limits.high_water + sim_below(4000)
+    limits.overflow = <uint8_t>sim_below(2)
+    limits.auto_pause = <uint8_t>sim_below(2)
+    limits.linger = 500
+    if world.deadlines:
+        limits.first_byte = 10 + sim_below(100)
+        limits.message = 10 + sim_below(100)
+        limits.idle = 10 + sim_below(100)
+        limits.write = 10 + sim_below(100)
+        limits.linger = 10 + sim_below(100)
+    return limits
+
+
+cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
+    cdef sim_faults faults
+    cdef int i, n_workers, n_shards, slow
+    sim_begin(seed, tracing)
+    memset(&world, 0, sizeof(world))
+    choose_faults(&faults)
+    n_workers = 1 + <int>sim_below(WORKERS)
+    n_shards = 1 + <int>sim_below(SHARDS)
+    if n_shards > n_workers:
+        n_shards = n_workers
+    kernel_begin()
+    world.framed = sim_below(4) != 0
+    world.framing.kind = FRAME_LENGTH if sim_below(2) else FRAME_DELIMITED
+    world.framing.length_size = 2
+    world.framing.n_delimiter = 2
+    world.framing.delimiter[0] = 13
+    world.framing.delimiter[1] = 10
+    world.framing.max_message = 100000
+    world.compiled.handler = &world
+    world.compiled.connected = on_nothing
+    world.compiled.received = on_received
+    world.compiled.writable = on_writable
+    world.compiled.disconnected = on_nothing
+    world.deadlines = sim_below(4) == 0
+    world.blocking = <int>(sim_below(3) and sim_below(80))
+    world.passing = <int>(sim_below(2) and sim_below(300))
+    world.closing = <int>(sim_below(2) and sim_below(60))
+    world.stop_early = sim_below(5) == 0
+    world.requests = <int>(sim_below(3) and sim_below(40))
+    open_pool(n_workers, n_shards)
+    world.engine.trigger = <uint8_t>sim_below(3)
+    world.engine.call_idle = sim_below(4) == 0
+    world.engine.max_connections = 1 + sim_below(4) if sim_below(4) == 0 else 0
+    if sim_below(4) == 0:
+        world.engine.total.most = 1 + sim_below(8000)
+    world.engine.limits = choose_limits()
+    sim_quiet_begin = <uintptr_t>&world.engine.table.chunks[1]
+    sim_quiet_size = sizeof(void *) * (TABLE_CHUNKS - 1)
+    listen()
+    kernel_faults(&faults)
+    world.n_clients = 1 + <int>sim_below(CLIENTS)
+    for i in range(world.n_clients):
+        world.clients[i].stream = -1
+        world.clients[i].messages = sim_below(12)
+        world.clients[i].patient = 1 if sim_below(4) else <int>sim_below(3)
+        world.clients[i].until = sim_now() + (sim_below(40) * MILLISECOND if sim_below(2) else 0)
+    for i in range(8):
+        world.numbers[i] = i
+    world.workers_left = n_workers
+    for i in range(n_workers):
+        sim_spawn("worker", worker_main, &world.numbers[i])
+    world.n_requesters = world.requesters_left = <int>sim_below(REQUESTERS + 1)
+    for i in range(world.n_requesters):
+        sim_spawn("requester", requester_main, &world.numbers[i + 1])
+    sim_spawn("clients", clients_main, NULL)
+    sim_spawn("director", director_main, NULL)
+    slow = <int>sim_below(<uint32_t>n_workers) if sim_below(3) == 0 else -1
+    sim_set_schedule(2 + sim_below(1 << (1 + sim_below(9))), slow)
+    if sim_run() == NULL:
+        check_end()
+        free_memory()
+        if sim_failure() == NULL and kernel_live_memory():
+            sim_fail("%lu blocks of memory are left", kernel_live_memory())
+        if sim_failure() == NULL and kernel_open_files():
+            sim_fail("%d descriptors are left", kernel_open_files())
+    kernel_free_all()
+
+
+def run(uint64_t seed, bint tracing=False):
+    """Runs one seed. Returns what has failed, or None; the hash of its trace; how often threads were switched."""
+    cdef const char *failure
+    with nogil:
+        run_seed(seed, tracing)
+    failure = sim_failure()
+    return None if failure == NULL else failure.decode(), sim_trace_hash(), sim_switches()
