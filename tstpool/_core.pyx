@@ -2906,7 +2906,8 @@ cdef class Worker:
 
 
 cdef object stack_of(unsigned long ident):
-    """Where a thread is, on lines of their own. Without a GIL its frames may change while they are looked at: nothing."""
+    """Where a thread is, on lines of their own; nothing without a GIL: its frames may change while they are looked at.
+    """
     frame = sys._current_frames().get(ident) if gil_is_on() else None
     return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()
 

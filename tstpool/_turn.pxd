@@ -19,8 +19,8 @@ from tstpool._conn cimport (
     tst_connection)
 from tstpool._entry cimport batch_finish, connection_drop_output
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange64, load32, load64, load_pointer, pthread_cond_broadcast, pthread_cond_signal,
-    pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange64, load32, load64, load_pointer,
+    pthread_cond_broadcast, pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
 from tstpool._poll cimport sys_wait
 from tstpool._queue cimport stock_has_litter
 from tstpool._shard cimport (
