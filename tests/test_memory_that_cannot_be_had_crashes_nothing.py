@@ -2,7 +2,7 @@
 
 import pytest
 from contract_helpers import shim
-from helpers import SANITIZER, run_python
+from helpers import FREE_THREADED, SANITIZER, run_python
 
 pytestmark = pytest.mark.skipif(bool(SANITIZER), reason="its runtime has a malloc of its own")
 
@@ -158,31 +158,47 @@ def strike(code, n):
     finally:
         _testcapi.remove_mem_hooks()
 
-def visit(address):
-    try:
-        with socket.create_connection(address, 10) as client:
-            client.sendall(b"\\0\\0\\0\\1e")
-            return client.recv(6) != b"\\0\\0\\0\\2ee"
-    finally:
-        _testcapi.remove_mem_hooks()
-
 class Careless(Server):
     n = 0
+    ready = threading.Event()
 
     def on_message(self, sock, data):
-        _testcapi.set_nomemory(self.n, self.n + 1)  # here, or in what the worker does behind this call
-        return data * 2
+        if data == b"strike" and self.ready.wait(10):
+            _testcapi.set_nomemory(self.n, self.n + 1)  # here, or in what the worker does behind this call
+        return data
 
     def on_error(self, sock, error):
         _testcapi.remove_mem_hooks()
         note(error)
 
+def visit(address):
+    # Thirty others are there, with a message, when the first one's handler returns: the worker, the only one, goes on
+    # with them. (For the first few of them it has used TstSocket objects.) Returns how many have ended unanswered.
+    buffer, ends, clients = bytearray(10), 0, []
+    try:
+        for text in [b"strike"] + [b"number"] * 30:
+            clients.append(socket.create_connection(address, 10))
+            clients[-1].sendall(b"\\0\\0\\0\\6" + text)
+        server.ready.set()
+        for client in clients:
+            try:
+                ends += client.recv_into(buffer) == 0
+            except ConnectionError:
+                ends += 1
+            except TimeoutError:
+                raise AssertionError(f"a client waits for ever: {n}") from None
+    finally:
+        _testcapi.remove_mem_hooks()
+        for client in clients:
+            client.close()
+    return ends
+
 ended = 0
 for n in range(1, 60):
     # The user's own calls, as long as no worker runs ...
     server = Careless()
-    pool = strike(lambda: TstPool(server, workers=2, framing=LengthPrefixed(4)), n)
-    pool = pool or TstPool(server, workers=2, framing=LengthPrefixed(4))
+    pool = strike(lambda: TstPool(server, workers=1, framing=LengthPrefixed(4)), n)
+    pool = pool or TstPool(server, workers=1, framing=LengthPrefixed(4))
     address = strike(lambda: pool.listen("127.0.0.1", 0), n) or pool.listen("127.0.0.1", 0)
     ours, theirs = socket.socketpair()
     sock = strike(lambda: pool.addsocket(theirs), n)
@@ -192,13 +208,16 @@ for n in range(1, 60):
     pool.start()
     # ... and a worker's, when a handler has returned.
     Careless.n = n
-    for _ in range(2):
-        try:
-            ended += visit(address)
-        except TimeoutError:
-            raise AssertionError(f"a client waits for ever: {n}") from None
-        except (ConnectionError, MemoryError):
-            ended += 1
+    server.ready.clear()
+    try:
+        ended += visit(address)
+    except MemoryError:  # it was this thread's
+        pass
+    finally:
+        _testcapi.remove_mem_hooks()
+    Careless.n = 10**9
+    assert visit(address) == 0  # the worker lives
+    _testcapi.remove_mem_hooks()
     assert pool.stop(5) is True
     ours.close()
     theirs.close()
@@ -234,10 +253,11 @@ def has_failing_allocations():
     return hasattr(_testcapi, "set_nomemory")
 
 
+@pytest.mark.skipif(FREE_THREADED, reason="CPython 3.13t itself crashes when an allocation fails")
 @pytest.mark.skipif(not has_failing_allocations(), reason="this Python was built without _testcapi")
 def test_each_allocation_of_python_fails():
     """B36: those of the user's calls, and those of a worker when a handler has returned: MemoryError, or the end of a
     connection; nobody waits for ever, and then all is as before."""
     ended = int(play(PYTHONS))
     print(f"{ended} connections ended by it")
-    assert ended > 0
+    assert ended > 10
