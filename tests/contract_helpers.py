@@ -210,11 +210,18 @@ class ServerProcess:
         pipe = subprocess.PIPE
         command = [sys.executable, "-u", "-c", self.PRELUDE + code]
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        line = self.process.stdout.readline()
+        line = self.first_line()
         if not line.strip().isdigit():
             self.process.kill()
             raise AssertionError(f"no port but {line!r}\n{self.process.communicate()[1]}")
         self.addr = ("127.0.0.1", int(line))
+
+    def first_line(self):
+        """Byte by byte: what a buffer here had read beyond it would be lost to communicate()."""
+        line = b""
+        while not line.endswith(b"\n") and (byte := os.read(self.process.stdout.fileno(), 1)):
+            line += byte
+        return line.decode()
 
     def finish(self, timeout=20, check=True):
         """End of stdin: returns what the server still printed; its exit code must be 0."""
