@@ -46,7 +46,7 @@ help:
 	@echo "make asan       the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the tests under ThreadSanitizer"
 	@echo "make werror     a build in which every compiler warning is an error"
-	@echo "make cov        the tests with coverage of the .py, .pyx and .pxd files (use a Python 3.11)"
+	@echo "make cov        the tests, counting which lines of the .py, .pyx and .pxd files they execute (needs gcov)"
 	@echo "make lint       ruff, cython-lint, mypy, stubtest"
 	@echo "make format     ruff's formatter over all Python files"
 	@echo "make bench      the benchmarks, five minutes of them: table and chart in benchmarks/build"
@@ -122,7 +122,7 @@ $(VENV)/.extra-%: $(BUILT)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info tstpool/*.so tests/*/*.so htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info tstpool/*.so tests/*/*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f .venv*/.built
 
 distclean: clean
