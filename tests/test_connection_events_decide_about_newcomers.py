@@ -265,6 +265,8 @@ def test_events_are_set_before_start(make_pool, setter):
     pool = make_pool(handler(on_message=echo), start=False)
     with pytest.raises(TypeError):
         getattr(pool, setter)("not callable")
+    with pytest.raises(TypeError, match="arguments"):
+        getattr(pool, setter)(lambda: None)
     getattr(pool, setter)(lambda *args: None)
     pool.start()
     with pytest.raises(TstError):
