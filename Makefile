@@ -48,7 +48,7 @@ help:
 	@echo "make tsan       the tests under ThreadSanitizer"
 	@echo "make fuzz       a minute of fuzzing for each target (ARGS=3600 for an hour each; best with clang)"
 	@echo "make werror     a build in which every compiler warning is an error"
-	@echo "make cov        the tests with coverage of the .py, .pyx and .pxd files (use a Python 3.11)"
+	@echo "make cov        the tests, counting which lines of the .py, .pyx and .pxd files they execute (needs gcov)"
 	@echo "make lint       ruff, cython-lint, mypy, stubtest"
 	@echo "make format     ruff's formatter over all Python files"
 	@echo "make bench      the benchmarks, five minutes of them: table and chart in benchmarks/build"
@@ -132,7 +132,7 @@ $(VENV)/.extra-%: $(BUILT)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info tstpool/*.so tests/*/*.so htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info tstpool/*.so tests/*/*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f .venv*/.built
 
 distclean: clean

@@ -5,7 +5,7 @@ Environment variables choose a flavour of the build (the Makefile's targets set 
     TSTPOOL_DEBUG=1          invariants are checked (`if TST_DEBUG:` in the sources), -O1 -g
     TSTPOOL_SANITIZE=...     "address,undefined" or "thread": gcc's sanitizers; "fuzzer-no-link,address": clang's, for
                              tests/fuzz, whose runtime library is preloaded
-    TSTPOOL_COVERAGE=1       line tracing of the .pyx and .pxd files
+    TSTPOOL_COVERAGE=1       gcc counts how often each line is executed, -O0: tests/coverage_map.py reads the counts
     TSTPOOL_WERROR=1         every warning of the C compiler is an error
     TSTPOOL_WHITEBOX=1       also builds the tests' modules, each beside its source; never part of a wheel
 
@@ -62,7 +62,10 @@ def compile_args():
         args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
         if "undefined" in SANITIZE:
             args += ["-fno-sanitize-recover=undefined"]
-    elif DEBUG or COVERAGE:
+    elif COVERAGE:
+        # Counters are shared by threads. -O0 and no -g: each line keeps code of its own.
+        args += ["--coverage", "-fprofile-update=atomic", "-O0"]
+    elif DEBUG:
         args += ["-g", "-O1"]
     else:
         args += ["-O3"]
@@ -78,10 +81,10 @@ def make_extension(name, source, *c_sources):
         # A changed layer rebuilds all that is made of it.
         depends=glob.glob("tstpool/*.pxd") + glob.glob(os.path.dirname(source) + "/*.h"),
         include_dirs=[os.path.dirname(source)] if c_sources else [],
-        define_macros=[("TST_DEBUG", "1" if DEBUG else "0")]
-        + ([("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if COVERAGE else []),
+        define_macros=[("TST_DEBUG", "1" if DEBUG else "0")],
         extra_compile_args=compile_args(),
-        extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE and "fuzzer" not in SANITIZE else [],
+        extra_link_args=([f"-fsanitize={SANITIZE}"] if SANITIZE and "fuzzer" not in SANITIZE else [])
+        + (["--coverage"] if COVERAGE else []),
     )
 
 
@@ -114,9 +117,8 @@ def cythonize_strictly(extensions):
         cythonized = cythonize(
             extensions,
             # Directives that change what the code means stand in the head of each .pyx file, not here.
-            compiler_directives={"language_level": "3", "linetrace": COVERAGE},
-            # Cython.Coverage looks for the C file beside its .pyx; everybody else wants a clean source tree.
-            build_dir=None if COVERAGE else os.path.join(BUILD_BASE, "c"),
+            compiler_directives={"language_level": "3"},
+            build_dir=os.path.join(BUILD_BASE, "c"),
             # Reports of sanitizers and debuggers then name lines of the .pyx and .pxd files.
             emit_linenums=bool(SANITIZE or DEBUG),
         )

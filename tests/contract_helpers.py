@@ -185,6 +185,14 @@ def in_threads(*functions, timeout=30):
     return results
 
 
+def read_line(fd):
+    """One line, and not a byte more: a file object would keep what follows, where communicate() does not see it."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(fd, 1)):
+        line += byte
+    return line.decode()
+
+
 class ServerProcess:
     """A server in a process of its own: `code` prints its port, serves until its stdin ends, prints what it likes.
 
@@ -210,18 +218,11 @@ class ServerProcess:
         pipe = subprocess.PIPE
         command = [sys.executable, "-u", "-c", self.PRELUDE + code]
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        line = self.first_line()
+        line = read_line(self.process.stdout.fileno())
         if not line.strip().isdigit():
             self.process.kill()
             raise AssertionError(f"no port but {line!r}\n{self.process.communicate()[1]}")
         self.addr = ("127.0.0.1", int(line))
-
-    def first_line(self):
-        """Byte by byte: what a buffer here had read beyond it would be lost to communicate()."""
-        line = b""
-        while not line.endswith(b"\n") and (byte := os.read(self.process.stdout.fileno(), 1)):
-            line += byte
-        return line.decode()
 
     def finish(self, timeout=20, check=True):
         """End of stdin: returns what the server still printed; its exit code must be 0."""

@@ -29,6 +29,8 @@ def test_sending_on_a_closed_socket_raises_connection_closed(make_pool, make_cli
     assert sock.close() is False
     assert sock.peer == peer
     assert sock.sd == sock.fileno() or sock.fileno() == -1
+    assert (sock.thread_no, sock.local, sock.events) == (-1, None, 0)
+    assert sock.recv_data.checked_len == 0
     assert issubclass(ConnectionClosed, TstError)
     repr(sock)
 

@@ -3,6 +3,7 @@ raises when it is used, or still holds the message's own bytes: never freed memo
 
 import array
 import gc
+import pickle
 import threading
 
 import pytest
@@ -222,3 +223,46 @@ def test_an_exception_in_the_call_takes_the_view_back(make_pool, make_client):
     wait_until(lambda: len(errors) == 3)
     with pytest.raises(ValueError, match="released"):
         bytes(kept[0])
+
+
+def test_what_is_behind_the_view_lends_nothing_after_the_call(make_pool, make_client):
+    """view.obj is an object of the engine's: it makes no second view of memory that is used again."""
+    kept = []
+
+    def on_message(sock, data):
+        kept.append(data.obj)
+        return bytes(memoryview(data.obj))
+
+    client = make_client(make_pool(handler(on_message=on_message), framing=Fixed(4), copy=False))
+    client.sendall(b"abcd")
+    assert recv_exact(client, 4) == b"abcd"
+    with pytest.raises(BufferError, match="gone"):
+        memoryview(kept[0])
+    with pytest.raises(TypeError):
+        type(kept[0])()
+
+
+def test_a_view_that_another_object_holds_stays_valid(make_pool, make_client):
+    """It can't be released then, so the memory is the holder's."""
+    kept = []
+
+    def on_message(sock, data):
+        kept.append(pickle.PickleBuffer(data))
+        return bytes(data)
+
+    client = make_client(make_pool(handler(on_message=on_message), framing=Fixed(4), copy=False))
+    for n in range(10):
+        client.sendall(bytes([n]) * 4)
+        recv_exact(client, 4)
+    assert [bytes(memoryview(buffer)) for buffer in kept] == [bytes([n]) * 4 for n in range(10)]
+
+
+def test_a_message_for_nobody_is_dropped(make_pool, make_client):
+    """A handler without on_message."""
+    ended = []
+    pool = make_pool(handler(on_disconnect=lambda sock, reason: ended.append(reason)), framing=Fixed(4), copy=False)
+    client = make_client(pool)
+    client.sendall(b"abcdefgh")
+    client.close()
+    wait_until(lambda: ended)
+    assert ended == [None]

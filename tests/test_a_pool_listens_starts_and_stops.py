@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -435,6 +436,28 @@ def test_a_peer_that_never_reads_does_not_outlive_the_drain_of_a_stop_that_nobod
     make_client(pool).sendall(b"x")
     # An ordinary close would give the peer 5 s.
     wait_until(lambda: not any(thread.name.startswith("draining") for thread in threading.enumerate()), timeout=3)
+
+
+def test_serve_on_a_thread_leaves_signals_alone_and_ends_when_somebody_stops_the_pool(make_client, monkeypatch):
+    """Only the main thread may set what a signal does."""
+    pools = []
+
+    def make(*arguments, **options):
+        pools.append(TstPool(*arguments, **options))
+        return pools[-1]
+
+    monkeypatch.setattr("tstpool._serve.TstPool", make)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    server = threading.Thread(target=tstpool.serve, args=(handler(on_message=echo),), kwargs={"host": "127.0.0.1"})
+    server.start()
+    try:
+        wait_until(lambda: pools and pools[0].running)
+        assert round_trip(make_client(pools[0]), b"hello") == b"hello"
+        assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    finally:
+        pools[0].stop(1)
+        server.join(patient(10))
+    assert not server.is_alive()
 
 
 def test_serve_forever_ends_when_somebody_stops_the_pool(make_client):

@@ -12,6 +12,7 @@ from contract_helpers import (
     echo,
     every_style,
     every_trigger,
+    exchange,
     handler,
     ignore,
     open_sockets,
@@ -21,7 +22,7 @@ from contract_helpers import (
 )
 from helpers import connect, recv_exact, scaled, wait_until
 
-from tstpool import EPOLLIN, TstPool, TstStat
+from tstpool import EPOLLIN, LengthPrefixed, TstPool, TstStat
 
 
 @every_style
@@ -188,6 +189,55 @@ def test_reconnected_serves_the_fresh_connection_under_the_same_descriptor(make_
         assert recv_exact(ours, 12) == b"from outside"
     assert got == [b"reconnect"] + [b"hello"] * 3
     wait_until(lambda: len(pool) == 0)
+
+
+@every_trigger
+def test_reconnected_in_on_disconnect_serves_the_fresh_connection(make_pool, make_client, trigger):
+    """S40: the end of one connection is the beginning of the next under its descriptor; requests are forgotten."""
+    fresh, ends, replaced = [], [], threading.Event()
+
+    def reconnect(sock, reason):
+        ends.append(sock)
+        if len(ends) > 1:
+            return None
+        sock.recv_data.req_len = 100
+        os.dup2(fresh[0], sock.sd)
+        replaced.set()
+        return TstStat.RECONNECTED
+
+    pool = make_pool(handler(on_message=echo, on_disconnect=reconnect), trigger=trigger)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(10)
+        fresh.append(theirs.fileno())
+        make_client(pool).close()
+        assert replaced.wait(10)
+        theirs.close()
+        for _ in range(3):
+            assert round_trip(ours, b"hello") == b"hello"
+    wait_until(lambda: len(pool) == 0)
+    assert len(ends) == 2
+    assert ends[0] is ends[1]
+
+
+@every_trigger
+@pytest.mark.parametrize("framing", [None, LengthPrefixed(4)], ids=repr)
+@pytest.mark.parametrize("size", [5, 1 << 20])
+def test_run_of_a_handler_hands_a_message_to_the_pools_function(make_pool, make_client, trigger, framing, size):
+    """S38: the two styles mixed the other way round: the function reads what on_message was given."""
+    own = handler(on_message=lambda sock, data: TstStat.RUN)
+
+    def adopt(sock):
+        sock.handler = own
+
+    pool = make_pool(listen=None, start=False, trigger=trigger, framing=framing, max_queued=None)
+    pool.setEventNewConnected(adopt)
+    pool.create(2, "127.0.0.1", 0, lambda sock: sock.send_message(sock.read()) and None)
+    client = make_client(pool.listen("127.0.0.1", 0))
+    body = os.urandom(size)
+    message = body if framing is None else size.to_bytes(4, "big") + body
+    for _ in range(2):
+        assert exchange(client, message) == message
 
 
 class Thing:

@@ -197,7 +197,7 @@ def test_each_other_transfer_does_nothing_and_the_stream_is_the_same(trigger, ca
     """B27: every second recv or send says EINTR or EAGAIN, also when the others move but 1 to 3 bytes."""
     env = {**failing(call, name, fail_every=2, trigger=trigger), "SHORT": short}
     with ServerProcess(SERVER, env=env, preload=faults()) as server:
-        data = os.urandom(scaled(6_000 if short == "1" else 1_000_000))
+        data = os.urandom(scaled(6_000) if short == "1" else 1_000_000)
         with connect(server.addr) as client:
             assert exchange(client, data) == data
         failed, ended, distinct, accepted = map(int, server.finish().split())

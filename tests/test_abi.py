@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import downstream_handlers
 import pytest
@@ -113,6 +114,7 @@ cdef class Handler(TstNogilHandler):
 
 BUILD = """
 import sys
+from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 sys.argv[1:] = ["--quiet", "build_ext", "--inplace"]
@@ -165,3 +167,7 @@ def test_a_module_that_knows_a_hook_in_a_reserved_place_is_used(tmp_path):
         tmp_path, "cdef void _reserved_0(self) noexcept nogil", "cdef void later(self, int number) noexcept nogil"
     )
     assert (done.returncode, done.stdout.strip()) == (0, "hello"), done.stderr
+
+
+def test_the_include_path_is_where_the_headers_are():
+    assert (Path(tstpool.get_include()) / "tstpool" / "__init__.pxd").is_file()

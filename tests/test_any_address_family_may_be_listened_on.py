@@ -306,3 +306,64 @@ def test_a_port_may_be_used_again_at_once(make_client):
         with pool:
             client = make_client(("127.0.0.1", port))
             round_trip(client, b"x")  # the pool closes first: TIME_WAIT is on its side
+
+
+def test_a_unix_socket_that_a_dead_server_left_is_used_again(pool, make_client, path):
+    """B62: nobody listens there any more."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path.removeprefix("unix:"))
+    pool.listen(path)
+    assert round_trip(make_client(path), b"hello") == b"hello"
+
+
+def test_a_file_that_is_no_socket_is_left_alone(pool, path):
+    """Bad input: listening there is an OSError, and the file is as it was."""
+    name = path.removeprefix("unix:")
+    with open(name, "w") as file:
+        file.write("somebody's")
+    with pytest.raises(OSError, match="socket"):
+        pool.listen(path)
+    with open(name) as file:
+        assert file.read() == "somebody's"
+
+
+def test_without_ipv6_all_addresses_are_those_of_ipv4(pool, make_client, monkeypatch):
+    """B62."""
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    host, port = pool.listen(None, 0)
+    assert host == "0.0.0.0"
+    assert round_trip(make_client(("127.0.0.1", port)), b"hello") == b"hello"
+
+
+def addresses(*hosts):
+    """What getaddrinfo() would find for a name with these addresses."""
+    return lambda host, port, **_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in hosts]
+
+
+def test_all_addresses_of_a_name_get_one_port(pool, make_client, monkeypatch):
+    """B62: the one that the first was given."""
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", addresses("127.0.0.1", "127.0.0.2"))
+        port = pool.listen("two.example", 0)[1]
+    assert [port for _, port in pool.addresses] == [port, port]
+    for host in ("127.0.0.1", "127.0.0.2"):
+        assert round_trip(make_client((host, port)), b"hello") == b"hello"
+
+
+def test_a_name_of_which_one_address_is_taken_is_refused_whole(pool, monkeypatch):
+    """B62: nobody listens on the first of them afterwards."""
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "getaddrinfo", addresses("127.0.0.1", "127.0.0.2"))
+            with pytest.raises(OSError, match=f"two.example:{port}"):
+                pool.listen("two.example", port)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 10)
+
+
+@pytest.mark.parametrize("act", ["listen", "connect"])
+def test_a_name_that_no_resolver_could_be_asked_is_an_oserror(pool, act):
+    """Bad input: a label of 100 letters."""
+    with pytest.raises(OSError, match="aaa"):
+        getattr(pool, act)("a" * 100 + ".example", 80)

@@ -203,3 +203,19 @@ def test_buffers_of_one_byte_work(make_pool, make_client, name):
     assert recv_exact(client, 10) == b"hellohello"
     pool = make_pool(as_function(echo), **{name: 1})
     assert round_trip(make_client(pool), b"hello") == b"hello"
+
+
+@pytest.mark.parametrize("side", ["recv_data", "send_data"])
+def test_a_buffer_says_what_it_is_and_counts_no_more_done_than_was_asked_for(open_socket, side):
+    """S18: com_len may be assigned, as in the original, up to req_len."""
+    sock, _client, _pool = open_socket
+    data = getattr(sock, side)
+    data.resize(100)
+    data.req_pos = 20
+    data.req_len = 30
+    data.com_len = 10
+    assert len(data) == 100
+    assert repr(data) == "<TstData s_len=100 req_pos=20 req_len=30 com_len=10 checked_len=0>"
+    with pytest.raises(ValueError, match="com_len"):
+        data.com_len = 31
+    assert data.com_len == 10

@@ -134,6 +134,7 @@ def test_echo_on_a_port_in_use_says_so_in_one_line_and_exits_with_1():
         ["echo", "--workers", "0"],
         ["echo", "--trigger", "hair"],
         ["echo", "--seconds", "nan"],
+        ["echo", "--seconds", "soon"],
         ["demo", "--seconds", "0"],
         ["demo", "--workers", "1"],
     ],
@@ -147,6 +148,19 @@ def test_wrong_use_is_explained_and_exits_with_2(arguments, capsys):
     complaint = capsys.readouterr().err
     assert "usage: python -m tstpool" in complaint
     assert not arguments or arguments[-1] in complaint
+
+
+@pytest.mark.parametrize("command", ["echo", "demo"])
+def test_ctrl_c_that_a_command_did_not_catch_exits_with_130(command, monkeypatch):
+    """As a shell does; no traceback."""
+    import tstpool.__main__
+    from tstpool._cli import demo, echo
+
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr({"echo": echo, "demo": demo}[command], "run", interrupted)
+    assert tstpool.__main__.main([command]) == 130
 
 
 def run_without_rich(*arguments):

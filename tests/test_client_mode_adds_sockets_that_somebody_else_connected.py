@@ -5,7 +5,7 @@ import socket
 import threading
 
 import pytest
-from contract_helpers import as_function, echo, every_trigger, exchange, handler, ignore, round_trip
+from contract_helpers import Gate, as_function, echo, every_trigger, exchange, handler, ignore, round_trip
 from helpers import patient, recv_exact, scaled, wait_until
 
 from tstpool import TstError, TstSockType
@@ -249,3 +249,48 @@ def test_the_other_side_sees_the_end_of_an_added_socket(make_pool, pair):
     assert pool.closesocket(sock) is True
     assert ours.recv(1) == b""
     wait_until(lambda: len(pool) == 0)
+
+
+def test_addsocket_of_a_closed_socket_is_a_value_error(make_pool):
+    """Bad input."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    closed = socket.socket()
+    closed.close()
+    with pytest.raises(ValueError, match="closed"):
+        pool.addsocket(closed)
+
+
+def test_a_socket_that_is_not_connected_ends_at_once(make_pool):
+    """Bad input: the kernel reports a hang-up; there is no peer to name."""
+    ended = []
+    pool = make_pool(handler(on_disconnect=lambda sock, reason: ended.append(sock)), listen=None)
+    sock = pool.addsocket(socket.socket())
+    assert sock.peer is None
+    wait_until(lambda: ended)
+    assert ended == [sock]
+
+
+def test_the_peer_of_an_added_socket_may_have_an_ipv6_address(make_pool):
+    """S5, B62."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        client = socket.create_connection(server.getsockname()[:2])
+        assert pool.addsocket(client).peer == server.getsockname()[:2]
+        server.accept()[0].close()
+
+
+def test_a_pool_that_is_stopping_takes_no_more_sockets(make_pool, pair):
+    """S5: a TstError, and the socket stays with its owner."""
+    with Gate() as gate:
+        pool = make_pool(handler(on_message=lambda sock, data: gate.wait()), listen=None, workers=1)
+        others, busy = socket.socketpair()
+        with others:
+            pool.addsocket(busy)
+            others.sendall(b"x")
+            wait_until(lambda: gate.inside)
+            assert pool.stop(0.05) is False
+            ours, theirs = pair
+            with pytest.raises(TstError, match="stopping"):
+                pool.addsocket(theirs)
+            theirs.sendall(b"still mine")
+            assert recv_exact(ours, 10) == b"still mine"

@@ -9,8 +9,8 @@ import threading
 import downstream_handlers
 import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
-from contract_helpers import every_trigger, handler, in_threads
-from downstream_handlers import Commands, Echo, FramedEcho, Relay
+from contract_helpers import Gate, every_trigger, handler, in_threads
+from downstream_handlers import Commands, Defaults, Echo, FramedEcho, Relay, Writing
 from helpers import connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
 
 from tstpool import Delimited, Fixed, TstStat
@@ -183,6 +183,52 @@ def test_need_send_calls_writable(make_pool, make_client, trigger):
         assert commands.counts["writable"] == n
 
 
+@every_trigger
+def test_writable_that_returns_something_else_than_run_is_the_end_of_it(make_pool, make_client, trigger):
+    """Python's on_writable hears nothing then."""
+    passed_on = []
+
+    class Own(Writing):
+        def on_writable(self, sock):
+            passed_on.append(sock)
+
+    client = make_client(make_pool(Own(), trigger=trigger))
+    for _ in range(5):
+        client.sendall(b"x")
+        assert recv_exact(client, 4) == b"room"
+    assert passed_on == []
+
+
+@every_trigger
+def test_a_handler_without_writable_passes_it_on_to_python(make_pool, make_client, trigger):
+    class Own(Defaults):
+        def on_writable(self, sock):
+            sock.send(b"python")
+
+    client = make_client(make_pool(Own(), trigger=trigger))
+    for _ in range(5):
+        client.sendall(b"x")
+        assert recv_exact(client, 6) == b"python"
+
+
+@pytest.mark.parametrize(("kind", "answer"), [(Writing, b"room"), (Commands, b"writable;")])
+def test_need_send_before_the_connections_first_turn(make_pool, kind, answer):
+    """A worker that comes to it late finds both: the newcomer, and that it is to write."""
+    ours, theirs = socket.socketpair()
+    with ours, Gate() as gate:
+        ours.settimeout(patient(10))
+        pool = make_pool(kind(), listen=None, workers=1)
+        others, busy = socket.socketpair()
+        with others:
+            pool.addsocket(busy, handler=handler(on_message=lambda sock, data: gate.wait()))
+            others.sendall(b"x")
+            wait_until(lambda: gate.inside)
+            sock = pool.addsocket(theirs)
+            assert pool.need_send(sock) is True
+            gate.open()
+            assert recv_exact(ours, len(answer)) == answer
+
+
 def test_need_send_from_another_thread(make_pool, make_client):
     commands = Commands()
     pool = make_pool(commands, framing=FRAMING)
@@ -257,6 +303,12 @@ def test_a_long_send_is_done_before_writable(make_pool, make_client):
 
 
 # ----------------------------------------------------------------------------------------------------- closing
+
+
+def test_without_framing_a_hook_may_disconnect_too(make_pool, make_client):
+    client = make_client(make_pool(Commands()))
+    client.sendall(b"q")
+    assert recv_until_eof(client) == b"bye"
 
 
 @every_trigger

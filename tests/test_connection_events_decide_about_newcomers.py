@@ -204,6 +204,38 @@ def test_the_disconnect_event_may_take_one_argument(make_pool, make_client):
         assert calls == [1]
 
 
+def test_an_event_whose_arguments_python_cannot_tell_gets_all_of_them(make_pool, make_client):
+    """S23: as a function in C may be."""
+
+    class Unknown:
+        __signature__ = "none that inspect understands"
+
+        def __init__(self):
+            self.calls = []
+
+        def __call__(self, *arguments):
+            self.calls.append(len(arguments))
+
+    event = Unknown()
+    pool = make_pool(as_function(echo), start=False)
+    pool.setEventDisconnected(event)
+    pool.start()
+    make_client(pool).close()
+    wait_until(lambda: event.calls)
+    assert event.calls == [2]
+
+
+def test_an_event_may_be_taken_back(make_pool, make_client):
+    """S22: None before the start; the handler's own hook is called again."""
+    calls = []
+    pool = make_pool(handler(on_connect=lambda sock: calls.append("hook"), on_message=echo), start=False)
+    pool.setEventNewConnected(lambda sock: calls.append("event"))
+    pool.setEventNewConnected(None)
+    pool.start()
+    round_trip(make_client(pool), b"x")
+    assert calls == ["hook"]
+
+
 def test_a_set_event_wins_over_the_handlers_own_hook(make_pool, make_client):
     """SPEC: beside a TstHandler, the function that was set is called."""
     calls = []
@@ -233,6 +265,8 @@ def test_events_are_set_before_start(make_pool, setter):
     pool = make_pool(handler(on_message=echo), start=False)
     with pytest.raises(TypeError):
         getattr(pool, setter)("not callable")
+    with pytest.raises(TypeError, match="arguments"):
+        getattr(pool, setter)(lambda: None)
     getattr(pool, setter)(lambda *args: None)
     pool.start()
     with pytest.raises(TstError):

@@ -1,13 +1,14 @@
 """S2, S4, S34: the original's entry style."""
 
+import os
 import socket
 import threading
 
 import pytest
 from contract_helpers import as_function, echo, free_port, round_trip
-from helpers import connect
+from helpers import connect, patient, wait_until
 
-from tstpool import TstPool
+from tstpool import TstError, TstPool
 
 
 def workers_of(name):
@@ -111,3 +112,61 @@ def test_fewer_workers_than_shards_serve_every_connection(make_pool, make_client
     pool.create(1, "127.0.0.1", port, as_function(echo))
     clients = [make_client(("127.0.0.1", port), timeout=1) for _ in range(8)]
     assert [round_trip(client, b"hello") for client in clients] == [b"hello"] * 8
+
+
+def test_create_on_a_pool_that_runs_is_an_error_and_changes_nothing(pool, make_client):
+    """S2."""
+    port = free_port()
+    pool.create(2, "127.0.0.1", port, as_function(echo))
+    with pytest.raises(TstError, match="running"):
+        pool.create(3, "127.0.0.1", 0, print)
+    assert pool.workers == 2
+    assert round_trip(make_client(("127.0.0.1", port)), b"hello") == b"hello"
+
+
+def test_create_without_threads_leaves_no_listener(pool, monkeypatch):
+    """S2, B44: the listener was there already when the threads could not be had."""
+    port = free_port()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            pool.create(2, "127.0.0.1", port, as_function(echo))
+    assert pool.addresses == []
+    with pytest.raises(ConnectionRefusedError):
+        connect(("127.0.0.1", port))
+    assert pool.create(2, "127.0.0.1", port, as_function(echo)) is True
+
+
+def test_a_pool_is_true_however_few_connections_it_has_and_is_initialised_once(pool):
+    """len() of it is 0, and yet `if pool:` asks whether there is one."""
+    assert bool(pool) is True
+    assert len(pool) == 0
+    assert repr(pool) == "<TstPool created stopped []>"
+    with pytest.raises(TstError, match="once"):
+        pool.__init__()
+
+
+def test_a_socket_of_another_pool_is_not_found(make_pool):
+    """Bad input: although a connection of this pool has the same descriptor and the same id by now."""
+    one, two = (make_pool(as_function(echo), listen=None) for _ in range(2))
+    first, given = socket.socketpair()
+    with first:
+        stranger = one.addsocket(given)
+        number = stranger.sd
+        stranger.close(abort=True)
+        wait_until(lambda: not len(one))
+    second, given = socket.socketpair()
+    with second, given:
+        second.settimeout(patient(10))
+        if given.fileno() != number:
+            os.dup2(given.fileno(), number)
+            given.close()
+        sock = two.addsocket(number if given.fileno() < 0 else given)
+        assert sock.id == stranger.id
+        assert two.closesocket(stranger) is False
+        assert two.need_send(stranger) is False
+        assert round_trip(second, b"hello") == b"hello"

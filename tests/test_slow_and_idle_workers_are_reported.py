@@ -172,6 +172,24 @@ def test_an_idle_hook_that_raises_harms_nobody(make_pool, make_client, caplog):
     assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
 
 
+@pytest.mark.parametrize("hook", ["on_slow", "setEventMostElapsed"])
+def test_a_report_that_raises_harms_nobody(make_pool, make_client, caplog, hook):
+    """B52: it is logged, the connection lives."""
+
+    def fail(sock, seconds):
+        raise ZeroDivisionError
+
+    hooks = {"on_slow": fail} if hook == "on_slow" else {}
+    pool = make_pool(handler(on_message=echo, **hooks), workers=1, slow_handler=0, start=False)
+    if not hooks:
+        pool.setEventMostElapsed(fail)
+    pool.start()
+    client = make_client(pool)
+    for _ in range(3):
+        assert round_trip(client, b"hello") == b"hello"
+    assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
+
+
 def test_a_busy_worker_is_not_idle(make_pool, make_client):
     """S37: the time counts from the last job."""
     calls = []

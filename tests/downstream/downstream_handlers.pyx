@@ -154,6 +154,25 @@ cdef class Refusing(Counting):
         return TST_DISCONNECT
 
 
+cdef class Defaults(TstNogilHandler):
+    """Has a C state and asks for `writable`, but has neither that hook nor `release`."""
+
+    def __cinit__(self):
+        self.state_size = 8
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        tst_need_send(sock)
+        return TST_SUSPEND
+
+
+cdef class Writing(Defaults):
+    """As above, and answers in `writable`."""
+
+    cdef TstStat writable(self, TstSocket sock) noexcept nogil:
+        tst_send(sock, b"room", 4)
+        return TST_SUSPEND
+
+
 cdef class Commands(Counting):
     """The first byte of a message says what is done with it.
 

@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 from tstpool._conn cimport (
     ACQUIRED, TABLE_CHUNK, TABLE_CHUNKS, connection_acquire, connection_append, connection_ask,
-    connection_close_output, connection_is, connection_mark, connection_release, generation_of, table_find,
+    connection_close_output, connection_is, connection_mark, connection_release, generation_of, table_chunk, table_find,
     table_make, table_open, table_slot, tst_connection, tst_table)
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PEND_OUT, STATE_DEAD, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED)
@@ -544,11 +544,15 @@ cdef class Engine:
             raise OSError(errno, "no descriptor")
 
     def __dealloc__(self):
-        cdef int i
+        cdef int i, k
+        cdef tst_connection *first
         if self.table == NULL:
             return
         for i in range(TABLE_CHUNKS):
-            free(self.table.chunks[i])
+            first = table_chunk(self.table, i)
+            for k in range(TABLE_CHUNK if first != NULL else 0):
+                queue_drop(&first[k].out)
+            free(first)
         free(self.table)
         self.close()
 

@@ -1,0 +1,160 @@
+"""Why some lines of the package are not executed by any test, or not in every run: tests/COVERAGE.md is made of this.
+
+{reason: {"file function": [lines]}}. A line is known by its text and its function, so that it may move; one that stands
+there twice is named twice.
+"""
+
+REASONS = {
+    "Memory that can't be had. Each allocation of one scene fails in "
+    "tests/test_memory_that_cannot_be_had_crashes_nothing.py; those behind these lines are not made in it, or not at a "
+    "time when they may fail there.": {
+        "tstpool/_collect.pxd accept_burst": [
+            "count(&worker.stats.accept_errors, 1)",
+            "worker.accept_errno = ENOMEM",
+            "close(fd)",
+            "continue",
+        ],
+        "tstpool/_conn.pxd queue_frame": ["return -ENOMEM"],
+        "tstpool/_core.pyx make_state": ["return -ENOMEM"],
+        "tstpool/_core.pyx TstPool.add": ["close(fd)", 'raise MemoryError("no slot for the socket")'],
+        "tstpool/_core.pyx TstPool.start_locked": ["raise MemoryError()"],
+        "tstpool/_core.pyx Worker.serve": [
+            'logger.error("worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
+            "time.sleep(0.01)",
+            "with nogil:",
+            "shard_yield(self.engine, self.worker, shard)",
+        ],
+        "tstpool/_core.pyx Worker.resume": ["time.sleep(0.01)", "own = batch_get(self.engine)"],
+        "tstpool/_core.pyx Worker.run_entry": ["connection_break(connection, ENOMEM)"],
+        "tstpool/_core.pyx Worker.adopt_binding": [
+            "connection_break(connection, ENOMEM)",
+            "connection_begin_close(connection)",
+        ],
+        "tstpool/_data.pxd input_unread": ["return -ENOMEM"],
+        "tstpool/_entry.pxd connection_cut_transfer": ["connection_break(connection, <int>-used)", "return False"],
+        "tstpool/_entry.pxd connection_apply": ["connection_break(connection, -queued)"],
+        "tstpool/_queue.pxd chunk_new": ["return NULL"],
+        "tstpool/_queue.pxd queue_settle": ["return"],
+        "tstpool/_queue.pxd queue_append": ["return -ENOMEM"],
+        "tstpool/_run.pxd run_compiled": ["connection_break(connection, ENOMEM)"],
+        "tstpool/_shard.pxd batch_get": ["return NULL", "batch_leave(engine, batch, 2)", "return NULL"],
+        "tstpool/_shard.pxd batch_empty": ["return -ENOMEM"],
+        "tstpool/_turn.pxd shard_turn": ["return -ENOMEM"],
+    },
+    "Two threads must meet within a few instructions. Models and stress tests look for what goes wrong then; whether a "
+    "run executes these lines is chance.": {
+        "tstpool/_conn.pxd table_make": ["free(chunk)        # another thread was faster"],
+        "tstpool/_collect.pxd collect_event": ["count(&worker.stats.stale_events, 1)", "return"],
+        "tstpool/_core.pyx TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
+        "tstpool/_core.pyx TstPool.wait_ended": ["return True", "return self.ended.is_set()"],
+        "tstpool/_core.pyx Worker.make_body": ["return 0"],
+        "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
+        "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
+        "tstpool/_park.pxd any_shard_running": ["return True"],
+        "tstpool/_park.pxd thread_is_running": ["return False", "return False"],
+        "tstpool/_poll.pxd connection_flush": ["spin_unlock(&connection.lock)", "connection_free(connection, stats)"],
+    },
+    "More at once than a test on a shared machine should make: a batch that is full, in the middle of accepting.": {
+        "tstpool/_collect.pxd accept_burst": ["return"],
+    },
+    "Cannot happen as the callers are; what would be done if they changed.": {
+        "tstpool/_collect.pxd engine_is_full": ["return False"],
+        "tstpool/_conn.pxd connection_release": ['tst_bug("release of a connection that nobody owns")'],
+        "tstpool/_core.pyx check": ["raise system_error(<int>-result, what)"],
+        "tstpool/_core.pyx TstData.__getbuffer__": ["except BaseException:", "self.release_export()", "raise"],
+        "tstpool/_core.pyx TstSocket.raise_unsent": ["return 0"],
+        "tstpool/_core.pyx TstPool.work": [
+            "except BaseException:",
+            'logger.critical("worker %d of %s broke", no, self.name, exc_info=True)',
+            "raise",
+        ],
+        "tstpool/_core.pyx TstPool.close_descriptors": [
+            "except BaseException:",
+            'logger.exception("while closing a connection")',
+        ],
+        "tstpool/_timer.pxd connection_deadline": ["return DEADLINE_NONE"],
+    },
+    "System calls that do not fail on a descriptor which is open, and are not made to fail.": {
+        "tstpool/_poll.pxd sys_unread": ["return 0"],
+        "tstpool/_poll.pxd flush_arm": [
+            "connection.out_drop = True         # no EPOLLOUT will ever come: the output is lost",
+            "flush_result(connection, -ECONNRESET, 0)",
+        ],
+    },
+    "A machine of another kind: a clock that is not the processor's counter, no /sys.": {
+        "tstpool/_core.pyx kernel_counts_ticks": ["except OSError:", "return False"],
+        "tstpool/_core.pyx tick_scale": ["return 0"],
+    },
+    "Room for hooks to come: nobody calls them, and a module that knows one of them brings its own.": {
+        "tstpool/_core.pyx TstNogilHandler._reserved_0": ["cdef void _reserved_0(self) noexcept nogil:"],
+        "tstpool/_core.pyx TstNogilHandler._reserved_1": ["cdef void _reserved_1(self) noexcept nogil:"],
+        "tstpool/_core.pyx TstNogilHandler._reserved_2": ["cdef void _reserved_2(self) noexcept nogil:"],
+        "tstpool/_core.pyx TstNogilHandler._reserved_3": ["cdef void _reserved_3(self) noexcept nogil:"],
+        "tstpool/_core.pyx TstNogilHandler._reserved_4": ["cdef void _reserved_4(self) noexcept nogil:"],
+        "tstpool/_core.pyx TstNogilHandler._reserved_5": ["cdef void _reserved_5(self) noexcept nogil:"],
+        "tstpool/_core.pyx TstNogilHandler._reserved_6": ["cdef void _reserved_6(self) noexcept nogil:"],
+        "tstpool/_core.pyx TstNogilHandler._reserved_7": ["cdef void _reserved_7(self) noexcept nogil:"],
+    },
+    "Executed only in processes that end without counting, by _exit or a signal: forked children, the interpreter's "
+    "exit.": {
+        "tstpool/_core.pyx TstPool.check_alive": [
+            'raise TstError("this pool belongs to the parent process: after fork() make a new one")'
+        ],
+        "tstpool/_core.pyx TstPool.start_locked": ['raise TstError("the interpreter is shutting down")'],
+    },
+    "Another system, or a package without its compiled part. tests/test_packaging.py has the second; it makes builds "
+    "of its own and does not run in this one.": {
+        "tstpool/__init__.py ": [
+            'raise ImportError(f"tstpool runs on Linux only: its engine is built on epoll, which {_sys.platform} does '
+            'not have")',
+            'if error.name != "tstpool._core":',
+            "raise",
+            "raise ImportError(",
+        ],
+    },
+    "What the demo's clients and the demo say when the engine is wrong or does not answer: it does not come to that.": {
+        "tstpool/_cli/clients.py Conversation.send": [
+            "except BlockingIOError:",
+            'raise TimeoutError(f"the server took nothing for {REPLY_TIMEOUT:.0f} s") from None',
+        ],
+        "tstpool/_cli/clients.py Conversation.receive": [
+            "except BlockingIOError:",
+            'raise TimeoutError(f"{have} of {size} bytes came, then none for {REPLY_TIMEOUT:.0f} s") from None',
+        ],
+        "tstpool/_cli/clients.py Conversation.expect": ['raise WrongBytes(f"{what}: {wrong}")'],
+        "tstpool/_cli/clients.py Conversation.expect_end": [
+            "except BlockingIOError:",
+            'raise TimeoutError(f"the server did not close within {REPLY_TIMEOUT:.0f} s") from None',
+        ],
+        "tstpool/_cli/clients.py broadcast": [
+            'raise WrongBytes(f"message {number} came where {expected} should have")'
+        ],
+        "tstpool/_cli/clients.py meet": [
+            "except BlockingIOError:",
+            'raise TimeoutError(f"the pool did not connect within {REPLY_TIMEOUT:.0f} s") from None',
+        ],
+        "tstpool/_cli/clients.py end_with_the_demo": ["os._exit(1)"],
+        "tstpool/_cli/demo.py Demo.finish": [
+            'self.failures.append(f"the pool did not stop within {CLOSING_GRACE:.0f} s")'
+        ],
+        "tstpool/_cli/demo.py Demo.check_connections": [
+            "self.failures.append(",
+            'self.failures.append(f"the pool\'s count is off: {show.balance(stats, self.books)}")',
+        ],
+        "tstpool/_cli/demo.py Demo.check_broadcast": ["self.failures.append(self.broadcaster.failure)"],
+        "tstpool/_cli/services.py header_then_body": ["return TstStat.DISCONNECT"],
+        "tstpool/_cli/services.py Books.connected": [
+            'self.failures.append(f"{kind}: on_connect came twice for connection {sock.id:#x}")'
+        ],
+        "tstpool/_cli/services.py Books.disconnected": [
+            'self.failures.append(f"on_disconnect came for connection {sock.id:#x}, which was not here")'
+        ],
+        "tstpool/_cli/services.py Broadcaster.run": [
+            "except Exception as error:",
+            'self.failure = f"broadcast: the sending thread ended with {error!r}"',
+        ],
+    },
+    "Only the pool's on_slow is asked, not that of a socket's own handler, which this is.": {
+        "tstpool/_cli/services.py BlockingEcho.on_slow": ["pass  # it is slow on purpose: no warning"],
+    },
+}
