@@ -186,7 +186,7 @@ def test_input_that_comes_before_the_descriptor_is_armed_is_not_lost(trigger):
                 time.sleep(dice.choice((0, 0.001, 0.004, 0.0055)))  # to come at different places of the delay
         server.finish()
     print(f"slowest round trip {worst * 1e3:.1f} ms ({trigger})")
-    assert worst < patient(0.25)
+    assert worst < patient(1.0)  # a lost one would never be answered
 
 
 @pytest.mark.parametrize("name", ["EINTR", "EAGAIN"])
