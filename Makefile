@@ -34,7 +34,11 @@ install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
+<<<<<<< HEAD
 .PHONY: help build demo test test-slow model faults debug asan tsan werror cov fuzz lint format bench bench-full bench-check wheel clean distclean
+=======
+.PHONY: help build demo test test-slow model faults parallel debug asan tsan werror cov lint format bench bench-full bench-check wheel clean distclean
+>>>>>>> w-faults
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
@@ -43,6 +47,7 @@ help:
 	@echo "make build      build only"
 	@echo "make model      searches the models of the hand-over (needs spin)"
 	@echo "make faults     each system call fails with each errno (needs strace); the table: build/fault-matrix.md"
+	@echo "make parallel   the tests, each in four threads at the same time (for a free-threaded Python)"
 	@echo "make debug      the tests with the engine's invariants checked"
 	@echo "make asan       the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the tests under ThreadSanitizer"
@@ -95,6 +100,12 @@ model:
 
 faults: $(BUILT)
 	$(BIN)/python tests/fault_matrix/run.py $(ARGS)
+
+# What can't run in several threads is left out: `make test` runs it. tests/thread_safety.py has the reasons. (Hypothesis
+# only drives parts that no two threads share, and is slow in four.)
+parallel: $(VENV)/.extra-parallel
+	TSTPOOL_TEST_SCALE=$${TSTPOOL_TEST_SCALE:-0.3} TSTPOOL_TEST_PATIENCE=$${TSTPOOL_TEST_PATIENCE:-4} \
+	    $(BIN)/pytest --parallel-threads=4 --skip-thread-unsafe=yes --mark-hypothesis-as-unsafe -rfE $(ARGS)
 
 lint: $(VENV)/.extra-lint
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, RunningPool, connect, native_threads, open_fds, patient
+from thread_safety import reason_for
 
 # A leak is only a leak when it does not go away: a closing socket or an ending thread gets this long.
 LEAK_DEADLINE = 3.0
@@ -36,6 +37,14 @@ def pytest_configure(config):
     # A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under `make parallel`, marks what can't run in several threads."""
+    if int(getattr(config.option, "parallel_threads", 1)) > 1:
+        for item in items:
+            if reason := reason_for(item):
+                item.add_marker(pytest.mark.thread_unsafe(reason=reason))
 
 
 def pytest_collection_finish():
