@@ -34,11 +34,7 @@ install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
-<<<<<<< HEAD
-.PHONY: help build demo test test-slow model faults debug asan tsan werror cov fuzz lint format bench bench-full bench-check wheel clean distclean
-=======
-.PHONY: help build demo test test-slow model faults parallel debug asan tsan werror cov lint format bench bench-full bench-check wheel clean distclean
->>>>>>> w-faults
+.PHONY: help build demo test test-slow model faults parallel debug asan tsan werror cov fuzz lint format bench bench-full bench-check wheel clean distclean
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
