@@ -198,10 +198,10 @@ cdef inline int shard_set_alarm(tst_shard *shard, uint64_t now) noexcept nogil:
 
 
 cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now, int elsewhere) noexcept nogil:
-    cdef int timeout
+    """How long it may sleep as far as timers do not matter."""
+    cdef int timeout = -1
     if shard.todo != NULL or accepting_may_resume(engine, shard, now):
         return 0
-    timeout = shard_set_alarm(shard, now)
     if elsewhere:
         timeout = milliseconds_until(now + SHARE_TIME, now, timeout)
     if engine.call_idle:
@@ -232,9 +232,10 @@ cdef inline int shard_sleep(tst_engine *engine, tst_worker *worker, tst_shard *s
     """epoll_wait, at most `timeout` milliseconds, and not at all if somebody has a request.
 
     Whoever pushes a request reads `sleeping` after the push; we look at the stack after setting it. One of the two sees
-    the other, so a request never waits for an event, and a busy shard is never written to.
+    the other, so a request never waits for an event, and a busy shard is never written to. The same holds for a worker
+    without a shard that sets a timer (shard_set_timer).
     """
-    cdef int n
+    cdef int n, until_timer
     store64(&worker.waiting_since, now, RELAXED)
     store32(&shard.sleeping, SLEEPING_SHORT if elsewhere else SLEEPING_LONG, SEQ_CST)
     if load_pointer(&shard.requests, SEQ_CST) != NULL or (
@@ -242,6 +243,9 @@ cdef inline int shard_sleep(tst_engine *engine, tst_worker *worker, tst_shard *s
         timeout = 0
     if engine.n_shards > 1 and not elsewhere and turn_elsewhere(engine, shard):
         timeout = 0                        # it began before it could see us asleep
+    until_timer = shard_set_alarm(shard, now)
+    if until_timer >= 0 and (timeout < 0 or until_timer < timeout):
+        timeout = until_timer
     n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, timeout)
     store32(&shard.sleeping, SLEEPING_NOT, RELAXED)
     if engine.busy_poll:
@@ -257,7 +261,7 @@ cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *sh
     if timeout == 0:
         n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, 0)
     else:
-        if shard.napped and not elsewhere:
+        if shard.napped and not elsewhere and shard_set_alarm(shard, now) < 0:
             n = shard_busy_poll(engine, shard, batch, now)
         if n == 0:
             n = shard_sleep(engine, worker, shard, batch, now, elsewhere, timeout)
