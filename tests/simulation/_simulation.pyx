@@ -7,6 +7,7 @@ in its smallest form: the functions in "the worker" and "the pool" carry the nam
 """
 from libc.errno cimport ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdio cimport fprintf, stderr
 from libc.string cimport memcpy, memset
 
 cdef extern from "reroute.h" nogil:
@@ -1160,6 +1161,23 @@ cdef tst_limits *choose_limits() noexcept nogil:
     return limits
 
 
+cdef void show_sockets() noexcept nogil:
+    """What a trace does not show: the flags of those who are left."""
+    cdef int i
+    cdef tst_connection *connection
+    for i in range(world.n_socks):
+        connection = world.socks[i].connection
+        if world.socks[i].forgotten or connection == NULL:
+            continue
+        fprintf(stderr, "client %d: descriptor %d, state %x, end_of_input %d, hold_input %d, closing %d, lingering %d, "
+                "message_ready %d, readable %d, call_writable %d, ask_writable %d, pressure %u, input %zu, output %zu, "
+                "out_error %u, want_out %d\n", world.socks[i].client, connection.fd, <uint32_t>connection.state,
+                connection.end_of_input, connection.hold_input, connection.closing, connection.lingering,
+                connection.message_ready, connection.readable, connection.call_writable, connection.ask_writable,
+                connection.pressure, connection.input.size, queue_size(&connection.out), connection.out_error,
+                connection.want_out)
+
+
 cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     cdef sim_faults faults
     cdef int i, n_workers, n_shards, slow
@@ -1226,6 +1244,8 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
             sim_fail("%lu blocks of memory are left", kernel_live_memory())
         if sim_failure() == NULL and kernel_open_files():
             sim_fail("%d descriptors are left", kernel_open_files())
+    elif tracing:
+        show_sockets()
     kernel_free_all()
 
 
