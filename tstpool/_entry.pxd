@@ -205,6 +205,7 @@ cdef inline void connection_drop_output(tst_connection *connection) noexcept nog
     """Forgets queued output and accepts no more. Any thread that knows the generation to be right."""
     spin_lock(&connection.lock)
     if queue_size(&connection.out):        # the peer must not take what it has for the whole
+        connection.aborted = True
         sys_reset_on_close(connection.fd)
     connection_cut_output(connection)
     spin_unlock(&connection.lock)
