@@ -34,7 +34,7 @@ install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
-.PHONY: help build demo test test-slow model faults parallel debug asan tsan werror cov fuzz lint format bench bench-full bench-check wheel clean distclean
+.PHONY: help build demo test test-slow model simulate faults parallel debug asan tsan werror cov fuzz lint format bench bench-full bench-check wheel clean distclean
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
@@ -42,6 +42,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make build      build only"
 	@echo "make model      searches the models of the hand-over (needs spin)"
+	@echo "make simulate   the engine over a fake kernel, 20,000 seeds (ARGS=\"--seed 7 --trace\" replays one)"
 	@echo "make faults     each system call fails with each errno (needs strace); the table: build/fault-matrix.md"
 	@echo "make parallel   the tests, each in four threads at the same time (for a free-threaded Python)"
 	@echo "make debug      the tests with the engine's invariants checked"
@@ -93,6 +94,9 @@ fuzz: $(BUILT)
 
 model:
 	$(PYTHON) tests/model/run.py $(ARGS)
+
+simulate: $(BUILT)
+	$(BIN)/python tests/simulation/run.py $(ARGS)
 
 faults: $(BUILT)
 	$(BIN)/python tests/fault_matrix/run.py $(ARGS)

@@ -178,6 +178,22 @@ def test_closing_with_a_peer_that_reads_nothing(make_pool, make_client, limit):
     assert settled(pool) == (0, 1)
 
 
+@every_trigger
+def test_a_reply_that_was_cut_short_does_not_end_like_a_whole_one(make_pool, make_client, trigger):
+    """B24, B38: a peer that reads too late, and that still sends, gets a reset after what it has: not a clean end."""
+    watch = Watch()
+    pool = make_pool(watch, linger_timeout=0.3, trigger=trigger)
+    client = make_client(pool)
+    client.sendall(b"go")
+    wait_until(lambda: pool.stats().bytes_queued)
+    client.sendall(b"unread")
+    _, reason = watch.end()
+    assert reason is None
+    with pytest.raises(ConnectionResetError):
+        recv_until_eof(client)
+    wait_until(lambda: len(pool) == 0)
+
+
 def test_never_early_wherever_in_a_tick_it_begins(make_pool, make_client):
     """B38: connections that begin at any phase of the wheel's tick each get all of their time."""
     accepted, took = {}, []

@@ -18,14 +18,14 @@ from tstpool._entry cimport (
     connection_may_reset, connection_sent, connection_transfer, connection_wants_body, take_input)
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
-    fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer)
+    fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
-    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, ID_ALARM, SCRATCH_FULL, batch_add,
+    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING, SCRATCH_FULL, batch_add,
     connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
 from tstpool._timer cimport connection_deadline, tick_before, tick_of
@@ -57,7 +57,18 @@ cdef inline void connection_settle_in(tst_connection *connection, tst_engine *en
     connection.type = <unsigned char>type
     connection.trigger = TRIGGER_LEVEL if type == TYPE_LISTEN else engine.trigger
     spin_unlock(&connection.lock)
-    add32(&shard.open, 1, RELAXED)
+    add32(&shard.open, 1, SEQ_CST)
+
+
+cdef inline bint accept_here_after_all(tst_engine *engine, tst_shard *shard, tst_connection *connection,
+                                       tst_shard *home) noexcept nogil:
+    """True while stopping: the connection's shard may have ended, if it looked before it was counted there. So it moves
+    into the shard that accepted it, which has not. We count, then look at the phase; a shard that ends, the reverse."""
+    if load32(&engine.phase, SEQ_CST) == PHASE_RUNNING:
+        return False
+    connection_settle_in(connection, engine, shard, TYPE_SUB)
+    sub32(&home.open, 1, RELEASE)
+    return True
 
 
 cdef inline void keep_peer(tst_connection *connection, sockaddr_storage *address) noexcept nogil:
@@ -139,7 +150,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
         if home == shard:
             batch_add(batch, connection, DO_CONNECT)
         else:
-            shard_push(home, connection)
+            shard_push(shard if accept_here_after_all(engine, shard, connection, home) else home, connection)
 
 
 cdef inline void listeners_silence(tst_shard *shard) noexcept nogil:

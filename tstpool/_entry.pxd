@@ -205,6 +205,7 @@ cdef inline void connection_drop_output(tst_connection *connection) noexcept nog
     """Forgets queued output and accepts no more. Any thread that knows the generation to be right."""
     spin_lock(&connection.lock)
     if queue_size(&connection.out):        # the peer must not take what it has for the whole
+        connection.aborted = True
         sys_reset_on_close(connection.fd)
     connection_cut_output(connection)
     spin_unlock(&connection.lock)
@@ -401,13 +402,19 @@ cdef inline bint connection_holds_messages(tst_connection *connection) noexcept 
     return connection_is_paused(connection) or load32(&connection.pressure, RELAXED) == PRESSURE_HIGH
 
 
+cdef inline bint connection_is_over(tst_connection *connection) noexcept nogil:
+    """It is to be closed, because nothing more can arrive and its handler waits for nothing. Owner only."""
+    if not connection.end_of_input or connection.hold_input or connection.closing:
+        return False
+    return not connection_holds_messages(connection)
+
+
 cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     """What is left to be done for a connection that has received and sent what it can. Owner only."""
     if connection_cut(connection):
         return DO_INPUT
-    if connection.end_of_input and not connection.hold_input and not connection.closing:
-        if not connection_holds_messages(connection):
-            connection_begin_close(connection)
+    if connection_is_over(connection):
+        connection_begin_close(connection)
     if connection.closing and not connection.lingering and connection_drained(connection):
         return DO_DISCONNECT
     return 0
@@ -543,8 +550,10 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
     Owner only."""
     if connection.lingering:
         return PEND_IN if connection.readable and connection.trigger == TRIGGER_EDGE else 0
-    if waiting < 0 and not connection.closing:
-        return PEND_IN                     # read what had arrived before it broke, then end it
+    if connection_is_over(connection):
+        return PEND_IN                     # it broke after connection_due had looked
+    if waiting < 0 and not connection.closing and (not connection.end_of_input or connection.hold_input):
+        return PEND_IN                     # read what had arrived before it broke, then end it, unless messages are held
     if connection.closing:
         return PEND_CLOSE if waiting <= 0 and connection_drained(connection) else 0
     if connection.message_ready and connection_takes_messages(connection):

@@ -7,6 +7,7 @@ in its smallest form: the functions in "the worker" and "the pool" carry the nam
 """
 from libc.errno cimport ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdio cimport fprintf, stderr
 from libc.string cimport memcpy, memset
 
 cdef extern from "reroute.h" nogil:
@@ -20,7 +21,7 @@ cdef extern from "reroute.h" nogil:
         uint32_t spurious_wakeup
         uint32_t weak
     cdef struct sim_stream:
-        int fd, accepted, closed, aborted, faulted, fin, reset, shut, went_with_reset
+        int fd, accepted, closed, aborted, faulted, fin, reset, shut, linger_off, went_with_reset
         uint32_t in_size, out_size
         uint64_t received, sent
     cdef struct sim_tally:
@@ -82,8 +83,8 @@ from tstpool._entry cimport (
     connection_begin_close, connection_break, connection_cut, connection_due)
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, EPOLL_CTL_ADD, EPOLLIN, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_create1, eventfd, gettid, load32,
-    load64, load_pointer, store32, store64, store_pointer, sub32)
+    ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EPOLL_CTL_ADD, EPOLLIN, RELAXED, RELEASE, SEQ_CST, TFD_NONBLOCK, add32, close, epoll_create1, eventfd,
+    gettid, load32, load64, load_pointer, store32, store64, store_pointer, sub32, timerfd_create)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport TRIGGER_LEVEL, connection_flush, sys_control, sys_wake
@@ -91,8 +92,8 @@ from tstpool._queue cimport (
     queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
 from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
-    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, PHASE_DRAINING,
-    PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
+    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
+    PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
     scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
     tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tick_now, tst_stats
@@ -779,6 +780,7 @@ cdef void close_down() noexcept nogil:
         drop_litter(stock_take_litter(&world.engine.shards[i].stock))
         close(world.engine.shards[i].epoll_fd)
         close(world.engine.shards[i].event_fd)
+        close(world.engine.shards[i].timer_fd)
 
 
 cdef void free_memory() noexcept nogil:
@@ -819,7 +821,9 @@ cdef void open_pool(int n_workers, int n_shards) noexcept nogil:
         shard.no = i
         shard.epoll_fd = epoll_create1(0)
         shard.event_fd = eventfd(0, 0)
+        shard.timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK)
         sys_control(shard.epoll_fd, EPOLL_CTL_ADD, shard.event_fd, EPOLLIN, 0)
+        sys_control(shard.epoll_fd, EPOLL_CTL_ADD, shard.timer_fd, EPOLLIN, ID_ALARM)
         shard.wheel.tick = tick_of(clock_now())
     engine.phase = PHASE_RUNNING
 
@@ -1003,6 +1007,8 @@ cdef void clients_main(void *argument) noexcept nogil:
 cdef bint ended_well(sock_t *sock) noexcept nogil:
     """Nothing has happened to the connection but what its client and its handler wanted."""
     cdef sim_stream *stream = kernel_stream(sock.stream)
+    if world.deadlines and stream.linger_off:      # it was too slow a reader for a connection that was closing
+        return False
     return not (stream.faulted or sock.reason or world.broken or kernel_tally().no_memory or world.stop_early)
 
 
@@ -1155,6 +1161,23 @@ cdef tst_limits *choose_limits() noexcept nogil:
     return limits
 
 
+cdef void show_sockets() noexcept nogil:
+    """What a trace does not show: the flags of those who are left."""
+    cdef int i
+    cdef tst_connection *connection
+    for i in range(world.n_socks):
+        connection = world.socks[i].connection
+        if world.socks[i].forgotten or connection == NULL:
+            continue
+        fprintf(stderr, "client %d: descriptor %d, state %x, end_of_input %d, hold_input %d, closing %d, lingering %d, "
+                "message_ready %d, readable %d, call_writable %d, ask_writable %d, pressure %u, input %zu, output %zu, "
+                "out_error %u, want_out %d\n", world.socks[i].client, connection.fd, <uint32_t>connection.state,
+                connection.end_of_input, connection.hold_input, connection.closing, connection.lingering,
+                connection.message_ready, connection.readable, connection.call_writable, connection.ask_writable,
+                connection.pressure, connection.input.size, queue_size(&connection.out), connection.out_error,
+                connection.want_out)
+
+
 cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     cdef sim_faults faults
     cdef int i, n_workers, n_shards, slow
@@ -1187,6 +1210,7 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     open_pool(n_workers, n_shards)
     world.engine.trigger = <uint8_t>sim_below(3)
     world.engine.call_idle = sim_below(4) == 0
+    world.engine.busy_poll = (1 + sim_below(100)) * MILLISECOND // 1000 if sim_below(4) == 0 else 0
     world.engine.max_connections = 1 + sim_below(4) if sim_below(4) == 0 else 0
     if sim_below(4) == 0:
         world.engine.total.most = 1 + sim_below(8000)
@@ -1220,6 +1244,8 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
             sim_fail("%lu blocks of memory are left", kernel_live_memory())
         if sim_failure() == NULL and kernel_open_files():
             sim_fail("%d descriptors are left", kernel_open_files())
+    elif tracing:
+        show_sockets()
     kernel_free_all()
 
 

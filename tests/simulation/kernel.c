@@ -15,6 +15,7 @@ struct file {
     uint32_t mask;
     uint64_t data;
     int ready;       /* in the set's list of what may be ready */
+    int repeatable;  /* was reported, and not twice yet */
 };
 
 struct block {
@@ -146,9 +147,11 @@ static int collect(int epfd, struct epoll_event *events, int capacity) {
             continue;
         if (file->kind == TIMER && readiness(file))
             file->ready = 1;
-        if (!file->ready && sim_chance(faults.wait_twice))
-            file->ready = 1;            /* reported twice, where it is ready still */
-        if (!file->ready)
+        if (file->ready)
+            file->repeatable = 1;
+        else if (file->repeatable && sim_chance(faults.wait_twice))
+            file->repeatable = 0;       /* reported twice, where it is ready still; not for ever, or nothing would rest */
+        else
             continue;
         bits = readiness(file) & wanted(file);
         file->ready = 0;

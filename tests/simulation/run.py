@@ -19,10 +19,11 @@ import _simulation
 FAILURES_SHOWN = 20
 
 
-def main() -> int:
+def main() -> int | bool:
     parser = argparse.ArgumentParser(description="Runs seeds of the simulation.")
     parser.add_argument("--seeds", default="0:20000", metavar="A:B", help="from A up to, not including, B")
     parser.add_argument("--seed", type=int, help="this one only")
+    parser.add_argument("--first", action="store_true", help="stop at the first that fails")
     parser.add_argument("--trace", action="store_true", help="print what happens")
     options = parser.parse_args()
     if options.seed is not None:
@@ -35,6 +36,9 @@ def main() -> int:
     for seed in range(begin, end):
         failure = _simulation.run(seed)[0]
         if failure is not None:
+            if options.first:
+                print(f"seed {seed}: {failure}")
+                return True
             kinds[re.sub(r"\d+", "N", failure)].append(seed)
     for failure, seeds in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         print(f"{len(seeds)} x {failure}: {' '.join(map(str, seeds[:FAILURES_SHOWN]))}")

@@ -1,0 +1,135 @@
+"""Plants faults in the engine, one at a time, and counts the seeds that the simulation needs to find each.
+
+    python tests/simulation/mutate.py [--seeds 4000] [name ...]      a minute for each
+
+Each is a change of a few words in a header, made in a scratch copy of the tree; only the simulation is built there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# name: (header, what stands there, what is put in its place)
+FAULTS = {
+    "close before epoll's DEL": (
+        "_poll",
+        "    if connection.registered:\n        sys_control(connection.epoll_fd, EPOLL_CTL_DEL, fd, 0, 0)\n",
+        "",
+    ),
+    "the generation is not counted": (
+        "_poll",
+        "<uint64_t>(generation_of(word) + 1) << 32",
+        "<uint64_t>(generation_of(word) + 0) << 32",
+    ),
+    "a release forgets what others asked": (
+        "_conn",
+        "idle = (word | pending) & ~<uint64_t>(STATE_OWNED",
+        "idle = (word & ~<uint64_t>PEND_ANY | pending) & ~<uint64_t>(STATE_OWNED",
+    ),
+    "an owned connection may be acquired": (
+        "_conn",
+        "        if word & STATE_OWNED:\n            return BUSY\n",
+        "",
+    ),
+    "a push wakes nobody": (
+        "_shard",
+        "if load32(&shard.sleeping, SEQ_CST) and exchange32",
+        "if False and exchange32",
+    ),
+    "the sleep does not look for requests": (
+        "_turn",
+        "if load_pointer(&shard.requests, SEQ_CST) != NULL or (",
+        "if (",
+    ),
+    "no second look after the release": (
+        "_entry",
+        "again = queue_size(&connection.out) != 0 and not",
+        "again = False and not",
+    ),
+    "two flush at once": ("_poll", "or connection.flushing or queue_size", "or queue_size"),
+    "an edge of a busy connection is dropped": (
+        "_collect",
+        "    if owned and connection.trigger == TRIGGER_EDGE:\n",
+        "    if False:\n",
+    ),
+    "a short send is taken for a whole one": (
+        "_poll",
+        "queue_consume(&connection.out, <size_t>sent)",
+        "queue_consume(&connection.out, total)",
+    ),
+    "a broken connection spins until resume()": (
+        "_entry",
+        "not connection.closing and (not connection.end_of_input or connection.hold_input):",
+        "not connection.closing:",
+    ),
+    "it breaks unnoticed after the last look": (
+        "_entry",
+        "    if connection_is_over(connection):\n        return PEND_IN ",
+        "    if False:\n        return PEND_IN ",
+    ),
+    "a reply that was cut short ends cleanly": ("_entry", "        connection.aborted = True\n        sys_reset_on", "        sys_reset_on"),
+    "accepted into a shard that has ended": (
+        "_collect",
+        "if load32(&engine.phase, SEQ_CST) == PHASE_RUNNING:\n        return False",
+        "if True:\n        return False",
+    ),
+}
+
+BUILD = """
+import runpy, setuptools, sys
+sys.argv = ["setup.py", "-q", "build_ext", "--inplace"]
+setup = setuptools.setup
+def only(ext_modules, **options):
+    setup(ext_modules=[module for module in ext_modules if "simulation" in module.name], **options)
+setuptools.setup = only
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def try_fault(name: str, seeds: int) -> str:
+    header, old, new = FAULTS[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch, "tree")
+        for part in ("tstpool", "tests/simulation"):
+            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        for part in ("setup.py", "pyproject.toml", "README.md"):
+            shutil.copy(ROOT / part, tree)
+        path = tree / "tstpool" / f"{header}.pxd"
+        text = path.read_text()
+        if text.count(old) != 1:
+            return f"the text to change stands {text.count(old)} times in {path.name}"
+        path.write_text(text.replace(old, new))
+        environment = {"TSTPOOL_WHITEBOX": "1", "CFLAGS": "-O1", "PATH": "/usr/local/bin:/usr/bin:/bin"}
+        built = subprocess.run(
+            [sys.executable, "-c", BUILD], cwd=tree, env=environment, capture_output=True, text=True, check=False
+        )
+        if built.returncode:
+            return f"does not build: {(built.stdout + built.stderr)[-300:]}"
+        run = [sys.executable, "tests/simulation/run.py", "--first", "--seeds", f"0:{seeds}"]
+        try:
+            ran = subprocess.run(run, cwd=tree, capture_output=True, text=True, check=False, timeout=300)
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        if ran.returncode < 0:
+            return f"found: signal {-ran.returncode}"
+        return ran.stdout.splitlines()[0] if ran.returncode else "not found"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Plants faults in the engine.")
+    parser.add_argument("--seeds", type=int, default=4000)
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
+    for name in options.names or FAULTS:
+        print(f"| {name} | {try_fault(name, options.seeds)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
