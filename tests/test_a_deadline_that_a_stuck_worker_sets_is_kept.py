@@ -1,4 +1,5 @@
-"""B38: a worker that has lost its shard moves a timer while the shard's holder is about to sleep; the holder hears of it.
+"""B38: a worker that has lost its shard moves a timer while the shard's holder is about to sleep, and that
+one hears of it.
 
 The moment is a few instructions long. A library before libc makes it longer: the extension's threads rest, for a time
 that is drawn, behind each pthread_mutex_unlock.
@@ -8,7 +9,7 @@ import time
 
 import pytest
 from contract_helpers import ServerProcess, shim
-from helpers import PATIENCE, SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled
+from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled
 
 SLOW_UNLOCK = r"""
 #define _GNU_SOURCE
