@@ -966,7 +966,8 @@ cdef bint client_acts(int no) noexcept nogil:
     if client.done or client.until > sim_now():
         return False
     if client.stream < 0:
-        client.stream = wire_connect(1 + sim_below(sim_below(2) and 60 or 2000), 1 + sim_below(sim_below(2) and 60 or 2000))
+        client.stream = wire_connect(1 + sim_below(sim_below(2) and 60 or 2000),
+                                     1 + sim_below(sim_below(2) and 60 or 2000))
         if client.stream < 0:
             client.done = True
         return True
@@ -1215,8 +1216,8 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     if sim_below(4) == 0:
         world.engine.total.most = 1 + sim_below(8000)
     world.engine.limits = choose_limits()
-    sim_quiet_begin = <uintptr_t>&world.engine.table.chunks[1]
-    sim_quiet_size = sizeof(void *) * (TABLE_CHUNKS - 1)
+    sim_quiet_begin = <uintptr_t>&world.engine.table.chunks[1]  # no-cython-lint: C reads it
+    sim_quiet_size = sizeof(void *) * (TABLE_CHUNKS - 1)  # no-cython-lint: C reads it
     listen()
     kernel_faults(&faults)
     world.n_clients = 1 + <int>sim_below(CLIENTS)
