@@ -13,7 +13,7 @@ SAFE_FIXTURES = {"make_pool", "make_client", "no_leaks", "tmp_path", "request"}
 WORDS = {
     r"\b(run_python|ServerProcess|subprocess|Command|in_time_namespace)\b": "starts processes, which share nothing",
     r"\b(open_fds|native_threads|active_count|threading\.enumerate|/proc/self)\b": "counts what the process has",
-    r"\b(process_cpu_seconds|process_time|getrusage|thread_time|resident)\b": "measures the process",
+    r"\b(process_cpu_seconds|process_time|voluntary_switches|getrusage|thread_time|resident)\b": "measures the process",
     r"\b(setrlimit|signal\.|fork|chdir|environ|umask|quick_switches|setswitchinterval|settrace|setprofile)\b": (
         "changes the process"
     ),
