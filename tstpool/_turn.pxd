@@ -175,6 +175,7 @@ cdef inline void shard_yield(tst_engine *engine, tst_worker *worker, tst_shard *
 
 
 cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now, int elsewhere) noexcept nogil:
+    """How long it may sleep, if no timer is due sooner."""
     cdef int timeout = -1
     if shard.todo != NULL or accepting_may_resume(engine, shard, now):
         return 0
@@ -186,7 +187,7 @@ cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now
     if shard.draining:
         # Another thread's flush() may be the last to let go of a connection, and it wakes nobody.
         timeout = milliseconds_until(now + DRAIN_LOOK, now, timeout)
-    return milliseconds_until(shard_next_timer(shard, now), now, timeout)
+    return timeout
 
 
 cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
@@ -194,7 +195,8 @@ cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *sh
     """Waits for events. Returns their number or -errno.
 
     Whoever pushes a request reads `sleeping` after the push; we look at the stack after setting it. One of the two sees
-    the other, so a request never waits for an event, and a busy shard is never written to.
+    the other, so a request never waits for an event, and a busy shard is never written to. The same holds for a stuck
+    worker that sets a timer.
     """
     cdef int timeout = shard_timeout(engine, shard, now, elsewhere)
     cdef int n
@@ -206,6 +208,7 @@ cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *sh
             timeout = 0
         if engine.n_shards > 1 and not elsewhere and turn_elsewhere(engine, shard):
             timeout = 0                    # it began before it could see us asleep
+        timeout = milliseconds_until(shard_next_timer(shard, now), now, timeout)
     n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, timeout)
     store32(&shard.sleeping, SLEEPING_NOT, RELAXED)
     batch.n_events = n if n > 0 else 0
