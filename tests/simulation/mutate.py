@@ -74,7 +74,11 @@ FAULTS = {
         "    if connection_is_over(connection):\n        return PEND_IN ",
         "    if False:\n        return PEND_IN ",
     ),
-    "a reply that was cut short ends cleanly": ("_entry", "        connection.aborted = True\n        sys_reset_on", "        sys_reset_on"),
+    "a reply that was cut short ends cleanly": (
+        "_entry",
+        "        connection.aborted = True\n        sys_reset_on",
+        "        sys_reset_on",
+    ),
     "accepted into a shard that has ended": (
         "_collect",
         "if load32(&engine.phase, SEQ_CST) == PHASE_RUNNING:\n        return False",

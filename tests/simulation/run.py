@@ -1,7 +1,7 @@
 """Runs seeds of the simulation (README.md).
 
-    python tests/simulation/run.py [--seeds 0:20000]     every seed of the range; exits with 1 when one fails
-    python tests/simulation/run.py --seed 7 --trace      replays one, with every call and event on standard error
+python tests/simulation/run.py [--seeds 0:20000]     every seed of the range; exits with 1 when one fails
+python tests/simulation/run.py --seed 7 --trace      replays one, with every call and event on standard error
 """
 
 from __future__ import annotations
