@@ -553,7 +553,7 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
     if connection_is_over(connection):
         return PEND_IN                     # it broke after connection_due had looked
     if waiting < 0 and not connection.closing and (not connection.end_of_input or connection.hold_input):
-        return PEND_IN                     # read what had arrived before it broke, then end it, unless messages are held
+        return PEND_IN                     # read what had arrived before it broke, then end it, or hold it
     if connection.closing:
         return PEND_CLOSE if waiting <= 0 and connection_drained(connection) else 0
     if connection.message_ready and connection_takes_messages(connection):

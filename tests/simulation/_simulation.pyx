@@ -5,7 +5,7 @@ See README.md. The engine's headers are compiled into this module as they are; r
 their system calls to kernel.c. What tstpool/_core.pyx does between them, because it needs the interpreter, is done here
 in its smallest form: the functions in "the worker" and "the pool" carry the names of what they stand for.
 """
-from libc.errno cimport ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
+from libc.errno cimport ENOBUFS, ENOMEM, ENOTCONN
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdio cimport fprintf, stderr
 from libc.string cimport memcpy, memset
@@ -73,27 +73,26 @@ from cpython.object cimport PyObject
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, PRESSURE_HIGH, STATE_DETACHED, STATE_OPEN,
+    GONE, OVERFLOW_CLOSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN,
     STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
-    connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_drop, table_chunk,
+    connection_close_output, connection_id, connection_is, connection_mark, generation_of, table_chunk,
     table_open, tst_compiled, tst_connection, tst_limits)
-from tstpool._data cimport data_request, input_consume, input_free, input_keep, tst_data
+from tstpool._data cimport data_request, input_consume, input_keep, tst_data
 from tstpool._entry cimport (
     STAT_DISCONNECT, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort, connection_apply,
     connection_begin_close, connection_break, connection_cut, connection_due)
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EPOLL_CTL_ADD, EPOLLIN, RELAXED, RELEASE, SEQ_CST, TFD_NONBLOCK, add32, close, epoll_create1, eventfd,
-    gettid, load32, load64, load_pointer, store32, store64, store_pointer, sub32, timerfd_create)
+    ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EPOLL_CTL_ADD, EPOLLIN, RELAXED, RELEASE, SEQ_CST, TFD_NONBLOCK, add32, close,
+    epoll_create1, eventfd, gettid, load32, load64, store32, store64, store_pointer, sub32, timerfd_create)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
-from tstpool._poll cimport TRIGGER_LEVEL, connection_flush, sys_control, sys_wake
-from tstpool._queue cimport (
-    queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
+from tstpool._poll cimport connection_flush, sys_control, sys_wake
+from tstpool._queue cimport queue_size, stock_free, stock_has_litter, stock_take_litter, tst_shared
 from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
-    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
-    PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
+    DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
+    PHASE_DRAINING, PHASE_RUNNING, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
     scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
     tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tick_now, tst_stats
@@ -140,7 +139,7 @@ cdef struct sock_t:
 cdef struct client_t:
     int stream                 # -1: it has not connected yet
     int done
-    int patient                # 0: resets in the middle; 1: finishes, reads to the end; 2: stays until the server closes
+    int patient                # 0: resets in the middle; 1: finishes, reads to the end; 2: stays until it is closed
     int finished               # has sent its FIN
     int ended                  # has seen the end, 1, or a reset, -1
     uint32_t messages          # that it sends
@@ -966,8 +965,8 @@ cdef bint client_acts(int no) noexcept nogil:
     if client.done or client.until > sim_now():
         return False
     if client.stream < 0:
-        client.stream = wire_connect(1 + sim_below(sim_below(2) and 60 or 2000),
-                                     1 + sim_below(sim_below(2) and 60 or 2000))
+        client.stream = wire_connect(
+            1 + sim_below(sim_below(2) and 60 or 2000), 1 + sim_below(sim_below(2) and 60 or 2000))
         if client.stream < 0:
             client.done = True
         return True
@@ -1216,8 +1215,8 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     if sim_below(4) == 0:
         world.engine.total.most = 1 + sim_below(8000)
     world.engine.limits = choose_limits()
-    sim_quiet_begin = <uintptr_t>&world.engine.table.chunks[1]  # no-cython-lint: C reads it
-    sim_quiet_size = sizeof(void *) * (TABLE_CHUNKS - 1)  # no-cython-lint: C reads it
+    sim_quiet_begin = <uintptr_t>&world.engine.table.chunks[1]      # no-cython-lint
+    sim_quiet_size = sizeof(void *) * (TABLE_CHUNKS - 1)      # no-cython-lint
     listen()
     kernel_faults(&faults)
     world.n_clients = 1 + <int>sim_below(CLIENTS)

@@ -76,13 +76,13 @@ FAULTS = {
     ),
     "a reply that was cut short ends cleanly": (
         "_entry",
-        "        connection.aborted = True\n        sys_reset_on",
-        "        sys_reset_on",
+        "for the whole\n        connection.aborted = True\n",
+        "for the whole\n",
     ),
     "accepted into a shard that has ended": (
         "_collect",
         "if load32(&engine.phase, SEQ_CST) == PHASE_RUNNING:\n        return False",
-        "if True:\n        return False",
+        "if load32(&engine.phase, SEQ_CST) < 99:\n        return False",
     ),
 }
 

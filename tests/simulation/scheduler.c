@@ -10,7 +10,7 @@
 enum {
     THREADS = 24,
     STACK = 131072,
-    STEPS_MOST = 6000000,   /* a seed that does not end has a live-lock */
+    STEPS_MOST = 20000000,   /* a seed that does not end has a live-lock */
 };
 
 #define REST_AFTER (600 * SIM_MILLISECOND)
