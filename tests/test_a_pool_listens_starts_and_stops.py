@@ -317,16 +317,18 @@ def test_stop_closes_the_listeners_before_it_lets_go_of_anybody(make_pool, make_
             except (ConnectionRefusedError, ConnectionResetError):
                 return True
 
+        inside.set()
         stopping.wait(patient(10))
         wait_until(is_refused)
         refused.append(sock.closed)
         sock.send(b"the last reply")
 
-    stopping = threading.Event()
+    inside, stopping = threading.Event(), threading.Event()
     pool = make_pool(handler(on_message=on_message), workers=4, trigger=trigger, shards=shards)
     address = pool.addresses[0]
     client = make_client(pool)
     client.sendall(b"x")
+    assert inside.wait(patient(10))  # else it might still be in the backlog of a listener that goes
 
     def stop():
         stopping.set()
