@@ -50,9 +50,31 @@ REASONS = {
         "tstpool/_core.pyx Worker.make_body": ["return 0"],
         "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
         "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
+        "tstpool/_entry.pxd connection_reconnect": ["output_account(connection)"],
+        "tstpool/_entry.pxd entry_finish": [
+            "connection_flush(connection, entry.generation, False, True, now, &worker.stats)",
+            "connection_ask_relief(connection, entry.generation)",
+        ],
         "tstpool/_park.pxd any_shard_running": ["return True"],
         "tstpool/_park.pxd thread_is_running": ["return False", "return False"],
         "tstpool/_poll.pxd connection_flush": ["spin_unlock(&connection.lock)", "connection_free(connection, stats)"],
+        "tstpool/_turn.pxd shard_poll": [
+            "timeout = 0",
+            "timeout = 0                    # it began before it could see us asleep",
+        ],
+    },
+    "Two things at once that no test brings about: output that has failed, on a connection that is paused or full of "
+    "input; a compiled `writable`, for a connection that needs Python for something else.": {
+        "tstpool/_entry.pxd take_input": [
+            "connection_break(connection, broken)       # nobody will make room for what may still be there",
+            "return",
+        ],
+        "tstpool/_core.pyx Worker.writable": [
+            "stat = self.notify(sock, connection.compiled.writable)",
+            "if stat != TST_RUN:",
+            "connection_apply(connection, self.worker, stat)",
+            "return 0",
+        ],
     },
     "More at once than a test on a shared machine should make: a batch that is full, in the middle of accepting.": {
         "tstpool/_collect.pxd accept_burst": ["return"],
@@ -74,7 +96,8 @@ REASONS = {
         ],
         "tstpool/_timer.pxd connection_deadline": ["return DEADLINE_NONE"],
     },
-    "System calls that do not fail on a descriptor which is open, and are not made to fail.": {
+    "System calls that do not fail here, and are not made to.": {
+        "tstpool/_net.py _is_abandoned": ["except OSError:", "return False"],
         "tstpool/_poll.pxd sys_unread": ["return 0"],
         "tstpool/_poll.pxd flush_arm": [
             "connection.out_drop = True         # no EPOLLOUT will ever come: the output is lost",
