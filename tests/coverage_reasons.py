@@ -58,9 +58,9 @@ REASONS = {
         "tstpool/_park.pxd any_shard_running": ["return True"],
         "tstpool/_park.pxd thread_is_running": ["return False", "return False"],
         "tstpool/_poll.pxd connection_flush": ["spin_unlock(&connection.lock)", "connection_free(connection, stats)"],
-        "tstpool/_turn.pxd shard_poll": [
+        "tstpool/_turn.pxd shard_sleep": [
             "timeout = 0",
-            "timeout = 0                    # it began before it could see us asleep",
+            "timeout = 0                        # it began before it could see us asleep",
         ],
     },
     "Two things at once that no test brings about: output that has failed, on a connection that is paused or full of "
