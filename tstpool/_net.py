@@ -64,7 +64,7 @@ def _listen_named(host: str | None, port: int, backlog: int) -> list[socket.sock
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     failure: OSError | None = None
-    for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+    for family, address in {(entry[0], entry[4]): None for entry in found}:  # each once, in their order
         if port == 0 and sockets:  # all addresses of one name share the port that the first was given
             address = (address[0], sockets[0].getsockname()[1], *address[2:])
         try:
