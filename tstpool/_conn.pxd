@@ -46,7 +46,7 @@ from tstpool._frame cimport (
     FRAME_DELIMITED, FRAME_LENGTH, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, linger,
-    load32, load64, load_pointer, recv, send, store32, store64, tst_bug, write)
+    load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
     queue_append, queue_commit, queue_drop, queue_room, queue_share, queue_size, tst_queue, tst_shared)
@@ -435,6 +435,24 @@ cdef inline bint connection_take_relief(tst_connection *connection) noexcept nog
     return relief
 
 
+cdef inline bint queue_prefixed(tst_queue *queue, const tst_framing *framing, const char *bytes,
+                                size_t size) noexcept nogil:
+    """Queues a small message with its length before it, in one piece. False: it is another case, nothing was done."""
+    cdef char *room
+    cdef int n
+    if framing.kind != FRAME_LENGTH or framing.offset or size > FRAME_WHOLE:
+        return False
+    room = queue_room(queue, size + framing.header)
+    if room == NULL:
+        return False
+    n = frame_header(framing, size, <unsigned char *>room)
+    if n < 0:
+        return False
+    memcpy(room + n, bytes, size)
+    queue_commit(queue, size + <size_t>n)
+    return True
+
+
 cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const char *bytes, size_t size,
                             tst_shared *shared) noexcept nogil:
     """Queues a message with what its framing puts around it; `shared`: its bytes need not be copied.
@@ -443,29 +461,22 @@ cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const 
     queued. -ENOMEM: a part may be.
     """
     cdef unsigned char header[HEADER_MOST]
-    cdef char *room
-    cdef int n = 0
-    if framing != NULL:
-        if framing.kind == FRAME_LENGTH and framing.offset == 0 and size <= FRAME_WHOLE:
-            room = queue_room(queue, size + framing.length_size)
-            if room != NULL:
-                n = frame_header(framing, size, <unsigned char *>room)
-                if n >= 0:
-                    memcpy(room + n, bytes, size)
-                    queue_commit(queue, size + <size_t>n)
-                return 0 if n >= 0 else n
-        n = frame_header(framing, size, header)
-        if n < 0:
-            return n
-        if framing.kind == FRAME_DELIMITED and find_delimiter(framing, bytes, size) != NULL:
-            return -EINVAL
+    cdef int n = frame_header(framing, size, header)
+    if n < 0:
+        return n
+    if framing.kind == FRAME_DELIMITED and find_delimiter(framing, bytes, size) != NULL:
+        return -EINVAL
     if n and queue_append(queue, <char *>header, <size_t>n) < 0:
         return -ENOMEM
-    if (queue_share(queue, shared) if shared != NULL else queue_append(queue, bytes, size)) < 0:
+    if queue_bytes(queue, bytes, size, shared) < 0:
         return -ENOMEM
-    if framing != NULL and framing.kind == FRAME_DELIMITED:
+    if framing.kind == FRAME_DELIMITED:
         return queue_append(queue, framing.delimiter, framing.n_delimiter)
     return 0
+
+
+cdef inline int queue_bytes(tst_queue *queue, const char *bytes, size_t size, tst_shared *shared) noexcept nogil:
+    return queue_share(queue, shared) if shared != NULL else queue_append(queue, bytes, size)
 
 
 cdef inline ssize_t connection_append(tst_connection *connection, uint32_t generation, const char *bytes, size_t size,
@@ -482,20 +493,26 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     cdef uint64_t word
     spin_lock(&connection.lock)
     word = load64(&connection.state, ACQUIRE)
-    if connection.out_closed or not word_is(word, generation):
+    if tst_rarely(connection.out_closed or not word_is(word, generation)):
         result = -ENOTCONN
-    elif output_is_full(connection, size):
+    elif tst_rarely(output_is_full(connection, size)):
         result = -ENOBUFS
     else:
         connection.out.burst = word & STATE_OWNED != 0
-        result = queue_frame(&connection.out, connection.framing if framed else NULL, bytes, size, shared)
-        if result == -ENOMEM and framed:
+        if not framed or connection.framing == NULL:
+            result = queue_bytes(&connection.out, bytes, size, shared)
+        elif tst_rarely(shared != NULL or not queue_prefixed(&connection.out, connection.framing, bytes, size)):
+            result = queue_frame(&connection.out, connection.framing, bytes, size, shared)
+        else:
+            result = 0
+        if tst_rarely(result == -ENOMEM and framed):
             connection.out_closed = True
             store32(&connection.out_error, ENOMEM, RELAXED)
             flush[0] = True
         elif result == 0:
             result = <ssize_t>queue_size(&connection.out)
-            if connection.want_out or connection.limits == NULL or <size_t>result > connection.limits.high_water:
+            if tst_rarely(connection.want_out or connection.limits == NULL
+                          or <size_t>result > connection.limits.high_water):
                 output_account(connection)
             flush[0] = output_is_left(connection, word)
     spin_unlock(&connection.lock)

@@ -94,8 +94,7 @@ cdef class TstSocket:
 
     cdef uint32_t generation(self) noexcept nogil
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
-    cdef ssize_t append_full(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
-    cdef ssize_t try_append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
+    cdef ssize_t overflow(self) noexcept nogil
     cdef void flush_once(self) noexcept nogil
     cdef int wait_for_room(self) except -1
     cdef ssize_t append_object(self, object data, bint framed) except? -1

@@ -29,7 +29,7 @@ from tstpool._entry cimport (
     batch_finish, connection_abort, connection_apply, connection_begin_close, connection_break, connection_cut,
     connection_due, connection_reconnect, connection_wants_body)
 from tstpool._frame cimport (
-    DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, tst_framing)
+    DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, framing_settle, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED, RELEASE,
     SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd, gettid,
@@ -251,6 +251,7 @@ cdef class Raw(Framing):
     def __init__(self, max_message=None):
         self.framing.kind = FRAME_RAW
         self.set_limit(max_message, 2**40)
+        framing_settle(&self.framing)
         self.options = () if max_message is None else (("max_message", max_message),)
 
 
@@ -262,6 +263,7 @@ cdef class Fixed(Framing):
         self.framing.kind = FRAME_FIXED
         self.set_limit(max_message, max(MAX_MESSAGE, operator.index(size)))
         self.framing.fixed = number_within(size, "size", 1, self.framing.max_message)
+        framing_settle(&self.framing)
         self.options = (("size", size),) + (() if max_message is None else (("max_message", max_message),))
 
 
@@ -280,6 +282,7 @@ cdef class Delimited(Framing):
         self.framing.n_delimiter = <unsigned char>number_within(len(raw), "len(delimiter)", 1, DELIMITER_MOST)
         memcpy(self.framing.delimiter, PyBytes_AS_STRING(raw), self.framing.n_delimiter)
         self.framing.keep = bool(keep)
+        framing_settle(&self.framing)
         self.options = (("delimiter", raw), ("keep", bool(keep)), ("max_message", self.framing.max_message))
 
 
@@ -305,6 +308,7 @@ cdef class LengthPrefixed(Framing):
         self.framing.offset = number_within(offset, "offset", 0, OFFSET_MOST)
         self.framing.adjust = number_within(adjust, "adjust", -2**40, 2**40)
         self.framing.keep = not strip
+        framing_settle(&self.framing)
         self.options = (("size", self.framing.length_size), ("byteorder", byteorder), ("offset", self.framing.offset),
                         ("adjust", self.framing.adjust), ("strip", bool(strip)),
                         ("max_message", self.framing.max_message))
@@ -455,21 +459,27 @@ cdef class TstSocket:
 
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
         """Queues output and sees to it that somebody sends it. Returns what waits, or -errno."""
-        cdef ssize_t result = self.try_append(bytes, size, shared, framed)
-        if tst_rarely(result == -ENOBUFS):
-            result = self.append_full(bytes, size, shared, framed)
-        return result
-
-    cdef ssize_t append_full(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
-        """Too much waits. Perhaps only because it is a long handler that sends; else the limits say what to do."""
         cdef ssize_t result
-        self.flush_once()
-        result = self.try_append(bytes, size, shared, framed)
-        if result == -ENOBUFS and self.connection.limits.overflow == OVERFLOW_CLOSE:
-            if connection_abort(self.connection, self.generation(), ENOBUFS):
-                shard_ask(self.connection, self.generation(), PEND_CLOSE)
-            result = -ENOTCONN
-        return result
+        cdef bint flush = False, again = True
+        while True:
+            result = connection_append(
+                self.connection, self.generation(), bytes, size, shared, framed, &flush)
+            if flush:
+                shard_ask(self.connection, self.generation(), 0)
+            if not tst_rarely(result == -ENOBUFS):
+                return result
+            if not again:
+                return self.overflow()
+            again = False
+            self.flush_once()      # perhaps too much waits only because it is a long handler that sends
+
+    cdef ssize_t overflow(self) noexcept nogil:
+        """Too much waits: the limits say what to do. Returns -ENOBUFS, or -ENOTCONN when it was closed for that."""
+        if self.connection.limits.overflow != OVERFLOW_CLOSE:
+            return -ENOBUFS
+        if connection_abort(self.connection, self.generation(), ENOBUFS):
+            shard_ask(self.connection, self.generation(), PEND_CLOSE)
+        return -ENOTCONN
 
     cdef void flush_once(self) noexcept nogil:
         """Gives the kernel what it takes now."""
@@ -500,14 +510,6 @@ cdef class TstSocket:
                 self.flush_once()
             self.pool.drop_all_litter()
             PyErr_CheckSignals()
-
-    cdef ssize_t try_append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
-        """connection_append(), with the request for a flush that it may need."""
-        cdef bint flush = False
-        cdef ssize_t result = connection_append(self.connection, self.generation(), bytes, size, shared, framed, &flush)
-        if flush:
-            shard_ask(self.connection, self.generation(), 0)
-        return result
 
     cdef ssize_t append_object(self, object data, bint framed) except? -1:
         """append() for whatever has a buffer. Large `bytes` are kept instead of copied: they never change."""

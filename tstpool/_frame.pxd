@@ -44,6 +44,13 @@ cdef struct tst_framing:
     uint64_t max_message       # bytes in the largest body
     char delimiter[DELIMITER_MOST]
     void *object               # borrowed: the Framing that this lies in
+    # What follows from these, by framing_settle:
+    uint32_t header            # bytes before the body
+    uint32_t dropped           # of which so many are not handed out
+    uint64_t least             # bytes in the smallest body that has a frame, ...
+    uint64_t most              # ... and in the largest
+    uint64_t number_least      # the least number that a length field may hold, ...
+    uint64_t number_most       # ... and the greatest
 
 
 cdef struct tst_frame:
@@ -51,6 +58,29 @@ cdef struct tst_frame:
     size_t size                # its bytes
     size_t whole               # bytes that it takes up, all around it included
     size_t needed              # when it is not whole yet: bytes that must be there, as far as is known
+
+
+cdef inline void framing_settle(tst_framing *framing) noexcept nogil:
+    """Works out the bounds, once, when all else is set. max_message < 2**62 and abs(adjust) <= 2**62: nothing wraps."""
+    cdef int64_t field_most = (1 << 62) - 1        # as much as any message has
+    cdef int64_t most = <int64_t>framing.max_message
+    framing.header = framing.dropped = 0
+    framing.least = framing.fixed if framing.kind == FRAME_FIXED else 0
+    framing.most = framing.fixed if framing.kind == FRAME_FIXED else framing.max_message
+    if framing.kind != FRAME_LENGTH:
+        return
+    framing.header = framing.offset + framing.length_size
+    framing.dropped = 0 if framing.keep else framing.header
+    if framing.length_size < 5:
+        field_most = (<int64_t>1 << (8 * framing.length_size)) - 1
+    framing.least = <uint64_t>max(framing.adjust, 0)
+    framing.number_least = <uint64_t>max(-framing.adjust, 0)
+    framing.most = <uint64_t>max(min(most, field_most + framing.adjust), 0)
+    framing.number_most = <uint64_t>max(most - framing.adjust, 0)
+    if field_most + framing.adjust < 0:            # no body is so small
+        framing.least = 1
+    if most < framing.adjust:                      # each body is longer than allowed
+        framing.number_least = 1
 
 
 cdef inline uint64_t frame_length(const tst_framing *framing, const unsigned char *field) noexcept nogil:
@@ -75,21 +105,6 @@ cdef inline void frame_put_length(const tst_framing *framing, unsigned char *fie
     for i in range(framing.length_size):
         field[i if framing.little else framing.length_size - 1 - i] = <unsigned char>(number & 0xff)
         number >>= 8
-
-
-cdef inline int frame_body(const tst_framing *framing, uint64_t number, uint64_t *body) noexcept nogil:
-    """Bytes in the body that a length field of `number` announces. -EMSGSIZE: negative, or beyond the limit."""
-    cdef uint64_t back
-    if framing.adjust < 0:
-        back = <uint64_t>-framing.adjust
-        if number < back:
-            return -EMSGSIZE
-        body[0] = number - back
-    else:
-        if number > framing.max_message or <uint64_t>framing.adjust > framing.max_message - number:
-            return -EMSGSIZE
-        body[0] = number + <uint64_t>framing.adjust
-    return -EMSGSIZE if body[0] > framing.max_message else 0
 
 
 cdef inline const char *find_delimiter(const tst_framing *framing, const char *bytes, size_t size) noexcept nogil:
@@ -127,18 +142,17 @@ cdef inline int frame_delimited(const tst_framing *framing, const char *bytes, s
 
 cdef inline int frame_prefixed(const tst_framing *framing, const char *bytes, size_t size,
                                tst_frame *frame) noexcept nogil:
-    cdef size_t header = <size_t>framing.offset + framing.length_size
-    cdef uint64_t body = 0
-    cdef int result
-    frame.needed = header
-    if size < header:
+    cdef uint64_t number
+    frame.needed = framing.header
+    if size < framing.header:
         return 0
-    result = frame_body(framing, frame_length(framing, <const unsigned char *>bytes + framing.offset), &body)
-    if result < 0:
-        return result
-    frame.begin = 0 if framing.keep else header
-    frame.size = <size_t>body + header if framing.keep else <size_t>body
-    frame.whole = frame.needed = <size_t>body + header         # max_message < 2**62: this can't wrap
+    number = frame_length(framing, <const unsigned char *>bytes + framing.offset)
+    if number < framing.number_least or number > framing.number_most:
+        return -EMSGSIZE
+    # The number is within bounds now, so that neither sum leaves 0 ... max_message + header.
+    frame.whole = frame.needed = <size_t>(number + <uint64_t>framing.adjust) + framing.header
+    frame.begin = framing.dropped
+    frame.size = frame.whole - framing.dropped
     return size >= frame.whole
 
 
@@ -166,21 +180,12 @@ cdef inline int frame_header(const tst_framing *framing, size_t size, unsigned c
 
     `header` has room for HEADER_MOST bytes. Bytes before the length field are zero.
     """
-    cdef uint64_t number
     cdef uint32_t i
-    if size > framing.max_message or (framing.kind == FRAME_FIXED and size != framing.fixed):
+    if size < framing.least or size > framing.most:
         return -EMSGSIZE
     if framing.kind != FRAME_LENGTH:
         return 0
-    if framing.adjust > 0:
-        if size < <uint64_t>framing.adjust:
-            return -EMSGSIZE
-        number = size - <uint64_t>framing.adjust
-    else:
-        number = size + <uint64_t>-framing.adjust
-    if framing.length_size < 8 and number >> (8 * framing.length_size):
-        return -EMSGSIZE
     for i in range(framing.offset):
         header[i] = 0
-    frame_put_length(framing, header + framing.offset, number)
-    return <int>framing.offset + framing.length_size
+    frame_put_length(framing, header + framing.offset, size - <uint64_t>framing.adjust)
+    return <int>framing.header

@@ -21,7 +21,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from tstpool._libc cimport ACQ_REL, RELAXED, RELEASE, add32, iovec, load_pointer, store_pointer, sub32
+from tstpool._libc cimport ACQ_REL, RELAXED, RELEASE, add32, iovec, load_pointer, store_pointer, sub32, tst_rarely
 from tstpool._lock cimport spin_lock, spin_unlock
 
 cdef enum:
@@ -233,7 +233,7 @@ cdef inline int queue_append(tst_queue *queue, const char *bytes, size_t size) n
 cdef inline char *queue_room(tst_queue *queue, size_t size) noexcept nogil:
     """Where the next `size` bytes may be written in one piece, to be followed by queue_commit. NULL: no room there."""
     cdef tst_chunk *last = queue.tail
-    if last == NULL:
+    if tst_rarely(last == NULL):
         last = queue_grow(queue, size)
     if last == NULL or last.capacity - last.end < size:
         return NULL

@@ -81,7 +81,7 @@ from tstpool._data cimport data_request, input_consume, input_keep, tst_data
 from tstpool._entry cimport (
     STAT_DISCONNECT, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort, connection_apply,
     connection_begin_close, connection_break, connection_cut, connection_due)
-from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, tst_framing
+from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, framing_settle, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EPOLL_CTL_ADD, EPOLLIN, RELAXED, RELEASE, SEQ_CST, TFD_NONBLOCK, add32, close,
     epoll_create1, eventfd, gettid, load32, load64, store32, store64, store_pointer, sub32, timerfd_create)
@@ -1196,6 +1196,7 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     world.framing.delimiter[0] = 13
     world.framing.delimiter[1] = 10
     world.framing.max_message = 100000
+    framing_settle(&world.framing)
     world.compiled.handler = &world
     world.compiled.connected = on_nothing
     world.compiled.received = on_received

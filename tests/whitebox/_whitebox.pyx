@@ -21,7 +21,7 @@ from tstpool._data cimport (
     data_complete, data_fill, data_pin, data_request, data_resize, data_set_done, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, input_unread, tst_data, tst_input)
 from tstpool._entry cimport connection_cut, connection_room
-from tstpool._frame cimport HEADER_MOST, frame_header, frame_next, tst_frame, tst_framing
+from tstpool._frame cimport HEADER_MOST, frame_header, frame_next, framing_settle, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, RELEASE, SEQ_CST, add64, close, epoll_create1, epoll_event,
     eventfd, iovec, load32, load64, pthread_mutex_init, read, sched_yield, store32, store64)
@@ -214,6 +214,7 @@ cdef class Framing:
         self.framing.offset = offset
         self.framing.adjust = adjust
         self.framing.max_message = max_message
+        framing_settle(&self.framing)
 
     @staticmethod
     def like(PublicFraming framing):

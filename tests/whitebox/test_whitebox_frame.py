@@ -167,3 +167,25 @@ def test_fixed_writes_only_messages_of_its_size():
     framing = Framing(FIXED, fixed=4)
     assert framing.header(4) == b""
     assert framing.header(3) == TOO_LARGE
+
+
+def about(*numbers):
+    """These numbers and their neighbours, as far as they are not negative."""
+    return sorted({number + step for number in numbers for step in (-1, 0, 1) if number + step >= 0})
+
+
+@pytest.mark.parametrize("max_message", [1, 10, 255, 256, 66000])
+@pytest.mark.parametrize("adjust", [-70000, -256, -255, -4, 0, 4, 255, 256, 70000])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_each_bound_of_a_length_is_exact(size, adjust, max_message):
+    framing = Framing(LENGTH, length_size=size, adjust=adjust, max_message=max_message)
+    field_most = 256**size - 1
+    for body in about(0, adjust, max_message, field_most + adjust):
+        number, header = body - adjust, framing.header(body)
+        fits = body <= max_message and 0 <= number <= field_most
+        assert header == (number.to_bytes(size, "big") if fits else TOO_LARGE)
+    for number in about(0, -adjust, max_message - adjust, field_most):
+        if number <= field_most:
+            body = number + adjust
+            result, message = framing.cut(number.to_bytes(size, "big") + bytes(max(0, min(body, 2 * max_message))))[:2]
+            assert (result, message) == ((WHOLE, bytes(body)) if 0 <= body <= max_message else (TOO_LARGE, None))
