@@ -2648,6 +2648,7 @@ cdef class Worker:
     cdef bint refuse(self, TstSocket sock, Binding binding) except -1:
         """The peer sends a message longer than allowed: on_error hears of it, and the connection closes anyway."""
         sock.connection.message_ready = False
+        sock.connection.unfinished = True      # it is still sending: what it is told must survive that (linger)
         input_free(&sock.connection.input)
         self.failed(sock, binding, MessageTooLarge(f"the peer's message is longer than {sock.own_framing!r} allows"))
         connection_begin_close(sock.connection)
