@@ -539,7 +539,7 @@ cdef class TstSocket:
         """The calling thread is the worker that is in this socket's handler."""
         cdef int no = <int>load32(<uint32_t *>&self.connection.thread_no, RELAXED)
         cdef tst_worker *worker
-        if no < 0 or no >= self.pool.engine.n_workers or not connection_is(self.connection, self.generation()):
+        if no < 0 or no >= worker_count(self.pool.engine) or not connection_is(self.connection, self.generation()):
             return False
         worker = &self.pool.engine.workers[no]
         return worker.ident == PyThread_get_thread_ident() and worker.current == self.connection
@@ -621,7 +621,8 @@ cdef class TstSocket:
         with cython.critical_section(self):
             binding = self.binding
         if binding is None:
-            binding = self.pool.binding
+            with cython.critical_section(self.pool):
+                binding = self.pool.binding
         return None if binding is None else (<Binding>binding).handler
 
     @handler.setter
@@ -1333,7 +1334,7 @@ cdef class TstPool:
     @property
     def addresses(self):
         """(host, port) of each listener."""
-        return [(host, port) for host, port, _ in self.listeners]
+        return [(host, port) for host, port, _ in list(self.listeners)]
 
     # -- hooks of the original
 
@@ -1597,27 +1598,17 @@ cdef class TstPool:
             self.start_locked()
 
     cdef int start_locked(self) except -1:
-        cdef int no
         if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED or not self.ended.is_set():
             raise TstError("the pool is running already" if self.running else "the pool is still stopping")
         if self.binding is None:
             raise TstError("no handler: give one to TstPool() or create()")
         self.open()
-        free(self.engine.workers)
-        self.engine.workers = <tst_worker *>calloc(self.n_workers, sizeof(tst_worker))
-        if self.engine.workers == NULL:
-            raise MemoryError()
-        self.engine.n_workers = self.n_workers
-        for no in range(self.n_workers):
-            self.engine.workers[no].no = no
-            self.engine.workers[no].ticks.scale = tick_scale()
-            self.engine.workers[no].group = 1
-            self.engine.workers[no].group_most = GROUP_MOST if self.engine.slow_handler > LONG_GROUP else 1
+        make_workers(self.engine, self.n_workers)
         # The counters that are no worker's begin anew, too; what was added already will be closed in this run.
         store64(&self.added, <uint64_t>len(self), RELAXED)
         store64(&self.bytes_outside, 0, RELAXED)
         store64(&self.engine.total.overflow_closed, 0, RELAXED)
-        self.binding = bind(self.binding.handler, self.hooks)
+        set_binding(self, bind(self.binding.handler, self.hooks))
         self.engine.call_idle = self.binding.on_idle is not None
         self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)
         store64(&self.engine.slow_look, 0, RELEASE)
@@ -1723,10 +1714,10 @@ cdef class TstPool:
             return True
         self.cut_off()
         for _ in range(100):
-            before = [load64(&self.engine.workers[no].calls, ACQUIRE) for no in range(self.n_workers)]
+            before = worker_calls(self.engine)
             if self.ended.wait(0.05):
                 return True
-            after = [load64(&self.engine.workers[no].calls, ACQUIRE) for no in range(self.n_workers)]
+            after = worker_calls(self.engine)
             if before == after and any(calls % 2 for calls in after):
                 return False           # nothing moves, and somebody is inside a handler
         return self.ended.is_set()
@@ -1750,7 +1741,7 @@ cdef class TstPool:
         """Nobody works any more: gives descriptors back. By the last worker, or with the mutex held before a start."""
         for address in self.listeners:
             _net.unlink_socket(address)
-        self.listeners = []
+        self.listeners.clear()         # the same list: others may be looking at it
         store32(&self.engine.n_listeners, 0, RELAXED)
         self.close_descriptors()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
@@ -1836,6 +1827,8 @@ cdef class TstPool:
             pthread_mutex_destroy(&self.engine.shards[i].mutex)
         free(self.engine.shards)
         free(self.engine.workers)
+        for i in range(self.engine.n_outgrown):
+            free(self.engine.outgrown[i])
 
     def _forked(self):
         """In a forked child: the pool is dead here, and peers must see the end when the parent closes."""
@@ -1889,7 +1882,7 @@ cdef class TstPool:
             self.max_recv_size, self.max_send_size = (positive(max_recv_size, "max_recv_size"),
                                                       positive(max_send_size, "max_send_size"))
             self.n_workers = n_workers
-            self.binding = binding
+            set_binding(self, binding)
         if bind_port:
             self.listen(bind_ip or None, bind_port)
         try:
@@ -2052,7 +2045,7 @@ cdef class TstPool:
         cdef tst_stats *one
         self.check_alive()
         workers = []
-        for i in range(self.engine.n_workers):
+        for i in range(worker_count(self.engine)):
             one = &self.engine.workers[i].stats
             messages += load64(&one.messages, RELAXED)
             bytes_in += load64(&one.bytes_in, RELAXED)
@@ -2089,6 +2082,65 @@ cdef class TstPool:
             most_elapsed=load64(&worker.stats.most_elapsed, RELAXED) / 1e9,
             begin_time=load64(&worker.stats.begin_time, RELAXED) / 1e9,
             end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
+
+
+cdef int worker_begin(tst_worker *worker, int no) except -1:
+    """As new, whoever had that number before. Others may be reading its counters."""
+    cdef uint64_t *counters = <uint64_t *>&worker.stats
+    cdef size_t i
+    for i in range(sizeof(tst_stats) // sizeof(uint64_t)):
+        store64(counters + i, 0, RELAXED)
+    store64(&worker.calls, 0, RELEASE)
+    store64(&worker.waiting_since, 0, RELAXED)
+    store64(&worker.slow_calls, 0, RELAXED)
+    store64(&worker.slow_logged, 0, RELAXED)
+    worker.no = no
+    worker.ident = 0
+    worker.current = NULL
+    worker.left = NULL
+    worker.since = worker.clock = worker.looked_calls = 0
+    worker.tid = worker.last_shard = worker.accept_errno = worker.looks = 0
+    worker.lost = False
+    worker.ticks.scale = tick_scale()
+    worker.group = 1
+    return 0
+
+
+cdef int make_workers(tst_engine *engine, int n) except -1:
+    """So many workers, all as new. Their memory stays where it is: stats() may be reading it on any thread."""
+    cdef int no
+    cdef int room = max(n, 2 * engine.workers_room)
+    cdef tst_worker *workers
+    if n > engine.workers_room:
+        workers = <tst_worker *>calloc(room, sizeof(tst_worker))
+        if workers == NULL:
+            raise MemoryError()
+        if engine.workers != NULL:
+            engine.outgrown[engine.n_outgrown] = engine.workers
+            engine.n_outgrown += 1
+        store_pointer(<void **>&engine.workers, workers, RELEASE)
+        engine.workers_room = room
+    for no in range(n):
+        worker_begin(&engine.workers[no], no)
+        engine.workers[no].group_most = GROUP_MOST if engine.slow_handler > LONG_GROUP else 1
+    store32(<uint32_t *>&engine.n_workers, <uint32_t>n, RELEASE)
+    return 0
+
+
+cdef list worker_calls(tst_engine *engine):
+    cdef int no
+    return [load64(&engine.workers[no].calls, ACQUIRE) for no in range(worker_count(engine))]
+
+
+cdef int worker_count(tst_engine *engine) noexcept nogil:
+    """Of the last start(); for threads that are none of its workers, and so may see the next one."""
+    return <int>load32(<uint32_t *>&engine.n_workers, ACQUIRE)
+
+
+cdef int set_binding(TstPool pool, Binding binding) except -1:
+    with cython.critical_section(pool):        # sock.handler may be asked for on any thread
+        pool.binding = binding
+    return 0
 
 
 cdef uint64_t BEGAN = clock_now()

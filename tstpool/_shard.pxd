@@ -174,9 +174,12 @@ cdef struct tst_engine:
     tst_total total            # output that waits
     tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger
-    int n_workers
+    int n_workers              # atomic: raised after `workers` was made to hold them
     int n_shards
-    tst_worker *workers        # owned
+    tst_worker *workers        # owned; for anybody who reads counters, so never freed while the pool lives
+    int workers_room           # so many fit there
+    int n_outgrown
+    tst_worker *outgrown[32]   # owned: where there was less room. Each has at least twice that of the one before
     tst_shard *shards          # owned
     pthread_mutex_t mutex      # guards all below
     pthread_cond_t standby     # parked workers
