@@ -35,7 +35,7 @@ from tstpool._libc cimport (
     SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd, gettid,
     load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
     pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
-    shutdown, store32, store64, store_pointer, timerfd_create, tst_rarely)
+    shutdown, store32, store64, store_pointer, sub32, timerfd_create, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
@@ -940,7 +940,13 @@ cdef int connection_need_send(tst_connection *connection, uint32_t generation) n
 
 
 cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
-    """The Python side of a connection that the caller owns; the slot holds a reference until it is gone."""
+    """The Python side of a connection that the caller owns."""
+    cdef TstSocket sock = make_socket(pool, connection)
+    publish_socket(connection, sock)
+    return sock
+
+
+cdef TstSocket make_socket(TstPool pool, tst_connection *connection):
     cdef TstSocket sock = TstSocket.__new__(TstSocket, POOLS_KEY)
     sock.id = connection_id(connection)
     sock.connection = connection
@@ -949,11 +955,16 @@ cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
     sock.peer_address = connection.peer
     if connection.framing != NULL:
         sock.own_framing = <Framing>connection.framing.object
+    return sock
+
+
+cdef int publish_socket(tst_connection *connection, TstSocket sock) except -1:
+    """Others may find it from here on; the slot holds a reference until the connection is gone."""
     Py_INCREF(sock)
     spin_lock(&connection.lock)
     connection.sock = <PyObject *>sock
     spin_unlock(&connection.lock)
-    return sock
+    return 0
 
 
 cdef int forget_socket(tst_connection *connection) except -1:
@@ -1425,29 +1436,29 @@ cdef class TstPool:
         return limits
 
     cdef object add_listener(self, object listener, Framing framing, tst_limits *limits):
-        listener.setblocking(False)
         address = _net.address_of(listener)
         cdef uint64_t id = 0
-        cdef int fd
         cdef tst_connection *connection
         with self.mutex:
             self.open()
             if framing not in self.framings:
                 self.framings.append(framing)          # connections borrow it: it stays for as long as the pool
             framing = self.framings[self.framings.index(framing)]
-            fd = listener.detach()
-            connection = self.enter(fd, TYPE_LISTEN, 0, &id)
+            connection = self.enter(listener.fileno(), TYPE_LISTEN, 0, &id)
             if connection == NULL:
-                close(fd)
-                _net.unlink_socket(address)
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
             try:
                 self.listeners.append((address[0], address[1], id))
-            except BaseException:              # no memory: it has a slot already, and goes as if it were stopped
-                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
-                self.begin(id)
+                try:
+                    listener.setblocking(False)
+                    listener.detach()
+                except BaseException:
+                    self.listeners.pop()
+                    raise
+            except BaseException:
+                withdraw(connection)
                 raise
             add32(&self.engine.n_listeners, 1, RELAXED)
         self.begin(id)
@@ -1461,14 +1472,19 @@ cdef class TstPool:
         """
         self.check_alive()
         sock = _net.connected_socket(host, port, timeout)
-        if self.keepalive:
-            _net.keep_alive(sock, self.keepalive)
-        return self.addsocket(sock, type, handler, user_data, framing)
+        try:
+            if self.keepalive:
+                _net.keep_alive(sock, self.keepalive)
+            return self.addsocket(sock, type, handler, user_data, framing)
+        except BaseException:
+            sock.close()
+            raise
 
     def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
 
-        sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close.
+        sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close; when
+        the call raises it stays as it was.
         type: its TstSockType; LISTEN adopts a listening socket (and returns None). handler: as sock.handler.
         framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect is called on a worker.
         """
@@ -1478,49 +1494,40 @@ cdef class TstPool:
         number = TstSockType(type)
         binding = None if handler is None else bind(handler, {})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
-        is_number = not isinstance(sock, socket.socket)
-        if is_number:
-            sock = socket.socket(fileno=operator.index(sock))
-        if sock.fileno() < 0:
-            raise ValueError("the socket is closed")
-        if table_find(&self.engine.table, sock.fileno()) != NULL:
-            if is_number:
-                sock.detach()
-            raise ValueError("the pool has that descriptor already")
-        if number == TYPE_LISTEN:
-            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise ValueError("the socket does not listen")
-            self.add_listener(sock, used, self.engine.limits)
-            return None
-        return self.add(adopt(sock), number, binding, user_data, used)
+        if isinstance(sock, socket.socket):
+            return take(self, sock, number, binding, user_data, used)
+        view = socket.socket(fileno=operator.index(sock))
+        try:
+            return take(self, view, number, binding, user_data, used)
+        finally:
+            view.detach()              # the descriptor is the pool's now, or still the caller's
 
-    cdef TstSocket add(self, int fd, int type, object binding, object user_data, Framing framing):
+    cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing):
         cdef uint64_t id = 0
         cdef tst_connection *connection
-        cdef TstSocket sock
+        cdef TstSocket made
         with self.mutex:
             self.open()
-            connection = self.enter(fd, type, 0, &id)
+            connection = self.enter(sock.fileno(), type, 0, &id)
             if connection == NULL:
-                close(fd)
                 raise MemoryError("no slot for the socket")
             connection.framing = framing_pointer(framing)
             connection.limits = self.engine.limits
             connection.active_tick = connection.output_tick = tick_of(clock_now())
             try:
                 path = read_peer(connection)
-                sock = new_socket(self, connection)
-            except BaseException:              # no memory: it has a slot already, and ends like any other
-                add64(&self.added, 1, RELAXED)
-                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
-                self.begin(id)
+                made = make_socket(self, connection)
+                adopt(sock)
+            except BaseException:
+                withdraw(connection)
                 raise
-            sock.peer_path = path
-            sock.data = user_data
-            sock.binding = binding
+            made.peer_path = path
+            made.data = user_data
+            made.binding = binding
+            publish_socket(connection, made)
         add64(&self.added, 1, RELAXED)
         self.begin(id)
-        return sock
+        return made
 
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept:
         """A slot for a descriptor of ours, QUEUED so that nobody touches it until begin()."""
@@ -2199,13 +2206,38 @@ cdef uint32_t ticks_from(object seconds, str name) except? 0:
     return <uint32_t>((number >> TICK_BITS) + 2)
 
 
+cdef object take(TstPool pool, object sock, object type, object binding, object user_data, Framing framing):
+    """addsocket() for a socket.socket, which is detached unless this fails."""
+    if sock.fileno() < 0:
+        raise ValueError("the socket is closed")
+    if table_find(&pool.engine.table, sock.fileno()) != NULL:
+        raise ValueError("the pool has that descriptor already")
+    if type != TYPE_LISTEN:
+        return pool.add(sock, type, binding, user_data, framing)
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ValueError("the socket does not listen")
+    pool.add_listener(sock, framing, pool.engine.limits)
+    return None
+
+
+cdef int withdraw(tst_connection *connection) except -1:
+    """Undoes enter() before begin(): nobody has heard of the connection, and its descriptor is not ours."""
+    cdef uint32_t *open = connection.shard_open
+    spin_lock(&connection.lock)
+    store64(&connection.state, <uint64_t>(generation_of(load64(&connection.state, ACQUIRE)) + 1) << 32, RELEASE)
+    spin_unlock(&connection.lock)
+    sub32(open, 1, RELEASE)
+    return 0
+
+
 cdef int adopt(object sock) except -1:
-    """Takes the descriptor out of a socket.socket and makes it fit for the engine."""
+    """Makes a socket.socket's descriptor fit for the engine, and takes it out."""
     sock.setblocking(False)
     os.set_inheritable(sock.fileno(), False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sys_prepare(sock.fileno())
-    return sock.detach()
+    sock.detach()
+    return 0
 
 
 cdef object read_peer(tst_connection *connection):
