@@ -18,7 +18,7 @@ from libc.string cimport memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN,
+    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN,
     STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
     connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_drop, table_chunk,
     table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
@@ -475,7 +475,8 @@ cdef class TstSocket:
         """Gives the kernel what it takes now."""
         cdef tst_stats outside
         memset(&outside, 0, sizeof(outside))
-        connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside)
+        if connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside) < 0:
+            shard_ask(self.connection, self.generation(), PEND_IN)     # no event may come to tell its owner
         connection_ask_relief(self.connection, self.generation())
         add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
 
