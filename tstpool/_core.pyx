@@ -18,8 +18,8 @@ from libc.string cimport memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN,
-    STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
+    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED,
+    STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
     connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_drop, table_chunk,
     table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
 from tstpool._data cimport (
@@ -481,10 +481,11 @@ cdef class TstSocket:
         add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
 
     cdef int wait_for_room(self) except -1:
-        """Blocks until less than high_water waits. ConnectionClosed when it ends before."""
+        """Blocks until less than high_water waits; for a moment if that is so, for then it is the other connections
+        that have too much. ConnectionClosed when it ends before."""
         cdef pollfd watched
         cdef size_t waits
-        cdef bint gone
+        cdef bint gone, waited = False
         watched.fd = <int><uint32_t>self.id
         watched.events = POLLOUT
         while True:
@@ -494,10 +495,12 @@ cdef class TstSocket:
             spin_unlock(&self.connection.lock)
             if gone:
                 raise ConnectionClosed("the socket was closed while a send waited for room")
-            if waits <= self.connection.limits.high_water:
+            if waits <= self.connection.limits.high_water and waited:
                 return 0
+            waited = True
             with nogil:
-                poll(&watched, 1, 10)      # short, for the descriptor may be closed meanwhile
+                # Short, for the descriptor may be closed meanwhile.
+                poll(&watched, 1 if waits > self.connection.limits.high_water else 0, 10)
                 self.flush_once()
             self.pool.drop_all_litter()
             PyErr_CheckSignals()
@@ -1238,8 +1241,8 @@ cdef class TstPool:
     max_queued: with so many waiting (1 MiB) no more is taken; the message that goes beyond still is. on_overflow: what
     happens then: "raise": send() raises SendQueueFull; "block": it waits until there is room, except in the socket's
     own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the pool (256
-    MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more. None: no
-    limit.
+    MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more, and the
+    others no message above high_water, unless it is a broadcast's or the only output that waits. None: no limit.
     idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
     busy_poll: seconds for which a worker polls without sleeping when it slept no longer than that the last time; 0 is
     never. For fast handlers whose clients answer at once, on a core that has nothing else to do: 50e-6 spares both
@@ -1345,7 +1348,7 @@ cdef class TstPool:
 
     @property
     def addresses(self):
-        """(host, port) of each listener."""
+        """(host, port) of each listener; on any thread, also while others listen or stop the pool."""
         return [(host, port) for host, port, _ in list(self.listeners)]
 
     # -- hooks of the original
@@ -1394,6 +1397,9 @@ cdef class TstPool:
         framing: of its connections, the pool's unless given; likewise first_byte_timeout, message_timeout,
         idle_timeout, write_timeout and linger_timeout, in seconds or None.
         Returns the real (host, port). Raises OSError with the address in its text.
+
+        A listener with options of its own (SO_REUSEPORT, say) is made with `socket`, and handed over with
+        addsocket(listener, TstSockType.LISTEN).
         """
         cdef tst_limits *limits
         self.check_alive()
@@ -1484,8 +1490,8 @@ cdef class TstPool:
     def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
 
-        sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close; when
-        the call raises it stays as it was.
+        sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close;
+        when the call raises it stays as it was.
         type: its TstSockType; LISTEN adopts a listening socket (and returns None). handler: as sock.handler.
         framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect is called on a worker.
         """
