@@ -2107,6 +2107,7 @@ cdef int worker_begin(tst_worker *worker, int no) except -1:
     store64(&worker.calls, 0, RELEASE)
     store64(&worker.waiting_since, 0, RELAXED)
     store64(&worker.slow_calls, 0, RELAXED)
+    store64(&worker.slow_since, 0, RELAXED)
     store64(&worker.slow_logged, 0, RELAXED)
     worker.no = no
     worker.ident = 0

@@ -123,7 +123,8 @@ cdef struct tst_worker:
     uint64_t group_most
     uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
-    uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler
+    uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler ...
+    uint64_t slow_since        # atomic: ... and when that call was seen first, monotonic nanoseconds
     uint64_t slow_logged       # atomic: `calls` of the slow handler that was logged last
     uint64_t looked_calls      # watcher only: `calls` at its last look
     int looks                  # watcher only: looks at which it had not moved
