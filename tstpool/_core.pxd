@@ -208,7 +208,7 @@ cdef class TstPool:
     cdef int begin(self, uint64_t id) except -1
     cdef int shards_to_open(self) except -1
     cdef int open(self) except -1
-    cdef int start_locked(self) except -1
+    cdef int start_locked(self, list threads) except -1
     cdef int give_up(self, list threads) except -1
     cdef int begin_stop(self, uint64_t drain) except -1
     cdef bint wait_ended(self, double drain) except -1

@@ -1468,7 +1468,7 @@ cdef class TstPool:
                 withdraw(connection)
                 raise
             add32(&self.engine.n_listeners, 1, RELAXED)
-        self.begin(id)
+            self.begin(id)
         return address
 
     def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
@@ -1532,8 +1532,8 @@ cdef class TstPool:
             made.data = user_data
             made.binding = binding
             publish_socket(connection, made)
-        add64(&self.added, 1, RELAXED)
-        self.begin(id)
+            add64(&self.added, 1, RELAXED)
+            self.begin(id)
         return made
 
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept:
@@ -1607,11 +1607,18 @@ cdef class TstPool:
 
     def start(self):
         """Starts the workers. TstError when they run already or no handler is known; on failure no thread is left."""
+        cdef list threads = []
         self.check_alive()
-        with self.mutex:
-            self.start_locked()
+        try:
+            with self.mutex:
+                self.start_locked(threads)
+        except BaseException:
+            if threads:                # outside the mutex: it waits for handlers, which may want that
+                self.give_up(threads)
+            raise
 
-    cdef int start_locked(self) except -1:
+    cdef int start_locked(self, list threads) except -1:
+        """Adds the workers' threads to `threads`: from then on there is something to give up."""
         if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED or not self.ended.is_set():
             raise TstError("the pool is running already" if self.running else "the pool is still stopping")
         if self.binding is None:
@@ -1629,21 +1636,18 @@ cdef class TstPool:
         self.engine.call_longest = self.binding.on_most_elapsed is not None
         self.fault = None
         self.live_workers = 0
-        threads = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
-                   for no in range(self.n_workers)]
-        try:
-            self.ended.clear()
-            self.threads = threads
-            with WORKERS_END:
-                _running.add(self)
-                if interpreter_ends:
-                    raise TstError("the interpreter is shutting down")
-            store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
-            for thread in threads:
-                thread.start()
-        except BaseException:
-            self.give_up(threads)
-            raise
+        made = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
+                for no in range(self.n_workers)]
+        threads.extend(made)
+        self.ended.clear()
+        self.threads = made
+        with WORKERS_END:
+            _running.add(self)
+            if interpreter_ends:
+                raise TstError("the interpreter is shutting down")
+        store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
+        for thread in made:
+            thread.start()
         return 0
 
     cdef int give_up(self, list threads) except -1:
@@ -1652,7 +1656,8 @@ cdef class TstPool:
             self.launch += 1
             none = self.live_workers == 0
         if none:
-            self.close_down()
+            with self.mutex:
+                self.close_down()
         else:
             self.begin_stop(0)
         for thread in threads:
@@ -1684,7 +1689,8 @@ cdef class TstPool:
                 if last:
                     self.launch += 1
             if last:
-                self.close_down()
+                with self.mutex:
+                    self.close_down()
 
     cdef int begin_stop(self, uint64_t drain) except -1:
         """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
@@ -1719,7 +1725,8 @@ cdef class TstPool:
         if not self.wait_ended(float(drain)):
             return False
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:       # else start() has failed before it
+                thread.join()
         return True
 
     cdef bint wait_ended(self, double drain) except -1:
@@ -1752,7 +1759,8 @@ cdef class TstPool:
         return 0
 
     cdef int close_down(self) except -1:
-        """Nobody works any more: gives descriptors back. By the last worker, or with the mutex held before a start."""
+        """Nobody works any more: gives descriptors back. Mutex held: what is added meanwhile is either closed here, or
+        waits for the next start."""
         for address in self.listeners:
             _net.unlink_socket(address)
         self.listeners.clear()         # the same list: others may be looking at it
@@ -1773,12 +1781,15 @@ cdef class TstPool:
             first = table_chunk(&self.engine.table, chunk)
             for i in range(TABLE_CHUNK if first != NULL else 0):
                 connection = first + i
+                spin_lock(&connection.lock)        # cut_off() or waiting() may be about to use the descriptor
                 word = load64(&connection.state, ACQUIRE)
                 if word & STATE_OPEN:
                     output_drop(connection)
                     input_free(&connection.input)
                     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
                     close(connection.fd)
+                spin_unlock(&connection.lock)
+                if word & STATE_OPEN:
                     try:
                         forget_socket(connection)
                     except BaseException:
