@@ -1051,7 +1051,8 @@ cdef class TstHandler:
         logger.warning("a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
-        """A hook raised `exc`. The socket is disconnected afterwards, unless this returns TstStat.SUSPEND."""
+        """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected
+        afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND."""
         logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
 
 
