@@ -16,8 +16,9 @@ REASONS = {
         ],
         "tstpool/_conn.pxd queue_frame": ["return -ENOMEM"],
         "tstpool/_core.pyx make_state": ["return -ENOMEM"],
-        "tstpool/_core.pyx TstPool.add": ["close(fd)", 'raise MemoryError("no slot for the socket")'],
-        "tstpool/_core.pyx TstPool.start_locked": ["raise MemoryError()"],
+        "tstpool/_core.pyx TstPool.add": ['raise MemoryError("no slot for the socket")'],
+        "tstpool/_core.pyx TstPool.add_listener": ["self.listeners.pop()", "raise"],
+        "tstpool/_core.pyx make_workers": ["raise MemoryError()"],
         "tstpool/_core.pyx Worker.serve": [
             'logger.error("worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
             "time.sleep(0.01)",
@@ -52,7 +53,8 @@ REASONS = {
         "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
         "tstpool/_entry.pxd connection_reconnect": ["output_account(connection)"],
         "tstpool/_entry.pxd entry_finish": [
-            "connection_flush(connection, entry.generation, False, True, now, &worker.stats)",
+            "if connection_flush(connection, entry.generation, False, True, now, &worker.stats) < 0:",
+            "shard_ask(connection, entry.generation, PEND_IN)",
             "connection_ask_relief(connection, entry.generation)",
         ],
         "tstpool/_park.pxd any_shard_running": ["return True"],
@@ -99,10 +101,6 @@ REASONS = {
     "System calls that do not fail here, and are not made to.": {
         "tstpool/_net.py _is_abandoned": ["except OSError:", "return False"],
         "tstpool/_poll.pxd sys_unread": ["return 0"],
-        "tstpool/_poll.pxd flush_arm": [
-            "connection.out_drop = True         # no EPOLLOUT will ever come: the output is lost",
-            "flush_result(connection, -ECONNRESET, 0)",
-        ],
     },
     "A machine of another kind: a clock that is not the processor's counter, no /sys.": {
         "tstpool/_core.pyx kernel_counts_ticks": ["except OSError:", "return False"],

@@ -13,7 +13,7 @@ from contract_helpers import every_trigger, handler, in_threads, open_sockets
 from downstream_handlers import Commands
 from helpers import connect, open_fds, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
 
-from tstpool import ConnectionClosed, LengthPrefixed, TstStat
+from tstpool import ConnectionClosed, Delimited, LengthPrefixed, TstStat
 
 FRAMES = LengthPrefixed(4, max_message=4 << 20)
 UPLOAD = b"u" * (1 << 20)
@@ -387,3 +387,147 @@ def test_abort_over_a_unix_socket(make_pool):
         with contextlib.suppress(ConnectionResetError):
             assert len(recv_until_eof(ours)) < len(MUCH)
         wait_until(lambda: len(pool) == 0)
+
+
+# ------------------------------------------------------------------------------------------ it ends with an error
+
+UNBOUNDED = pack(bytes(64 << 20))[:4]  # announces a message of 64 MiB: more than any framing here allows
+
+
+def complaining(raises=False, ends=None):
+    """Replies to messages; on_error says what was wrong, and the connection ends."""
+
+    def on_message(sock, data):
+        if raises:
+            raise LookupError("no such thing")
+        sock.send_message(b"got " + data[:10])
+
+    def on_error(sock, error):
+        sock.send_message(type(error).__name__.encode())
+
+    def on_disconnect(sock, reason):
+        if ends is not None:
+            ends.append(reason)
+
+    return handler(on_message=on_message, on_error=on_error, on_disconnect=on_disconnect)
+
+
+def goes_on_sending(client, size, pause=0.0):
+    """A thread that sends so many bytes, whatever comes back. Returns it, and the list for the error that stops it."""
+    stopped = []
+
+    def send():
+        try:
+            for _ in range(size // len(UPLOAD)):
+                client.sendall(UPLOAD)
+                time.sleep(pause)
+        except OSError as error:
+            stopped.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread, stopped
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@every_trigger
+def test_who_sends_too_large_a_message_is_told_so(make_pool, trigger, before):
+    """B24, B30: the peer is in the middle of it; the replies that were due, and that of on_error, arrive, then the end.
+    None of what it sends meanwhile is kept."""
+    ends = []
+    pool = make_pool(complaining(ends=ends), framing=FRAMES, trigger=trigger)
+    rounds = scaled(10, 2)
+    replies = pack(*[b"got hello"] * before, b"MessageTooLarge")
+    for _ in range(rounds):
+        with connect(pool, 30) as client:
+            client.sendall(pack(*[b"hello"] * before) + UNBOUNDED)
+            thread, stopped = goes_on_sending(client, 8 << 20)
+            try:
+                assert recv_until_eof(client) == replies
+            finally:
+                thread.join()
+            assert stopped == []
+    wait_until(lambda: len(pool) == 0)
+    assert [type(reason).__name__ for reason in ends] == ["MessageTooLarge"] * rounds
+
+
+def test_who_has_announced_too_much_is_told_so_before_it_sends_it(make_pool, make_client):
+    """B24, B30: when the server closes nothing is unread; that the peer goes on is known all the same."""
+    pool = make_pool(complaining(), framing=FRAMES)
+    client = make_client(pool)
+    client.sendall(UNBOUNDED)
+    reply = pack(b"MessageTooLarge")
+    assert recv_exact(client, 1) == reply[:1]
+    thread, stopped = goes_on_sending(client, 8 << 20, 0.01)  # a reset would come back meanwhile
+    thread.join()
+    assert stopped == []
+    assert recv_until_eof(client) == reply[1:]
+    client.close()
+    wait_until(lambda: len(pool) == 0)
+
+
+def test_a_compiled_handlers_peer_is_told_too(make_pool):
+    """B24, B30: the same where no handler of Python's is called for messages."""
+
+    class Told(Commands):
+        def on_error(self, sock, error):
+            sock.send_message(type(error).__name__.encode())
+
+    pool = make_pool(Told(), framing=FRAMES, workers=2, shards=2)
+    for _ in range(scaled(10, 2)):
+        with connect(pool, 30) as client:
+            client.sendall(UNBOUNDED)
+            thread, stopped = goes_on_sending(client, 4 << 20)
+            try:
+                assert recv_until_eof(client) == pack(b"MessageTooLarge")
+            finally:
+                thread.join()
+            assert stopped == []
+    wait_until(lambda: len(pool) == 0)
+
+
+def test_a_line_that_never_ends(make_pool):
+    """B24, B30: with a delimiter, too."""
+    pool = make_pool(complaining(), framing=Delimited(max_message=100_000))
+    for _ in range(scaled(10, 2)):
+        with connect(pool, 30) as client:
+            thread, stopped = goes_on_sending(client, 8 << 20)
+            try:
+                assert recv_until_eof(client) == b"MessageTooLarge\n"
+            finally:
+                thread.join()
+            assert stopped == []
+    wait_until(lambda: len(pool) == 0)
+
+
+@every_trigger
+def test_a_handlers_exception_is_told_to_a_peer_that_still_sends(make_pool, trigger):
+    """B24, B51: what on_error sends arrives, and then a clean end."""
+    ends = []
+    pool = make_pool(complaining(raises=True, ends=ends), framing=FRAMES, trigger=trigger)
+    rounds = scaled(10, 2)
+    for _ in range(rounds):
+        with connect(pool, 30) as client:
+            client.sendall(pack(b"first") + UPLOAD[:1000])
+            thread, stopped = goes_on_sending(client, 8 << 20)
+            try:
+                assert recv_until_eof(client) == pack(b"LookupError")
+            finally:
+                thread.join()
+            assert stopped == []
+    wait_until(lambda: len(pool) == 0)
+    assert [type(reason).__name__ for reason in ends] == ["LookupError"] * rounds
+
+
+def test_who_sends_too_much_for_ever_is_cut_off(make_pool):
+    """B24, B38: six times linger_timeout, as anybody else whose connection was closed."""
+    pool = make_pool(complaining(), framing=FRAMES, linger_timeout=0.2)
+    begin = time.monotonic()
+    with connect(pool, 30) as client:
+        client.sendall(UNBOUNDED)
+        thread, stopped = goes_on_sending(client, 1 << 40, 0.01)
+        thread.join(patient(20))
+        assert stopped, "it was not cut off"
+    assert time.monotonic() - begin >= 1.2
+    wait_until(lambda: len(pool) == 0)
+    assert pool.stats().deadline_closed == 1

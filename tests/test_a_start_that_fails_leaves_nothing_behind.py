@@ -66,6 +66,47 @@ def test_a_thread_that_cannot_be_had(after):
     assert third == "hello"
 
 
+BUSY = """
+import socket, threading, tstpool
+
+inside, failing = threading.Event(), threading.Event()
+
+class Stopping(tstpool.TstHandler):
+    def on_message(self, sock, data):
+        inside.set()
+        failing.wait(10)
+        pool.WHAT
+
+pool = tstpool.TstPool(Stopping(), workers=3)
+client = socket.create_connection(pool.listen("127.0.0.1", 0))
+client.sendall(b"x")
+start = threading.Thread.start
+
+def fails(thread):
+    if thread.name != "tstpool-1":
+        return start(thread)
+    inside.wait(10)  # the first worker is in a handler
+    failing.set()
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = fails
+try:
+    pool.start()
+except RuntimeError as error:
+    print(error, pool.running, pool.addresses)
+threading.Thread.start = start
+print(pool.stop())
+"""
+
+
+@pytest.mark.parametrize("what", ["stop()", "listen('127.0.0.1', 0)"])
+def test_a_thread_that_cannot_be_had_while_a_handler_uses_the_pool(what):
+    """B42, B44: who gives up waits for the handler, so the handler must not wait for who gives up."""
+    first, second = run_python("-c", BUSY.replace("WHAT", what), timeout=20).stdout.splitlines()
+    assert first == "can't start new thread False []"
+    assert second == "True"
+
+
 LIMITED = """
 import os, resource, sys, threading
 import tstpool

@@ -92,6 +92,50 @@ def test_a_connection_whose_output_cannot_wait_ends_once(trigger, count):
     assert ended == distinct == accepted == 2
 
 
+SENDING = SERVER.replace(
+    "class Server(Echo):",
+    """
+import threading
+class Server(TstHandler):
+    def on_message(self, sock, data):
+        if DOES == "lingers":
+            sock.send(b"bye")
+            sock.close()
+        elif DOES == "flushes":
+            threading.Thread(target=self.flush, args=(sock,)).start()
+        else:
+            if DOES == "pauses":
+                sock.pause()
+            sock.send(bytes(32 << 20))
+
+    def flush(self, sock):
+        sock.send(bytes(32 << 20))
+        try:
+            sock.flush(20)
+        except TstError:
+            pass
+""",
+)
+
+
+@every_trigger
+@pytest.mark.parametrize("does", ["replies", "pauses", "flushes", "lingers"])
+def test_a_connection_that_cannot_be_armed_any_more_ends_soon(trigger, does):
+    """B07: each EPOLL_CTL_MOD fails. Who has lost output gets a reset, at once and not after linger_timeout, and nobody
+    tries it again and again: after a handler has replied, after a thread has flushed, while the connection lingers."""
+    env = failing("epoll_mod", "ENOMEM", 2_000_000_000, trigger=trigger, linger=30)
+    with ServerProcess(f"DOES = {does!r}\n{SENDING}", env=env, preload=faults()) as server:
+        begin = time.monotonic()
+        with connect(server.addr, 20) as client:
+            client.sendall(b"much" * 2000)
+            with contextlib.suppress(ConnectionError):
+                assert len(recv_until_eof(client)) < 32 << 20
+        assert time.monotonic() - begin < patient(5)
+        failed, ended, distinct, accepted = map(int, server.finish().split())
+    assert failed < 20
+    assert ended == distinct == accepted == 1
+
+
 LISTENER_FAILS = """
 import logging
 records = []

@@ -1,14 +1,17 @@
 """S5, S19, S20: addsocket and connect; the main socket may be one that does not listen."""
 
+import contextlib
+import gc
 import os
+import resource
 import socket
 import threading
 
 import pytest
 from contract_helpers import Gate, as_function, echo, every_trigger, exchange, handler, ignore, round_trip
-from helpers import patient, recv_exact, scaled, wait_until
+from helpers import connect, patient, recv_exact, scaled, wait_until
 
-from tstpool import TstError, TstSockType
+from tstpool import TstError, TstPool, TstSockType
 
 
 @pytest.fixture
@@ -294,3 +297,139 @@ def test_a_pool_that_is_stopping_takes_no_more_sockets(make_pool, pair):
                 pool.addsocket(theirs)
             theirs.sendall(b"still mine")
             assert recv_exact(ours, 10) == b"still mine"
+
+
+# ------------------------------------------------------------------------------- a call that fails takes nothing
+
+
+@contextlib.contextmanager
+def untouched(sock):
+    """Afterwards `sock` is open, its descriptor still names the same file, and blocks as before."""
+    number = sock.fileno()
+    before = os.fstat(number), os.get_blocking(number), os.get_inheritable(number)
+    yield
+    gc.collect()
+    assert sock.fileno() == number
+    assert (os.fstat(number), os.get_blocking(number), os.get_inheritable(number)) == before
+
+
+by_number_or_object = pytest.mark.parametrize(
+    "given", [socket.socket.fileno, lambda sock: sock], ids=["number", "object"]
+)
+
+
+@by_number_or_object
+@pytest.mark.parametrize("make", [socket.socket, lambda: socket.socket(socket.AF_UNIX)], ids=["tcp", "unix"])
+def test_what_does_not_listen_stays_its_owners(make_pool, make, given):
+    """S5, S19: type=LISTEN of a socket that does not."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with make() as deaf, untouched(deaf), pytest.raises(ValueError, match="listen"):
+        pool.addsocket(given(deaf), TstSockType.LISTEN)
+    assert pool.stats().listeners == 0
+
+
+@pytest.mark.parametrize("type", [TstSockType.LISTEN, TstSockType.CLIENT])
+def test_what_is_no_socket_stays_its_owners(make_pool, type):
+    """S5: a file's descriptor, or a pipe's."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with open(os.devnull) as file, untouched(file), pytest.raises(OSError):
+        pool.addsocket(file.fileno(), type)
+
+
+@by_number_or_object
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [({"type": 99}, ValueError), ({"handler": 42}, TypeError), ({"framing": 42}, TypeError)],
+    ids=["type", "handler", "framing"],
+)
+def test_wrong_arguments_leave_the_socket_with_its_owner(make_pool, pair, given, wrong, error):
+    """Bad input: by number, too."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    _, theirs = pair
+    with untouched(theirs), pytest.raises(error):
+        pool.addsocket(given(theirs), **wrong)
+
+
+@by_number_or_object
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_pool_that_cannot_be_opened_leaves_the_socket_with_its_owner(pair, given, listens):
+    """S5, B31: there is no descriptor left for its epoll: the socket is as it was, and can be added later."""
+    pool = TstPool(handler(on_message=echo), workers=1)
+    ours, theirs = pair
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock, type = (listener, TstSockType.LISTEN) if listens else (theirs, TstSockType.CLIENT)
+        with no_more_descriptors(), untouched(sock), pytest.raises(OSError):
+            pool.addsocket(given(sock), type)
+        assert len(pool) == 0 and pool.stats().listeners == 0
+        pool.addsocket(sock, type)
+        try:
+            pool.start()
+            client = connect(pool.addresses[0]) if listens else ours
+            with client:
+                assert round_trip(client, b"later") == b"later"
+        finally:
+            assert pool.stop() is True
+
+
+@by_number_or_object
+def test_a_full_pool_takes_it_and_a_stopped_one_keeps_it_for_its_next_start(make_pool, pair, given):
+    """S5, B33: max_connections is for clients that come by themselves."""
+    pool = make_pool(handler(on_message=echo), listen=None, max_connections=1)
+    others, first = socket.socketpair()
+    ours, theirs = pair
+    with others:
+        pool.addsocket(first)
+        pool.addsocket(given(theirs))
+        assert round_trip(ours, b"second") == b"second"
+        if theirs.fileno() >= 0:
+            theirs.detach()
+        assert pool.stop() is True
+    ours, theirs = socket.socketpair()
+    ours.settimeout(patient(10))
+    with ours:
+        pool.addsocket(given(theirs))
+        if theirs.fileno() >= 0:
+            theirs.detach()
+        pool.start()
+        assert round_trip(ours, b"third") == b"third"
+
+
+def test_a_connect_that_fails_after_all_leaves_no_connection(make_pool):
+    """S5: the server sees the end at once, not when some garbage is collected."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with pytest.raises(TypeError, match="framing"):
+            pool.connect(*server.getsockname(), framing=42)
+        peer, _ = server.accept()
+        with peer:
+            peer.settimeout(patient(10))
+            assert peer.recv(1) == b""
+
+
+def test_a_pool_that_is_stopping_leaves_a_number_with_its_owner(make_pool, pair):
+    """S5: as above, by number, and for a listener."""
+    with Gate() as gate:
+        pool = make_pool(handler(on_message=lambda sock, data: gate.wait()), listen=None, workers=1)
+        others, busy = socket.socketpair()
+        with others, socket.create_server(("127.0.0.1", 0)) as listener:
+            pool.addsocket(busy)
+            others.sendall(b"x")
+            wait_until(lambda: gate.inside)
+            assert pool.stop(0.05) is False
+            _, theirs = pair
+            for sock, type in ((theirs, TstSockType.CLIENT), (listener, TstSockType.LISTEN)):
+                with untouched(sock), pytest.raises(TstError, match="stopping"):
+                    pool.addsocket(sock.fileno(), type)
+
+
+@contextlib.contextmanager
+def no_more_descriptors():
+    """The process can open no other file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -202,6 +202,7 @@ for n in range(1, 60):
     address = strike(lambda: pool.listen("127.0.0.1", 0), n) or pool.listen("127.0.0.1", 0)
     ours, theirs = socket.socketpair()
     sock = strike(lambda: pool.addsocket(theirs), n)
+    assert (sock is None) == (theirs.fileno() >= 0)
     for use in (lambda: sock.send_message(b"x" * 2000), lambda: len(sock.send_data.s), pool.stats, pool.sockets):
         if sock is not None:
             strike(use, n)

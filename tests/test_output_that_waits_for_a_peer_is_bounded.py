@@ -243,6 +243,100 @@ def test_all_connections_together_have_a_limit(make_pool):
     wait_until(lambda: pool.stats().bytes_queued == 0 and len(pool) == 0)
 
 
+def gathered(pool, stack, number):
+    """So many clients, and the pool's sockets for them, which have nothing to send yet."""
+    peers = [stack.enter_context(connect(pool)) for _ in range(number)]
+    return peers, open_sockets(pool, number)
+
+
+@pytest.mark.parametrize("way", ["send", "reply"])
+def test_first_messages_count_too(make_pool, way):
+    """B35: peers that ask for a lot, once, and do not read: what is taken stays below max_total_queued, and whoever
+    is beyond it hears so; small replies are still given."""
+    total = 64 << 20
+    much = bytes(32 << 20)  # of which the kernel takes some
+    refused = []
+
+    def on_message(sock, data):
+        answer = much if data == b"much" else data
+        if way == "reply":
+            return answer
+        sock.send(answer)
+
+    def on_error(sock, error):
+        refused.append(type(error))
+
+    pool = make_pool(handler(on_message=on_message, on_error=on_error), max_total_queued=total, workers=2, shards=2)
+    with contextlib.ExitStack() as stack:
+        peers, _ = gathered(pool, stack, 40)
+        for peer in peers:
+            peer.sendall(b"much")
+        wait_until(lambda: pool.stats().messages == 40)
+        assert 0 < pool.stats().bytes_queued <= total + len(much)  # two workers may ask at the same moment
+        assert len(refused) >= 30 and set(refused) == {SendQueueFull}
+        with connect(pool) as good:
+            assert round_trip(good, b"served") == b"served"
+    wait_until(lambda: pool.stats().bytes_queued == 0 and len(pool) == 0)
+
+
+def test_a_message_above_the_total_is_sent_alone(make_pool):
+    """B35: as long as nothing else waits, for it could never be sent otherwise."""
+    pool = make_pool(handler(on_message=ignore), max_total_queued=1 << 20)
+    data = bytes(16 << 20)
+    with contextlib.ExitStack() as stack:
+        (first, second), (one, other) = gathered(pool, stack, 2)
+        if one.peer != first.getsockname():
+            one, other = other, one
+        one.send(data)
+        wait_until(lambda: pool.stats().bytes_queued)
+        with pytest.raises(SendQueueFull):
+            other.send(data)
+        assert recv_exact(first, len(data)) == data
+        wait_until(lambda: pool.stats().bytes_queued == 0)
+        other.send(data)
+        assert recv_exact(second, len(data)) == data
+
+
+def test_a_broadcast_is_for_all_whatever_its_size(make_pool):
+    """B35: its bytes are there once, however many queues hold them; whoever has something waiting is left out."""
+    pool = make_pool(handler(on_message=ignore), max_total_queued=4 << 20)
+    data = bytes(8 << 20)
+    with contextlib.ExitStack() as stack:
+        peers, _ = gathered(pool, stack, 10)
+        assert pool.broadcast(data) == 10
+        wait_until(lambda: pool.stats().bytes_queued > 4 << 20)
+        assert pool.broadcast(data) == 0
+        for peer in peers:
+            assert recv_exact(peer, len(data)) == data
+
+
+def test_block_sleeps_while_others_have_too_much(make_pool):
+    """B34, B35: on_overflow="block": it is not this connection's peer that it waits for. It costs no processor time."""
+    pool = make_pool(handler(on_message=ignore), max_total_queued=1 << 20, on_overflow="block", max_queued=None)
+    data = bytes(16 << 20)
+    done = threading.Event()
+    with contextlib.ExitStack() as stack:
+        (first, second), (one, other) = gathered(pool, stack, 2)
+        if one.peer != first.getsockname():
+            one, other = other, one
+        one.send(data)
+        wait_until(lambda: pool.stats().bytes_queued)
+
+        def send():
+            other.send(data)
+            done.set()
+
+        def read():
+            before = time.process_time()
+            assert not done.wait(1)  # a window to measure in, not a wait
+            assert time.process_time() - before < patient(0.3)
+            assert recv_exact(first, len(data)) == data
+            assert recv_exact(second, len(data)) == data
+
+        in_threads(send, read)
+    assert done.is_set()
+
+
 def test_what_makes_no_sense_is_refused():
     for options in (
         {"high_water": 10, "low_water": 11},

@@ -113,6 +113,39 @@ def test_a_handler_that_is_stuck_is_logged_with_its_stack_while_it_runs(make_poo
             pool.stop()
 
 
+def test_what_the_log_says_of_a_stuck_handlers_time_is_true(make_pool, make_client):
+    """B14: one that is stuck when others are looked at has not been for as long as they have."""
+    limit = 0.3
+    began, ends, claims = {}, [], []
+
+    def on_message(sock, data):
+        began[threading.current_thread().name] = time.monotonic()
+        time.sleep(float(data))
+        ends.append(data)
+
+    class Listening(logging.Filter):
+        def filter(self, record):
+            if "has been in a handler" in record.msg:
+                name = record.getMessage().split()[0]
+                claims.append((name, time.monotonic() - began[name]))
+            return False
+
+    listening = Listening()
+    logging.getLogger("tstpool").addFilter(listening)
+    try:
+        pool = make_pool(handler(on_message=on_message), workers=5, slow_handler=limit)
+        first, second = make_client(pool), make_client(pool)
+        first.sendall(b"2")
+        wait_until(lambda: began)
+        time.sleep(0.7 * limit)  # the second one begins when there is little left until they are looked at
+        second.sendall(b"1.5")
+        wait_until(lambda: len(ends) == 2)
+    finally:
+        logging.getLogger("tstpool").removeFilter(listening)
+    assert len(claims) == 2
+    assert all(seconds >= limit for _, seconds in claims), claims
+
+
 def test_who_has_an_on_slow_of_its_own_gets_no_such_log(make_pool, make_client, caplog):
     """B14: it is told when the handler has returned."""
     told = []

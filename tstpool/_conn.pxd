@@ -411,16 +411,27 @@ cdef inline void output_drop(tst_connection *connection) noexcept nogil:
     output_account(connection)
 
 
-cdef inline bint output_is_full(const tst_connection *connection, size_t size) noexcept nogil:
-    """So much waits that `size` more bytes are not taken. Lock held."""
+cdef inline bint output_is_full(const tst_connection *connection, size_t size,
+                                const tst_shared *shared) noexcept nogil:
+    """So much waits that `size` more bytes are not taken. Lock held.
+
+    Where nothing waits, a message of up to high_water always is: whoever reads must get replies, however little others
+    do. A larger one is if the total allows it; or if nothing at all waits, for else it could never be sent; or if it is
+    a broadcast's, whose bytes are there once for all who get them.
+    """
     cdef const tst_limits *limits = connection.limits
     cdef size_t waits = queue_size(<tst_queue *>&connection.out)
-    if limits == NULL or waits == 0:
+    cdef uint64_t total
+    if limits == NULL or (waits == 0 and size <= limits.high_water):
         return False
     if limits.max_queued and waits >= limits.max_queued:
         return True
-    return (limits.total.most != 0 and (connection.want_out or waits > limits.high_water)
-            and load64(&limits.total.queued, RELAXED) + size > limits.total.most)
+    if limits.total.most == 0 or (waits and not connection.want_out and waits <= limits.high_water):
+        return False
+    total = load64(&limits.total.queued, RELAXED)
+    if waits == 0 and (total == 0 or (shared != NULL and shared.object == NULL)):
+        return False
+    return total + size > limits.total.most
 
 
 cdef inline bint connection_take_relief(tst_connection *connection) noexcept nogil:
@@ -495,7 +506,7 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     word = load64(&connection.state, ACQUIRE)
     if tst_rarely(connection.out_closed or not word_is(word, generation)):
         result = -ENOTCONN
-    elif tst_rarely(output_is_full(connection, size)):
+    elif tst_rarely(output_is_full(connection, size, shared)):
         result = -ENOBUFS
     else:
         connection.out.burst = word & STATE_OWNED != 0

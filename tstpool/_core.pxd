@@ -202,12 +202,12 @@ cdef class TstPool:
     cdef int set_hook(self, str name, object function) except -1
     cdef tst_limits *limits_from(self, dict timeouts) except NULL
     cdef object add_listener(self, object listener, Framing framing, tst_limits *limits)
-    cdef TstSocket add(self, int fd, int type, object binding, object user_data, Framing framing)
+    cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing)
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept
     cdef int begin(self, uint64_t id) except -1
     cdef int shards_to_open(self) except -1
     cdef int open(self) except -1
-    cdef int start_locked(self) except -1
+    cdef int start_locked(self, list threads) except -1
     cdef int give_up(self, list threads) except -1
     cdef int begin_stop(self, uint64_t drain) except -1
     cdef bint wait_ended(self, double drain) except -1

@@ -18,8 +18,8 @@ from libc.string cimport memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN,
-    STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
+    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED,
+    STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
     connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_drop, table_chunk,
     table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
 from tstpool._data cimport (
@@ -35,7 +35,7 @@ from tstpool._libc cimport (
     SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd, gettid,
     load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
     pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
-    shutdown, store32, store64, store_pointer, timerfd_create, tst_rarely)
+    shutdown, store32, store64, store_pointer, sub32, timerfd_create, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
@@ -485,15 +485,17 @@ cdef class TstSocket:
         """Gives the kernel what it takes now."""
         cdef tst_stats outside
         memset(&outside, 0, sizeof(outside))
-        connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside)
+        if connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside) < 0:
+            shard_ask(self.connection, self.generation(), PEND_IN)     # no event may come to tell its owner
         connection_ask_relief(self.connection, self.generation())
         add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
 
     cdef int wait_for_room(self) except -1:
-        """Blocks until less than high_water waits. ConnectionClosed when it ends before."""
+        """Blocks until less than high_water waits; for a moment if that is so, for then it is the other connections
+        that have too much. ConnectionClosed when it ends before."""
         cdef pollfd watched
         cdef size_t waits
-        cdef bint gone
+        cdef bint gone, waited = False
         watched.fd = <int><uint32_t>self.id
         watched.events = POLLOUT
         while True:
@@ -503,10 +505,12 @@ cdef class TstSocket:
             spin_unlock(&self.connection.lock)
             if gone:
                 raise ConnectionClosed("the socket was closed while a send waited for room")
-            if waits <= self.connection.limits.high_water:
+            if waits <= self.connection.limits.high_water and waited:
                 return 0
+            waited = True
             with nogil:
-                poll(&watched, 1, 10)      # short, for the descriptor may be closed meanwhile
+                # Short, for the descriptor may be closed meanwhile.
+                poll(&watched, 1 if waits > self.connection.limits.high_water else 0, 10)
                 self.flush_once()
             self.pool.drop_all_litter()
             PyErr_CheckSignals()
@@ -541,7 +545,7 @@ cdef class TstSocket:
         """The calling thread is the worker that is in this socket's handler."""
         cdef int no = <int>load32(<uint32_t *>&self.connection.thread_no, RELAXED)
         cdef tst_worker *worker
-        if no < 0 or no >= self.pool.engine.n_workers or not connection_is(self.connection, self.generation()):
+        if no < 0 or no >= worker_count(self.pool.engine) or not connection_is(self.connection, self.generation()):
             return False
         worker = &self.pool.engine.workers[no]
         return worker.ident == PyThread_get_thread_ident() and worker.current == self.connection
@@ -623,7 +627,8 @@ cdef class TstSocket:
         with cython.critical_section(self):
             binding = self.binding
         if binding is None:
-            binding = self.pool.binding
+            with cython.critical_section(self.pool):
+                binding = self.pool.binding
         return None if binding is None else (<Binding>binding).handler
 
     @handler.setter
@@ -941,7 +946,13 @@ cdef int connection_need_send(tst_connection *connection, uint32_t generation) n
 
 
 cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
-    """The Python side of a connection that the caller owns; the slot holds a reference until it is gone."""
+    """The Python side of a connection that the caller owns."""
+    cdef TstSocket sock = make_socket(pool, connection)
+    publish_socket(connection, sock)
+    return sock
+
+
+cdef TstSocket make_socket(TstPool pool, tst_connection *connection):
     cdef TstSocket sock = TstSocket.__new__(TstSocket, POOLS_KEY)
     sock.id = connection_id(connection)
     sock.connection = connection
@@ -950,11 +961,16 @@ cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
     sock.peer_address = connection.peer
     if connection.framing != NULL:
         sock.own_framing = <Framing>connection.framing.object
+    return sock
+
+
+cdef int publish_socket(tst_connection *connection, TstSocket sock) except -1:
+    """Others may find it from here on; the slot holds a reference until the connection is gone."""
     Py_INCREF(sock)
     spin_lock(&connection.lock)
     connection.sock = <PyObject *>sock
     spin_unlock(&connection.lock)
-    return sock
+    return 0
 
 
 cdef int forget_socket(tst_connection *connection) except -1:
@@ -1037,7 +1053,8 @@ cdef class TstHandler:
         logger.warning("a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
-        """A hook raised `exc`. The socket is disconnected afterwards, unless this returns TstStat.SUSPEND."""
+        """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected
+        afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND."""
         logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
 
 
@@ -1227,8 +1244,8 @@ cdef class TstPool:
     max_queued: with so many waiting (1 MiB) no more is taken; the message that goes beyond still is. on_overflow: what
     happens then: "raise": send() raises SendQueueFull; "block": it waits until there is room, except in the socket's
     own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the pool (256
-    MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more. None: no
-    limit.
+    MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more, and the
+    others no message above high_water, unless it is a broadcast's or the only output that waits. None: no limit.
     idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
     busy_poll: seconds for which a worker polls without sleeping when it slept no longer than that the last time; 0 is
     never. For fast handlers whose clients answer at once, on a core that has nothing else to do: 50e-6 spares both
@@ -1334,8 +1351,8 @@ cdef class TstPool:
 
     @property
     def addresses(self):
-        """(host, port) of each listener."""
-        return [(host, port) for host, port, _ in self.listeners]
+        """(host, port) of each listener; on any thread, also while others listen or stop the pool."""
+        return [(host, port) for host, port, _ in list(self.listeners)]
 
     # -- hooks of the original
 
@@ -1383,6 +1400,9 @@ cdef class TstPool:
         framing: of its connections, the pool's unless given; likewise first_byte_timeout, message_timeout,
         idle_timeout, write_timeout and linger_timeout, in seconds or None.
         Returns the real (host, port). Raises OSError with the address in its text.
+
+        A listener with options of its own (SO_REUSEPORT, say) is made with `socket`, and handed over with
+        addsocket(listener, TstSockType.LISTEN).
         """
         cdef tst_limits *limits
         self.check_alive()
@@ -1426,32 +1446,32 @@ cdef class TstPool:
         return limits
 
     cdef object add_listener(self, object listener, Framing framing, tst_limits *limits):
-        listener.setblocking(False)
         address = _net.address_of(listener)
         cdef uint64_t id = 0
-        cdef int fd
         cdef tst_connection *connection
         with self.mutex:
             self.open()
             if framing not in self.framings:
                 self.framings.append(framing)          # connections borrow it: it stays for as long as the pool
             framing = self.framings[self.framings.index(framing)]
-            fd = listener.detach()
-            connection = self.enter(fd, TYPE_LISTEN, 0, &id)
+            connection = self.enter(listener.fileno(), TYPE_LISTEN, 0, &id)
             if connection == NULL:
-                close(fd)
-                _net.unlink_socket(address)
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
             try:
                 self.listeners.append((address[0], address[1], id))
-            except BaseException:              # no memory: it has a slot already, and goes as if it were stopped
-                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
-                self.begin(id)
+                try:
+                    listener.setblocking(False)
+                    listener.detach()
+                except BaseException:
+                    self.listeners.pop()
+                    raise
+            except BaseException:
+                withdraw(connection)
                 raise
             add32(&self.engine.n_listeners, 1, RELAXED)
-        self.begin(id)
+            self.begin(id)
         return address
 
     def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
@@ -1462,14 +1482,19 @@ cdef class TstPool:
         """
         self.check_alive()
         sock = _net.connected_socket(host, port, timeout)
-        if self.keepalive:
-            _net.keep_alive(sock, self.keepalive)
-        return self.addsocket(sock, type, handler, user_data, framing)
+        try:
+            if self.keepalive:
+                _net.keep_alive(sock, self.keepalive)
+            return self.addsocket(sock, type, handler, user_data, framing)
+        except BaseException:
+            sock.close()
+            raise
 
     def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
 
-        sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close.
+        sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close;
+        when the call raises it stays as it was.
         type: its TstSockType; LISTEN adopts a listening socket (and returns None). handler: as sock.handler.
         framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect is called on a worker.
         """
@@ -1479,49 +1504,40 @@ cdef class TstPool:
         number = TstSockType(type)
         binding = None if handler is None else bind(handler, {})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
-        is_number = not isinstance(sock, socket.socket)
-        if is_number:
-            sock = socket.socket(fileno=operator.index(sock))
-        if sock.fileno() < 0:
-            raise ValueError("the socket is closed")
-        if table_find(&self.engine.table, sock.fileno()) != NULL:
-            if is_number:
-                sock.detach()
-            raise ValueError("the pool has that descriptor already")
-        if number == TYPE_LISTEN:
-            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise ValueError("the socket does not listen")
-            self.add_listener(sock, used, self.engine.limits)
-            return None
-        return self.add(adopt(sock), number, binding, user_data, used)
+        if isinstance(sock, socket.socket):
+            return take(self, sock, number, binding, user_data, used)
+        view = socket.socket(fileno=operator.index(sock))
+        try:
+            return take(self, view, number, binding, user_data, used)
+        finally:
+            view.detach()              # the descriptor is the pool's now, or still the caller's
 
-    cdef TstSocket add(self, int fd, int type, object binding, object user_data, Framing framing):
+    cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing):
         cdef uint64_t id = 0
         cdef tst_connection *connection
-        cdef TstSocket sock
+        cdef TstSocket made
         with self.mutex:
             self.open()
-            connection = self.enter(fd, type, 0, &id)
+            connection = self.enter(sock.fileno(), type, 0, &id)
             if connection == NULL:
-                close(fd)
                 raise MemoryError("no slot for the socket")
             connection.framing = framing_pointer(framing)
             connection.limits = self.engine.limits
             connection.active_tick = connection.output_tick = tick_of(clock_now())
             try:
                 path = read_peer(connection)
-                sock = new_socket(self, connection)
-            except BaseException:              # no memory: it has a slot already, and ends like any other
-                add64(&self.added, 1, RELAXED)
-                connection_mark(connection, PEND_CLOSE, True, STATE_OPEN, generation_of(id))
-                self.begin(id)
+                made = make_socket(self, connection)
+                adopt(sock)
+            except BaseException:
+                withdraw(connection)
                 raise
-            sock.peer_path = path
-            sock.data = user_data
-            sock.binding = binding
-        add64(&self.added, 1, RELAXED)
-        self.begin(id)
-        return sock
+            made.peer_path = path
+            made.data = user_data
+            made.binding = binding
+            publish_socket(connection, made)
+            add64(&self.added, 1, RELAXED)
+            self.begin(id)
+        return made
 
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept:
         """A slot for a descriptor of ours, QUEUED so that nobody touches it until begin()."""
@@ -1594,53 +1610,47 @@ cdef class TstPool:
 
     def start(self):
         """Starts the workers. TstError when they run already or no handler is known; on failure no thread is left."""
+        cdef list threads = []
         self.check_alive()
-        with self.mutex:
-            self.start_locked()
+        try:
+            with self.mutex:
+                self.start_locked(threads)
+        except BaseException:
+            if threads:                # outside the mutex: it waits for handlers, which may want that
+                self.give_up(threads)
+            raise
 
-    cdef int start_locked(self) except -1:
-        cdef int no
+    cdef int start_locked(self, list threads) except -1:
+        """Adds the workers' threads to `threads`: from then on there is something to give up."""
         if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED or not self.ended.is_set():
             raise TstError("the pool is running already" if self.running else "the pool is still stopping")
         if self.binding is None:
             raise TstError("no handler: give one to TstPool() or create()")
         self.open()
-        free(self.engine.workers)
-        self.engine.workers = <tst_worker *>calloc(self.n_workers, sizeof(tst_worker))
-        if self.engine.workers == NULL:
-            raise MemoryError()
-        self.engine.n_workers = self.n_workers
-        for no in range(self.n_workers):
-            self.engine.workers[no].no = no
-            self.engine.workers[no].ticks.scale = tick_scale()
-            self.engine.workers[no].group = 1
-            self.engine.workers[no].group_most = GROUP_MOST if self.engine.slow_handler > LONG_GROUP else 1
+        make_workers(self.engine, self.n_workers)
         # The counters that are no worker's begin anew, too; what was added already will be closed in this run.
         store64(&self.added, <uint64_t>len(self), RELAXED)
         store64(&self.bytes_outside, 0, RELAXED)
         store64(&self.engine.total.overflow_closed, 0, RELAXED)
-        self.binding = bind(self.binding.handler, self.hooks)
+        set_binding(self, bind(self.binding.handler, self.hooks))
         self.engine.call_idle = self.binding.on_idle is not None
         self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)
         store64(&self.engine.slow_look, 0, RELEASE)
         self.engine.call_longest = self.binding.on_most_elapsed is not None
         self.fault = None
         self.live_workers = 0
-        threads = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
-                   for no in range(self.n_workers)]
-        try:
-            self.ended.clear()
-            self.threads = threads
-            with WORKERS_END:
-                _running.add(self)
-                if interpreter_ends:
-                    raise TstError("the interpreter is shutting down")
-            store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
-            for thread in threads:
-                thread.start()
-        except BaseException:
-            self.give_up(threads)
-            raise
+        made = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
+                for no in range(self.n_workers)]
+        threads.extend(made)
+        self.ended.clear()
+        self.threads = made
+        with WORKERS_END:
+            _running.add(self)
+            if interpreter_ends:
+                raise TstError("the interpreter is shutting down")
+        store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
+        for thread in made:
+            thread.start()
         return 0
 
     cdef int give_up(self, list threads) except -1:
@@ -1649,7 +1659,8 @@ cdef class TstPool:
             self.launch += 1
             none = self.live_workers == 0
         if none:
-            self.close_down()
+            with self.mutex:
+                self.close_down()
         else:
             self.begin_stop(0)
         for thread in threads:
@@ -1681,7 +1692,8 @@ cdef class TstPool:
                 if last:
                     self.launch += 1
             if last:
-                self.close_down()
+                with self.mutex:
+                    self.close_down()
 
     cdef int begin_stop(self, uint64_t drain) except -1:
         """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
@@ -1716,7 +1728,8 @@ cdef class TstPool:
         if not self.wait_ended(float(drain)):
             return False
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:       # else start() has failed before it
+                thread.join()
         return True
 
     cdef bint wait_ended(self, double drain) except -1:
@@ -1725,10 +1738,10 @@ cdef class TstPool:
             return True
         self.cut_off()
         for _ in range(100):
-            before = [load64(&self.engine.workers[no].calls, ACQUIRE) for no in range(self.n_workers)]
+            before = worker_calls(self.engine)
             if self.ended.wait(0.05):
                 return True
-            after = [load64(&self.engine.workers[no].calls, ACQUIRE) for no in range(self.n_workers)]
+            after = worker_calls(self.engine)
             if before == after and any(calls % 2 for calls in after):
                 return False           # nothing moves, and somebody is inside a handler
         return self.ended.is_set()
@@ -1749,10 +1762,11 @@ cdef class TstPool:
         return 0
 
     cdef int close_down(self) except -1:
-        """Nobody works any more: gives descriptors back. By the last worker, or with the mutex held before a start."""
+        """Nobody works any more: gives descriptors back. Mutex held: what is added meanwhile is either closed here, or
+        waits for the next start."""
         for address in self.listeners:
             _net.unlink_socket(address)
-        self.listeners = []
+        self.listeners.clear()         # the same list: others may be looking at it
         store32(&self.engine.n_listeners, 0, RELAXED)
         self.close_descriptors()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
@@ -1770,12 +1784,15 @@ cdef class TstPool:
             first = table_chunk(&self.engine.table, chunk)
             for i in range(TABLE_CHUNK if first != NULL else 0):
                 connection = first + i
+                spin_lock(&connection.lock)        # cut_off() or waiting() may be about to use the descriptor
                 word = load64(&connection.state, ACQUIRE)
                 if word & STATE_OPEN:
                     output_drop(connection)
                     input_free(&connection.input)
                     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
                     close(connection.fd)
+                spin_unlock(&connection.lock)
+                if word & STATE_OPEN:
                     try:
                         forget_socket(connection)
                     except BaseException:
@@ -1838,6 +1855,8 @@ cdef class TstPool:
             pthread_mutex_destroy(&self.engine.shards[i].mutex)
         free(self.engine.shards)
         free(self.engine.workers)
+        for i in range(self.engine.n_outgrown):
+            free(self.engine.outgrown[i])
 
     def _forked(self):
         """In a forked child: the pool is dead here, and peers must see the end when the parent closes."""
@@ -1891,7 +1910,7 @@ cdef class TstPool:
             self.max_recv_size, self.max_send_size = (positive(max_recv_size, "max_recv_size"),
                                                       positive(max_send_size, "max_send_size"))
             self.n_workers = n_workers
-            self.binding = binding
+            set_binding(self, binding)
         if bind_port:
             self.listen(bind_ip or None, bind_port)
         try:
@@ -2054,7 +2073,7 @@ cdef class TstPool:
         cdef tst_stats *one
         self.check_alive()
         workers = []
-        for i in range(self.engine.n_workers):
+        for i in range(worker_count(self.engine)):
             one = &self.engine.workers[i].stats
             messages += load64(&one.messages, RELAXED)
             bytes_in += load64(&one.bytes_in, RELAXED)
@@ -2091,6 +2110,66 @@ cdef class TstPool:
             most_elapsed=load64(&worker.stats.most_elapsed, RELAXED) / 1e9,
             begin_time=load64(&worker.stats.begin_time, RELAXED) / 1e9,
             end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
+
+
+cdef int worker_begin(tst_worker *worker, int no) except -1:
+    """As new, whoever had that number before. Others may be reading its counters."""
+    cdef uint64_t *counters = <uint64_t *>&worker.stats
+    cdef size_t i
+    for i in range(sizeof(tst_stats) // sizeof(uint64_t)):
+        store64(counters + i, 0, RELAXED)
+    store64(&worker.calls, 0, RELEASE)
+    store64(&worker.waiting_since, 0, RELAXED)
+    store64(&worker.slow_calls, 0, RELAXED)
+    store64(&worker.slow_since, 0, RELAXED)
+    store64(&worker.slow_logged, 0, RELAXED)
+    worker.no = no
+    worker.ident = 0
+    worker.current = NULL
+    worker.left = NULL
+    worker.since = worker.clock = worker.looked_calls = 0
+    worker.tid = worker.last_shard = worker.accept_errno = worker.looks = 0
+    worker.lost = False
+    worker.ticks.scale = tick_scale()
+    worker.group = 1
+    return 0
+
+
+cdef int make_workers(tst_engine *engine, int n) except -1:
+    """So many workers, all as new. Their memory stays where it is: stats() may be reading it on any thread."""
+    cdef int no
+    cdef int room = max(n, 2 * engine.workers_room)
+    cdef tst_worker *workers
+    if n > engine.workers_room:
+        workers = <tst_worker *>calloc(room, sizeof(tst_worker))
+        if workers == NULL:
+            raise MemoryError()
+        if engine.workers != NULL:
+            engine.outgrown[engine.n_outgrown] = engine.workers
+            engine.n_outgrown += 1
+        store_pointer(<void **>&engine.workers, workers, RELEASE)
+        engine.workers_room = room
+    for no in range(n):
+        worker_begin(&engine.workers[no], no)
+        engine.workers[no].group_most = GROUP_MOST if engine.slow_handler > LONG_GROUP else 1
+    store32(<uint32_t *>&engine.n_workers, <uint32_t>n, RELEASE)
+    return 0
+
+
+cdef list worker_calls(tst_engine *engine):
+    cdef int no
+    return [load64(&engine.workers[no].calls, ACQUIRE) for no in range(worker_count(engine))]
+
+
+cdef int worker_count(tst_engine *engine) noexcept nogil:
+    """Of the last start(); for threads that are none of its workers, and so may see the next one."""
+    return <int>load32(<uint32_t *>&engine.n_workers, ACQUIRE)
+
+
+cdef int set_binding(TstPool pool, Binding binding) except -1:
+    with cython.critical_section(pool):        # sock.handler may be asked for on any thread
+        pool.binding = binding
+    return 0
 
 
 cdef uint64_t BEGAN = clock_now()
@@ -2149,13 +2228,38 @@ cdef uint32_t ticks_from(object seconds, str name) except? 0:
     return <uint32_t>((number >> TICK_BITS) + 2)
 
 
+cdef object take(TstPool pool, object sock, object type, object binding, object user_data, Framing framing):
+    """addsocket() for a socket.socket, which is detached unless this fails."""
+    if sock.fileno() < 0:
+        raise ValueError("the socket is closed")
+    if table_find(&pool.engine.table, sock.fileno()) != NULL:
+        raise ValueError("the pool has that descriptor already")
+    if type != TYPE_LISTEN:
+        return pool.add(sock, type, binding, user_data, framing)
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ValueError("the socket does not listen")
+    pool.add_listener(sock, framing, pool.engine.limits)
+    return None
+
+
+cdef int withdraw(tst_connection *connection) except -1:
+    """Undoes enter() before begin(): nobody has heard of the connection, and its descriptor is not ours."""
+    cdef uint32_t *open = connection.shard_open
+    spin_lock(&connection.lock)
+    store64(&connection.state, <uint64_t>(generation_of(load64(&connection.state, ACQUIRE)) + 1) << 32, RELEASE)
+    spin_unlock(&connection.lock)
+    sub32(open, 1, RELEASE)
+    return 0
+
+
 cdef int adopt(object sock) except -1:
-    """Takes the descriptor out of a socket.socket and makes it fit for the engine."""
+    """Makes a socket.socket's descriptor fit for the engine, and takes it out."""
     sock.setblocking(False)
     os.set_inheritable(sock.fileno(), False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sys_prepare(sock.fileno())
-    return sock.detach()
+    sock.detach()
+    return 0
 
 
 cdef object read_peer(tst_connection *connection):
@@ -2650,6 +2754,7 @@ cdef class Worker:
     cdef bint refuse(self, TstSocket sock, Binding binding) except -1:
         """The peer sends a message longer than allowed: on_error hears of it, and the connection closes anyway."""
         sock.connection.message_ready = False
+        sock.connection.unfinished = True      # it is still sending: what it is told must survive that (linger)
         input_free(&sock.connection.input)
         self.failed(sock, binding, MessageTooLarge(f"the peer's message is longer than {sock.own_framing!r} allows"))
         connection_begin_close(sock.connection)

@@ -22,8 +22,9 @@ from tstpool._libc cimport (
     shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_drop_body, connection_flush, connection_retire,
-    connection_silence, flush_result, sys_control, sys_recv, sys_reset_on_close, sys_unread, sys_writable)
+    TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
+    connection_retire, connection_silence, flush_result, sys_control, sys_recv, sys_reset_on_close, sys_unread,
+    sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, connection_ask_relief, entry_move,
@@ -573,8 +574,8 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     cdef tst_connection *connection = entry.connection
     cdef tst_shard *shard = <tst_shard *>connection.shard
     cdef uint64_t pending
-    cdef int waiting
-    cdef bint want_input, want_room, pushed, again = False, broken = False
+    cdef int waiting, armed = 0
+    cdef bint want_input, want_room, pushed, again = False
     if entry.what & DO_RETIRE and not connection_begin_linger(connection, now):
         entry_retire(worker, connection)
         return
@@ -590,16 +591,19 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     pushed = connection_release(connection, pending)
     if connection_is(connection, entry.generation):
         connection.want_room = want_room
-        broken = connection_arm(connection, want_input, &worker.stats) < 0
+        armed = connection_arm(connection, want_input, &worker.stats)
+        if armed < 0:
+            connection_deafened(connection, -armed)
         # A thread that appended while we owned the connection trusted us to send it.
         again = queue_size(&connection.out) != 0 and not connection.want_out and not connection.flushing
     spin_unlock(&connection.lock)
     if pushed:
         shard_push(shard, connection)
     if again:
-        connection_flush(connection, entry.generation, False, True, now, &worker.stats)
+        if connection_flush(connection, entry.generation, False, True, now, &worker.stats) < 0:
+            shard_ask(connection, entry.generation, PEND_IN)
         connection_ask_relief(connection, entry.generation)
-    if broken:
+    if armed < 0:
         shard_ask(connection, entry.generation, PEND_CLOSE)
 
 

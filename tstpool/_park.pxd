@@ -33,7 +33,7 @@ from tstpool._shard cimport (
     PHASE_ENDING, TOKEN_POLLING, TOKEN_RUNNING, engine_wake_looker, token_move, token_of, tst_engine, tst_shard,
     tst_worker)
 from tstpool._stats cimport NANOSECOND, clock_now
-from tstpool._turn cimport worker_waited
+from tstpool._turn cimport slow_note, worker_waited
 
 cdef extern from "<stdio.h>" nogil:
     int snprintf(char *buffer, size_t size, const char *format, ...)
@@ -99,7 +99,7 @@ cdef inline bint worker_is_stuck(tst_worker *worker) noexcept nogil:
 cdef inline void slow_expect(tst_engine *engine, tst_worker *holder, uint64_t calls) noexcept nogil:
     """A handler is stuck: whoever polls looks again in slow_handler, and if it still is, logs where (TURN_SLOW)."""
     if engine.log_slow:
-        store64(&holder.slow_calls, calls, RELAXED)
+        slow_note(holder, calls)
         if load64(&engine.slow_look, RELAXED) == 0:
             store64(&engine.slow_look, clock_now() + engine.slow_handler, RELEASE)
 

@@ -24,7 +24,7 @@ does.
 
 All system calls of the engine on connections stand here, each behind one function that returns >= 0 or -errno.
 """
-from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -312,11 +312,24 @@ cdef inline int connection_flush(tst_connection *connection, uint32_t generation
 cdef inline void flush_arm(tst_connection *connection, tst_stats *stats) noexcept nogil:
     """Arms or drops EPOLLOUT and leaves the rest of the mask as it is. Lock held."""
     cdef uint32_t mask = (connection.armed & input_mask()) | output_mask(connection)
+    cdef int result
     if not connection.registered or (connection.armed & (input_mask() | EPOLLOUT)) == mask:
         return
-    if connection_control(connection, mask | trigger_mask(connection) if mask else EPOLLONESHOT, stats) < 0:
-        connection.out_drop = True         # no EPOLLOUT will ever come: the output is lost
-        flush_result(connection, -ECONNRESET, 0)
+    result = connection_control(connection, mask | trigger_mask(connection) if mask else EPOLLONESHOT, stats)
+    if result < 0:
+        connection_deafened(connection, -result)
+
+
+cdef inline void connection_deafened(tst_connection *connection, int reason) noexcept nogil:
+    """epoll has refused a mask, so no event may ever come: the connection is broken, and output that waits is lost.
+    Lock held; somebody must look at it now."""
+    if queue_size(&connection.out):        # the peer must not take what it has for the whole
+        connection.aborted = True
+        sys_reset_on_close(connection.fd)
+    store32(&connection.out_error, <uint32_t>reason, RELAXED)
+    connection.out_closed = connection.out_drop = True
+    if not connection.flushing:            # else who is sending forgets the rest afterwards
+        flush_result(connection, -reason, 0)
 
 
 # ------------------------------------------------------------------------------------------------- the end

@@ -24,6 +24,10 @@ def serve(
     handler, options: as TstPool takes them. host, port: as TstPool.listen takes them. drain: seconds for the stop.
     Called on another thread than the main one it leaves signals alone and ends when somebody stops the pool.
     Raises OSError with the address in its text when it can't listen.
+
+    It listens where it was told to, so port 0 is of little use here: nobody but a handler (`sock.local`) gets to know
+    which port that became. To know it, make a TstPool; its listen() returns the address, `pool.addresses` has it on any
+    thread, and serve_forever() does the rest.
     """
     pool = TstPool(handler, **options)
     pool.listen(host, port)

@@ -123,7 +123,8 @@ cdef struct tst_worker:
     uint64_t group_most
     uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
-    uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler
+    uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler ...
+    uint64_t slow_since        # atomic: ... and when that call was seen first, monotonic nanoseconds
     uint64_t slow_logged       # atomic: `calls` of the slow handler that was logged last
     uint64_t looked_calls      # watcher only: `calls` at its last look
     int looks                  # watcher only: looks at which it had not moved
@@ -174,9 +175,12 @@ cdef struct tst_engine:
     tst_total total            # output that waits
     tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger
-    int n_workers
+    int n_workers              # atomic: raised after `workers` was made to hold them
     int n_shards
-    tst_worker *workers        # owned
+    tst_worker *workers        # owned; for anybody who reads counters, so never freed while the pool lives
+    int workers_room           # so many fit there
+    int n_outgrown
+    tst_worker *outgrown[32]   # owned: where there was less room. Each has at least twice that of the one before
     tst_shard *shards          # owned
     pthread_mutex_t mutex      # guards all below
     pthread_cond_t standby     # parked workers

@@ -276,8 +276,14 @@ cdef inline bint slow_is_due(tst_engine *engine, uint64_t now) noexcept nogil:
     return due != 0 and now >= due and compare_exchange64(&engine.slow_look, &due, 0, False, ACQ_REL, RELAXED)
 
 
+cdef inline void slow_note(tst_worker *worker, uint64_t calls) noexcept nogil:
+    """The worker is in a handler, and was not in that call when it was looked at last."""
+    store64(&worker.slow_since, clock_now(), RELAXED)
+    store64(&worker.slow_calls, calls, RELEASE)
+
+
 cdef inline int slow_next(tst_engine *engine, int first, bint *again) noexcept nogil:
-    """A worker, from `first` on, that has been in one handler since the last look and was not logged for it; -1: none.
+    """A worker, from `first` on, that has been in one handler for slow_handler and was not logged for it; -1: none.
     `again`: one must be looked at once more."""
     cdef tst_worker *worker
     cdef uint64_t calls
@@ -287,10 +293,11 @@ cdef inline int slow_next(tst_engine *engine, int first, bint *again) noexcept n
         calls = load64(&worker.calls, ACQUIRE)
         if calls % 2 == 0 or calls == load64(&worker.slow_logged, RELAXED):
             continue
-        if calls == load64(&worker.slow_calls, RELAXED):
+        if calls != load64(&worker.slow_calls, ACQUIRE):
+            slow_note(worker, calls)
+        elif clock_now() - load64(&worker.slow_since, RELAXED) >= engine.slow_handler:
             store64(&worker.slow_logged, calls, RELAXED)
             return no
-        store64(&worker.slow_calls, calls, RELAXED)
         again[0] = True
     return -1
 

@@ -1,0 +1,105 @@
+"""stats(), addresses and a socket's handler may be asked for on any thread, also while another one starts the pool anew
+or stops it: what they look at is still there."""
+
+import functools
+import itertools
+import threading
+import time
+
+from contract_helpers import echo, handler, in_threads
+from helpers import connect, quick_switches, run_python
+
+from tstpool import TstPool
+
+SHRINK = """
+import tstpool._core as core
+from tstpool import TstHandler, TstPool, WorkerStats
+
+pool = TstPool(TstHandler(), workers=100)
+pool.start()
+assert pool.stop() is True
+
+def in_between(**numbers):
+    if numbers["thread_no"] == 0:  # the other thread is here by now
+        pool.create(1, None, 0, TstHandler())
+    return WorkerStats(**numbers)
+
+core.WorkerStats = in_between
+stats = pool.stats()
+core.WorkerStats = WorkerStats
+assert pool.stop() is True
+assert stats.messages == stats.bytes_in == stats.accepted == stats.closed == 0, (stats.messages, stats.bytes_in)
+for worker in stats.workers:
+    assert (worker.exec_count, worker.sum_time, worker.most_elapsed, worker.end_time) == (0, 0, 0, 0), worker
+"""
+
+
+def test_a_restart_with_fewer_workers_in_the_middle_of_stats():
+    """S36, B43: numbers of workers that are gone are no longer anybody's, but they can be read."""
+    run_python("-c", SHRINK)
+
+
+def beside(pool, change, *looks):
+    """Does `change` again and again, for two seconds, and meanwhile each look on a thread of its own."""
+    over = threading.Event()
+    looked = []
+
+    def changing():
+        until = time.monotonic() + 2
+        try:
+            for number in itertools.count():
+                change(number)
+                if time.monotonic() > until:
+                    break
+        finally:
+            over.set()
+
+    def looking(look):
+        n = 0
+        while not over.is_set():
+            look()
+            n += 1
+        looked.append(n)
+
+    with quick_switches():
+        in_threads(changing, *[functools.partial(looking, look) for look in looks])
+    assert all(looked)
+
+
+def test_others_look_while_listeners_come_and_go():
+    """B43, B57: for a free-threaded Python: the list that is looked through stays the same."""
+    pool = TstPool(handler(on_message=echo), workers=3)
+
+    def change(number):
+        pool.listen("127.0.0.1", 0)
+        assert pool.stop() is True
+
+    def look():
+        assert len(pool.addresses) <= 1
+
+    beside(pool, change, look, look)
+
+
+def test_others_look_while_a_pool_starts_and_stops():
+    """B43, B57: the same with workers, now more, now fewer, and with another handler each time."""
+    pool = TstPool(handler(on_message=echo), workers=3)
+
+    def change(number):
+        pool.listen("127.0.0.1", 0)
+        if number % 2:
+            pool.create(1 + number % 5, None, 0, handler(on_message=echo))
+        else:
+            pool.start()
+        with connect(pool) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        assert pool.stop() is True
+
+    def look():
+        stats = pool.stats()
+        assert 0 <= stats.messages <= 1 and 0 <= stats.listeners <= 1
+        assert len(pool.addresses) <= 1 and len(pool) >= 0 and repr(pool)
+        for sock in pool.sockets():
+            assert sock.handler is not None and sock.recv_data is not None
+
+    beside(pool, change, look, look)
