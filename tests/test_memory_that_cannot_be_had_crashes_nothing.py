@@ -74,6 +74,18 @@ class Server(TstHandler):
 pool_of = [None]
 MESSAGES = [b"echo", b"t123", b"b" * 5000, b"e" * 20000, b"B" * 300000, b"e" * 3000]
 
+def framed(message):
+    return len(message).to_bytes(4, "big") + message
+
+def expect(client, data):
+    got = b""
+    while len(got) < len(data):
+        piece = client.recv(1 << 20)
+        if not piece:
+            raise EOFError
+        got += piece
+    assert got == data, (got[:20], len(got), data[:20])
+
 def talk(address, whole):
     # Nobody may wait for ever: an answer or the end.
     try:
@@ -82,13 +94,11 @@ def talk(address, whole):
             for message in MESSAGES * 2:
                 client.sendall(len(message).to_bytes(4, "big"))
                 client.sendall(message)
-                got = b""
-                while len(got) < 4 + len(message):
-                    piece = client.recv(1 << 20)
-                    if not piece:
-                        raise EOFError
-                    got += piece
-                assert got == len(message).to_bytes(4, "big") + message, (got[:20], len(got), message[:4])
+                expect(client, framed(message))
+            client.sendall(framed(b"with a part of the next") + framed(b"next")[:6])  # kept when a handler has run
+            expect(client, framed(b"with a part of the next"))
+            client.sendall(framed(b"next")[6:])
+            expect(client, framed(b"next"))
             whole.append(1)
     except TimeoutError:
         raise AssertionError("a client waits for ever") from None
