@@ -8,6 +8,8 @@ import pytest
 from contract_helpers import echo, every_style, every_trigger, handler, ignore, round_trip, serve
 from helpers import SANITIZER, patient, process_cpu_seconds, recv_exact, reset, wait_until
 
+from tstpool import LengthPrefixed
+
 
 def talk_to(client, rounds=20):
     """The only worker has been round its loop as many times when this returns."""
@@ -176,3 +178,37 @@ def test_a_reset_while_paused_waits_quietly(make_pool, make_client, trigger):
     sock.resume()
     wait_until(lambda: reasons)
     assert reasons == [ConnectionResetError]
+
+
+@every_trigger
+def test_a_reset_while_messages_wait_for_resume_is_no_spin(make_pool, make_client, trigger):
+    """B21: output breaks while the handler has more messages to come: nothing is done until resume(), then all is."""
+    got, reasons, socks = [], [], []
+
+    def on_message(sock, data):
+        got.append(bytes(data))
+        if data == b"first":
+            socks.append(sock)
+            sock.pause()
+            sock.send(b"x" * (16 << 20))  # more than the kernel takes: the rest waits for the peer
+
+    pool = make_pool(
+        handler(on_message=on_message, on_disconnect=lambda sock, reason: reasons.append(reason)),
+        trigger=trigger,
+        framing=LengthPrefixed(4),
+        auto_pause=False,
+    )
+    client = make_client(pool)
+    client.sendall(b"".join(len(data).to_bytes(4, "big") + data for data in (b"first", b"second")))
+    client.recv(1)
+    wait_until(lambda: pool.stats().bytes_queued)
+    reset(client)
+    wait_until(lambda: pool.stats().bytes_queued == 0)  # the reset was seen: what could not be sent is dropped
+    cpu = process_cpu_seconds()
+    time.sleep(0.5)  # a window to measure in, not a wait; who spins gets a fifth of it on a busy machine, too
+    assert process_cpu_seconds() - cpu < (0.25 if SANITIZER else 0.05)
+    assert (got, reasons) == ([b"first"], [])
+    socks[0].resume()
+    wait_until(lambda: reasons)
+    assert got == [b"first", b"second"]
+    assert isinstance(reasons[0], ConnectionError)

@@ -12,10 +12,9 @@ from tstpool._conn cimport (
     ACQUIRED, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE,
     STATE_DEAD, STATE_OWNED, STATE_QUEUED, TYPE_LISTEN, TYPE_SUB, connection_acquire, connection_is, connection_release,
     connection_take_relief, generation_of, slot_of, table_open, table_slot, tst_connection)
-from tstpool._data cimport input_keep
 from tstpool._entry cimport (
-    connection_begin_close, connection_break, connection_due, connection_expire, connection_has_room, connection_linger,
-    connection_may_reset, connection_sent, connection_transfer, connection_wants_body, take_input)
+    connection_begin_close, connection_due, connection_expire, connection_has_room, connection_keep_input,
+    connection_linger, connection_may_reset, connection_sent, connection_transfer, connection_wants_body, take_input)
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
     fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
@@ -273,8 +272,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             what |= connection_due(connection)
             if what == 0 and connection_wants_body(connection):
                 what = DO_BODY
-            if what == 0 and input_keep(&connection.input) < 0:    # no handler runs: nobody else would keep it
-                connection_break(connection, ENOMEM)
+            if what == 0 and not connection_keep_input(connection):    # no handler runs: nobody else would keep it
                 what = connection_due(connection)
     entry = batch_add(batch, connection, what)
     if what == 0 or (entry.compiled and entry_run_compiled(engine, worker, shard, batch, entry)):

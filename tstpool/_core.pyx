@@ -27,7 +27,7 @@ from tstpool._data cimport (
     input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
     batch_finish, connection_abort, connection_apply, connection_begin_close, connection_break, connection_cut,
-    connection_due, connection_reconnect, connection_wants_body)
+    connection_due, connection_keep_input, connection_reconnect, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, framing_settle, tst_framing)
 from tstpool._libc cimport (
@@ -2505,6 +2505,7 @@ cdef class Worker:
             self.run_entry(entry)
         except MemoryError:            # of the interpreter, outside a handler: this connection ends, the worker lives
             connection_break(entry.connection, ENOMEM)
+            connection_keep_input(entry.connection)
             if entry.connection.sock == NULL:
                 entry.what = DO_RETIRE         # no handler has heard of it
         finally:
@@ -2536,8 +2537,8 @@ cdef class Worker:
             due = connection_due(connection)
         if due & DO_DISCONNECT and self.disconnect(sock):
             entry.what = DO_RETIRE
-        elif input_keep(&connection.input) < 0:
-            connection_break(connection, ENOMEM)
+        else:
+            connection_keep_input(connection)
         return 0
 
     cdef Binding binding_of(self, TstSocket sock):

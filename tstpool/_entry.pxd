@@ -15,7 +15,7 @@ from tstpool._conn cimport (
     connection_takes_messages, connection_wants_input, output_account, output_drop, tst_connection)
 from tstpool._data cimport (
     data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume, input_free,
-    input_reserve, tst_data)
+    input_keep, input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, frame_next, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, load32, load_pointer,
@@ -200,6 +200,19 @@ cdef inline void connection_break(tst_connection *connection, int reason) noexce
     if connection.reason == 0:
         connection.reason = reason
     connection_drop_output(connection)
+
+
+cdef inline bint connection_keep_input(tst_connection *connection) noexcept nogil:
+    """The turn ends: unread input moves out of the scratch buffer, where others' will lie. False: there was no memory
+    for it; it is forgotten, and the connection ends. Owner only."""
+    if input_keep(&connection.input) == 0:
+        return True
+    input_free(&connection.input)
+    if connection.framed and connection.body == NULL:
+        connection.message_ready = False
+    connection.framed_by = NULL            # nor is anything known of it
+    connection_break(connection, ENOMEM)
+    return False
 
 
 cdef inline void connection_drop_output(tst_connection *connection) noexcept nogil:

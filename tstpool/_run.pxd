@@ -12,13 +12,12 @@ and returns a TstStat. What it can't or will not do itself needs Python, and its
 While a compiled handler runs, the connection is OWNED and the shard's token is RUNNING, so that a function which blocks
 is noticed and the shard taken over, exactly as with handlers in Python.
 """
-from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport connection_takes_messages, tst_compiled, tst_connection
-from tstpool._data cimport data_requested, input_consume, input_keep
+from tstpool._data cimport data_requested, input_consume
 from tstpool._entry cimport (
-    STAT_RECONNECTED, STAT_RUN, connection_apply, connection_break, connection_cut, connection_due, entry_finish)
+    STAT_RECONNECTED, STAT_RUN, connection_apply, connection_cut, connection_due, connection_keep_input, entry_finish)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely)
@@ -180,8 +179,7 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
         return True
     if connection_due(connection) & DO_DISCONNECT:
         return True
-    if input_keep(&connection.input) < 0:
-        connection_break(connection, ENOMEM)
+    connection_keep_input(connection)
     return False
 
 

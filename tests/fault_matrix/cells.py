@@ -21,6 +21,7 @@ class Call:
     argument: str = ""  # what the failing call's line must have in it
     edge: dict[str, str] = field(default_factory=dict)  # differences under trigger="edge"
     every: str = ""  # errnos with which each third call may fail, and all is served
+    each: bool = False  # in "every" that is not each third call, but each
     threads: str = "workers"  # who is traced: "workers", "speaker", "main", "all"
     triggers: tuple[str, ...] = ("level", "oneshot", "edge")
     later: bool = True  # also in the midst of all kinds of clients
@@ -77,6 +78,15 @@ CALLS = [
     # -- workers
     Call("epoll_wait", "echo", {"served": "EINTR", "stopped": "EBADF EFAULT EINVAL"}, every="EINTR"),
     Call("read", "spoken_to", {"served": "EAGAIN EBADF EFAULT EINTR EINVAL EIO EISDIR"}, ", 8)", later=False),
+    # The alarm for deadlines: without it the time-out of epoll_wait has to do.
+    Call(
+        "timerfd_settime",
+        "too_slow",
+        {"served": "EBADF ECANCELED EFAULT EINVAL ENOMEM"},
+        every="EINVAL ENOMEM",
+        each=True,
+    ),
+    Call("read", "too_slow", {"served": "EAGAIN EBADF ECANCELED EFAULT EINTR EINVAL EIO"}, "timerfd", later=False),
     Call(
         "openat",
         "blocker",
@@ -110,6 +120,7 @@ CALLS = [
     Call("getsockname", "start", {"refused": "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"}),
     Call("epoll_create1", "start", {"refused": "EINVAL EMFILE ENFILE ENOMEM"}, later=False),
     Call("eventfd2", "start", {"refused": "EINVAL EMFILE ENFILE ENODEV ENOMEM"}, later=False),
+    Call("timerfd_create", "start", {"refused": "EINVAL EMFILE ENFILE ENODEV ENOMEM EPERM"}, later=False),
     Call(
         "epoll_ctl", "start", {"refused": "EBADF EEXIST EINVAL ELOOP ENOMEM ENOSPC EPERM"}, "EPOLL_CTL_ADD", later=False
     ),

@@ -14,6 +14,7 @@ import socket
 from helpers import patient
 
 NUDGED_AFTER = 1.5  # seconds after which a client that hears nothing sends once more
+TOO_LATE = 3.0  # for a deadline of 0.3 seconds (QUICK of server.py)
 PATIENCE = 5.0
 names = itertools.count()
 
@@ -270,7 +271,21 @@ def blocker(server):
             client.expect(framed(b"h"))
 
 
+def too_slow(server):
+    """Says nothing more until it is closed for that, in time: each newcomer has a deadline before all others'."""
+    with Client(server.raw) as client:
+        client.talk(b"before")
+    yield
+    for _ in range(2):
+        with Client(server.quick) as client:
+            client.talk(b"hello")
+            if client.silent(TOO_LATE):
+                raise Hangs("its deadline is forgotten")
+            with contextlib.suppress(Ended):  # which nobody makes a difference of: a reset is an end
+                client.expect_end()
+
+
 KINDS = [
     newcomer, echo, framed_echo, long, large, pieces, half_close, leaver, told_to_end, told_to_end_whole, writable,
-    transfer, outsider, spoken_to, broadcast, blocker,
+    transfer, outsider, spoken_to, broadcast, blocker, too_slow,
 ]  # fmt: skip

@@ -85,7 +85,7 @@ class Server:
         """Starts the pool; its answer is an error or has the addresses. Then bystanders connect."""
         answer = self.command("start")
         if "error" not in answer:
-            self.raw, self.framed = answer["raw"], answer["framed"]
+            self.raw, self.framed, self.quick = answer["raw"], answer["framed"], answer["quick"]
             self.bystanders = [clients.Client(self.raw), clients.Client(self.framed)]
             self.check_bystanders()
         return answer
@@ -143,7 +143,7 @@ class Fault:
     def __enter__(self):
         self.log = tempfile.NamedTemporaryFile("r")
         tids = ",".join(map(str, self.threads))
-        command = ["strace", "-o", self.log.name, "-e", f"trace={self.call.name}", "-e", "signal=none",
+        command = ["strace", "-o", self.log.name, "-y", "-e", f"trace={self.call.name}", "-e", "signal=none",
                    "-e", f"inject={self.call.name}:{self.result()}:when={self.when}",
                    *(["-f"] if self.follow else []), "-p", tids]  # fmt: skip
         self.strace = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -359,7 +359,7 @@ def play_start(server: Server, cell: Cell, when: str) -> None:
         given = answer["errno"] in (getattr(errno, cell.name), None) or cell.call.name in ("mmap", "mprotect", "brk")
         cell.outcome = "refused" if given else f"raised {answer}"
     else:
-        server.raw, server.framed = answer["raw"], answer["framed"]
+        server.raw, server.framed, server.quick = answer["raw"], answer["framed"], answer["quick"]
         newcomer = clients.newcomer(server)
         next(newcomer)
         cell.outcome = finish(newcomer)
@@ -402,7 +402,7 @@ def play(server: Server, cell: Cell) -> None:
     if cell.mode == "early":
         tries = ["1", "1", "1"]  # who is awake at the moment is not for us to say
     elif cell.mode == "every":
-        tries = [f"2+{ALL_FAIL}", "1+2"]
+        tries = ["1+"] if call.each else [f"2+{ALL_FAIL}", "1+2"]
     elif call.kind == "start":
         tries = ["2"]
     else:

@@ -3,7 +3,7 @@
     python server.py TRIGGER WORKERS
 
 It serves an echo without framing and, on another port, messages with their length in front; the first byte of such a
-message says what is to be done with it (Commands). run.py makes its system calls fail meanwhile.
+message says what is to be done with it (Commands). Who is silent on a third port is soon closed. run.py makes its system calls fail meanwhile.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import time
 from tstpool import LengthPrefixed, TstError, TstHandler, TstPool, TstStat
 
 TRIGGER, WORKERS = sys.argv[1], int(sys.argv[2])
+QUICK = 0.3  # seconds, idle_timeout of the third port
 logging.disable(logging.CRITICAL)
 threading.excepthook = lambda args: broken.append(repr(args.exc_value))
 
@@ -103,6 +104,7 @@ class Server:
         try:
             raw = pool.listen("127.0.0.1", 0)
             with_length = pool.listen("127.0.0.1", 0, framing=LengthPrefixed(4, max_message=1 << 24))
+            quick = pool.listen("127.0.0.1", 0, idle_timeout=QUICK)
             pool.start()
         except BaseException:
             pool.stop()
@@ -113,7 +115,7 @@ class Server:
         self.kept.clear()
         kept.put(self)
         self.kept.wait()
-        return {"raw": raw, "framed": with_length}
+        return {"raw": raw, "framed": with_length, "quick": quick}
 
     def state(self, _argument):
         """What must be as before when a cell is over."""

@@ -57,6 +57,7 @@ class Peer:
         self.ending = False  # no more pauses
         self.was_reset = False  # the client heard of a RST
         self.unsure = False  # nobody knows what its last output is
+        self.doubtful = False  # what the client has received may still count as waiting: see receive()
         self.faults = []
 
 
@@ -184,12 +185,21 @@ class World:
             self.send(peer, framed(self.framing, body))
 
     def receive(self, peer):
-        """What has arrived."""
+        """What has arrived. It may have come before the engine knows: a worker's send() has given it to the kernel and
+        is not back. Until somebody sees that it is, the queue may seem as full as it was."""
         if peer.left:
             return
+        before, doubtful = len(peer.received), peer.doubtful
+        peer.doubtful = True
         with contextlib.suppress(BlockingIOError, ConnectionResetError):
             while piece := peer.client.recv(1 << 16):
                 peer.received += piece
+        with peer.lock:
+            peer.doubtful = doubtful or len(peer.replies) - before >= self.max_queued
+            if peer.doubtful:
+                with contextlib.suppress(TimeoutError, ConnectionClosed):
+                    peer.sock.flush(timeout=0)
+                    peer.doubtful = False
 
     def half_close(self, peer):
         if peer.half_closed or peer.left:
@@ -237,7 +247,7 @@ class World:
 
     def is_full(self, peer):
         """So much may wait that no more is taken: all that the client has not received yet, at most."""
-        return len(peer.replies) - len(peer.received) >= self.max_queued
+        return peer.unsure or peer.doubtful or len(peer.replies) - len(peer.received) >= self.max_queued
 
     def may_overflow(self, peer):
         if self.overflow_closes and self.is_full(peer):
@@ -337,7 +347,7 @@ class World:
     def end(self, peer):
         """The client says goodbye and hears the server out."""
         with peer.lock:
-            peer.ending = True
+            peer.ending = peer.doubtful = True
             peer.sock.resume()
         self.half_close(peer)
         if peer.left:
