@@ -3,10 +3,11 @@
 import os
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 from contract_helpers import Gate, as_function, echo, every_trigger, exchange, handler, ignore, round_trip
-from helpers import patient, recv_exact, scaled, wait_until
+from helpers import open_fds, patient, recv_exact, scaled, wait_until
 
 from tstpool import TstError, TstSockType
 
@@ -294,3 +295,28 @@ def test_a_pool_that_is_stopping_takes_no_more_sockets(make_pool, pair):
                 pool.addsocket(theirs)
             theirs.sendall(b"still mine")
             assert recv_exact(ours, 10) == b"still mine"
+
+
+def test_added_sockets_are_spread_over_the_shards(make_pool):
+    """Each goes where the fewest are: every epoll instance watches as many of them as the others."""
+
+    def watched():
+        """How many of the added descriptors each epoll instance has."""
+        found = []
+        for fd, target in open_fds().items():
+            if target == "anon_inode:[eventpoll]":
+                text = Path(f"/proc/self/fdinfo/{fd}").read_text()
+                found.append(sum(int(line.split()[1]) in added for line in text.splitlines() if line[:4] == "tfd:"))
+        return [n for n in found if n]  # without those of somebody else
+
+    pool = make_pool(handler(on_message=echo), listen=None, workers=3, shards=3)
+    pairs = [socket.socketpair() for _ in range(6)]
+    added = set()
+    for ours, theirs in pairs:
+        ours.settimeout(patient(10))
+        added.add(theirs.fileno())
+        pool.addsocket(theirs)
+        assert round_trip(ours, b"hello") == b"hello"  # it has arrived where it belongs
+    wait_until(lambda: watched() == [2, 2, 2], message=lambda: str(watched()))
+    for ours, _ in pairs:
+        ours.close()
