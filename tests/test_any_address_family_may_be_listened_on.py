@@ -119,8 +119,8 @@ def test_addresses_of_both_ends(pool, make_client):
 def test_an_interface_that_is_gone_is_named_by_its_number():
     """It may be removed while its connections go on."""
     (number, name), *_ = socket.if_nameindex()
-    gone = 2**31 - 1
-    assert [scoped("fe80::1", scope) for scope in (0, number, gone)] == ["fe80::1", f"fe80::1%{name}", f"fe80::1%{gone}"]
+    assert [scoped("fe80::1", scope) for scope in (0, number)] == ["fe80::1", f"fe80::1%{name}"]
+    assert scoped("fe80::1", 2**31 - 1) == f"fe80::1%{2**31 - 1}"
 
 
 @pytest.mark.parametrize("interface", ["lo", "v0"])
