@@ -91,6 +91,7 @@ REASONS = {
     },
     "Cannot happen as the callers are; what would be done if they changed.": {
         "tstpool/_collect.pxd engine_is_full": ["return False"],
+        "tstpool/_collect.pxd listener_request": ["place = &place[0].timer_next"],
         "tstpool/_conn.pxd connection_release": ['tst_bug("release of a connection that nobody owns")'],
         "tstpool/_core.pyx check": ["raise system_error(<int>-result, what)"],
         "tstpool/_core.pyx TstData.__getbuffer__": ["except BaseException:", "self.release_export()", "raise"],

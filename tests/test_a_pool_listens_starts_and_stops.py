@@ -341,9 +341,11 @@ def test_stop_closes_the_listeners_before_it_lets_go_of_anybody(make_pool, make_
 
 
 def test_stop_closes_each_of_many_listeners(make_pool):
-    """In whatever order they stand in the shard's list: workers begin while stop still tells the others."""
-    pool = make_pool(handler(on_message=echo), workers=4, shards=1)
-    for _ in range(60):
+    """Also of those that came after the start."""
+    pool = make_pool(handler(on_message=echo), workers=4, shards=1, start=False)
+    for number in range(60):
+        if number == 30:
+            pool.start()
         pool.listen("127.0.0.1", 0)
     addresses = pool.addresses
     assert len(set(addresses)) == 61
