@@ -60,7 +60,8 @@ help:
 	@echo "make clean      remove what was built; make distclean: the virtual environments too"
 	@echo "PYTHON=...      the interpreter to use (now: $(PYTHON), $(or $(TAG),which does not run))"
 
-build: $(BUILT)
+# EXTRAS: "lint cov", say, installs the tools of those targets too.
+build: $(BUILT) $(EXTRAS:%=$(VENV)/.extra-%)
 
 # pip builds without its usual throw-away environment (Cython goes into ours instead), so that a rebuild after a small
 # change does not install Cython anew. It is quiet unless something fails: then it prints everything.

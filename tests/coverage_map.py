@@ -6,8 +6,10 @@ directives gcov could say so itself, but they let Cython's own code seem to be t
 is compiled into each module that uses it; its line is executed if it is in any of them. Python files are counted by
 `coverage`, also in the processes that tests start.
 
-`make cov` fails below LEAST percent, and when a line is not executed that REASONS (in coverage_reasons.py) does not
-name. After it has run, `python tests/coverage_map.py` writes the page; tests/test_coverage_map.py looks after the rest.
+`make cov` fails below LEAST percent, of the Cython files or of all, and when more than FEW lines are not executed that
+REASONS (in coverage_reasons.py) does not name: which threads meet is chance, and a few lines may be missed that were
+never missed before. After it has run, `python tests/coverage_map.py` writes the page; tests/test_coverage_map.py wants
+the page that is committed to have a reason for every line.
 """
 
 import json
@@ -25,6 +27,7 @@ ROOT = TESTS.parent
 PAGE = TESTS / "COVERAGE.md"
 COUNTS = ROOT / "build" / "coverage.json"  # what `make cov` leaves for the page
 LEAST = 95
+FEW = 10
 
 MARK = re.compile(r'\s*/\* "(tstpool/\S+)":(\d+)$')  # what follows is made of this line
 FUNCTION = re.compile(r"( *)(?:async def|def|class|cdef class) +(\w+)|( *)(?:cdef|cpdef) [^(=]*?(\w+)\(")
@@ -159,7 +162,7 @@ def measure(counts):
 
 
 def report(found):
-    """Prints the figures and each missed line; True if they are as they must be."""
+    """Prints the figures and each missed line; True if they are as they must be (see above)."""
     for path in sorted(found):
         for number, function, text in found[path]["missed"]:
             print(f"not executed: {path}:{number} ({function}): {text}")
@@ -170,8 +173,9 @@ def report(found):
     for path, number, function, text in new:
         print(f"not executed, and tests/coverage_reasons.py does not say why: {path}:{number} ({function}): {text}")
     low = [f"{name}: less than {LEAST} %" for name, paths in totals(found) if percent(paths, found) < LEAST]
-    print("\n".join(low))
-    return not new and not low
+    many = [f"more than {FEW} lines are not executed without a reason"] if len(new) > FEW else []
+    print("\n".join(low + many))
+    return not low and not many
 
 
 def render(found):

@@ -49,6 +49,9 @@ REASONS = {
         "tstpool/_core.pyx TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
         "tstpool/_core.pyx TstPool.wait_ended": ["return True", "return self.ended.is_set()"],
         "tstpool/_core.pyx Worker.make_body": ["return 0"],
+        "tstpool/_core.pyx Worker.log_slow": [
+            "store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)"
+        ],
         "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
         "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
         "tstpool/_entry.pxd connection_reconnect": ["output_account(connection)"],
@@ -60,6 +63,10 @@ REASONS = {
         "tstpool/_park.pxd any_shard_running": ["return True"],
         "tstpool/_park.pxd thread_is_running": ["return False", "return False"],
         "tstpool/_poll.pxd connection_flush": ["spin_unlock(&connection.lock)", "connection_free(connection, stats)"],
+        "tstpool/_turn.pxd milliseconds_until": ["return 0"],
+        "tstpool/_turn.pxd slow_next": ["store64(&worker.slow_calls, calls, RELAXED)", "again[0] = True"],
+        "tstpool/_cli/demo.py Demo.end_clients": ["self.broadcaster.join(CLOSING_GRACE)"],
+        "tstpool/_cli/services.py Broadcaster._wait_for_subscribers": ["break"],
         "tstpool/_turn.pxd shard_sleep": [
             "timeout = 0",
             "timeout = 0                        # it began before it could see us asleep",
@@ -78,11 +85,15 @@ REASONS = {
             "return 0",
         ],
     },
+    "A test would have to wait for an hour: a sleep is no longer, though the next deadline be.": {
+        "tstpool/_turn.pxd milliseconds_until": ["ms = 3600000"],
+    },
     "More at once than a test on a shared machine should make: a batch that is full, in the middle of accepting.": {
         "tstpool/_collect.pxd accept_burst": ["return"],
     },
     "Cannot happen as the callers are; what would be done if they changed.": {
         "tstpool/_collect.pxd engine_is_full": ["return False"],
+        "tstpool/_collect.pxd listener_request": ["place = &place[0].timer_next"],
         "tstpool/_conn.pxd connection_release": ['tst_bug("release of a connection that nobody owns")'],
         "tstpool/_core.pyx check": ["raise system_error(<int>-result, what)"],
         "tstpool/_core.pyx TstData.__getbuffer__": ["except BaseException:", "self.release_export()", "raise"],

@@ -340,6 +340,23 @@ def test_stop_closes_the_listeners_before_it_lets_go_of_anybody(make_pool, make_
     assert refused == [False]
 
 
+def test_stop_closes_each_of_many_listeners(make_pool):
+    """Also of those that came after the start."""
+    pool = make_pool(handler(on_message=echo), workers=4, shards=1, start=False)
+    for number in range(60):
+        if number == 30:
+            pool.start()
+        pool.listen("127.0.0.1", 0)
+    addresses = pool.addresses
+    assert len(set(addresses)) == 61
+    with connect(addresses[30]) as client:
+        assert round_trip(client, b"hello") == b"hello"
+    assert pool.stop(drain=5)
+    for address in addresses:
+        with pytest.raises(ConnectionRefusedError):
+            connect(address)
+
+
 LATE_LISTENERS = """
 def descriptors():
     names = os.listdir("/proc/self/fd")

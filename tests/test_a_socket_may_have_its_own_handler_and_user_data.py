@@ -201,6 +201,7 @@ def test_reconnected_in_on_disconnect_serves_the_fresh_connection(make_pool, mak
         if len(ends) > 1:
             return None
         sock.recv_data.req_len = 100
+        sock.send_data.req_len = 50
         os.dup2(fresh[0], sock.sd)
         replaced.set()
         return TstStat.RECONNECTED
@@ -215,6 +216,7 @@ def test_reconnected_in_on_disconnect_serves_the_fresh_connection(make_pool, mak
         theirs.close()
         for _ in range(3):
             assert round_trip(ours, b"hello") == b"hello"
+        assert ends[0].recv_data.req_len == ends[0].send_data.req_len == 0
     wait_until(lambda: len(pool) == 0)
     assert len(ends) == 2
     assert ends[0] is ends[1]

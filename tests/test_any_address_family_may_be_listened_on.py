@@ -20,6 +20,7 @@ from helpers import connect, open_fds, run_python, wait_until
 from network_helpers import configure, in_a_network_of_its_own
 
 from tstpool import TstPool, TstSockType
+from tstpool._net import scoped
 
 
 @pytest.fixture
@@ -113,6 +114,13 @@ def test_addresses_of_both_ends(pool, make_client):
     (sock,) = wait_until(pool.sockets)
     assert sock.peer == client.getsockname()
     assert sock.local == address
+
+
+def test_an_interface_that_is_gone_is_named_by_its_number():
+    """It may be removed while its connections go on."""
+    (number, name), *_ = socket.if_nameindex()
+    assert [scoped("fe80::1", scope) for scope in (0, number)] == ["fe80::1", f"fe80::1%{name}"]
+    assert scoped("fe80::1", 2**31 - 1) == f"fe80::1%{2**31 - 1}"
 
 
 @pytest.mark.parametrize("interface", ["lo", "v0"])

@@ -6,10 +6,11 @@ import os
 import resource
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 from contract_helpers import Gate, as_function, echo, every_trigger, exchange, handler, ignore, round_trip
-from helpers import connect, patient, recv_exact, scaled, wait_until
+from helpers import connect, open_fds, patient, recv_exact, scaled, wait_until
 
 from tstpool import TstError, TstPool, TstSockType
 
@@ -433,3 +434,28 @@ def no_more_descriptors():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_added_sockets_are_spread_over_the_shards(make_pool):
+    """Each goes where the fewest are: every epoll instance watches as many of them as the others."""
+
+    def watched():
+        """How many of the added descriptors each epoll instance has."""
+        found = []
+        for fd, target in open_fds().items():
+            if target == "anon_inode:[eventpoll]":
+                text = Path(f"/proc/self/fdinfo/{fd}").read_text()
+                found.append(sum(int(line.split()[1]) in added for line in text.splitlines() if line[:4] == "tfd:"))
+        return [n for n in found if n]  # without those of somebody else
+
+    pool = make_pool(handler(on_message=echo), listen=None, workers=3, shards=3)
+    pairs = [socket.socketpair() for _ in range(6)]
+    added = set()
+    for ours, theirs in pairs:
+        ours.settimeout(patient(10))
+        added.add(theirs.fileno())
+        pool.addsocket(theirs)
+        assert round_trip(ours, b"hello") == b"hello"  # it has arrived where it belongs
+    wait_until(lambda: watched() == [2, 2, 2], message=lambda: str(watched()))
+    for ours, _ in pairs:
+        ours.close()

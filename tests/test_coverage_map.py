@@ -1,8 +1,20 @@
-"""tests/coverage_reasons.py speaks of lines that are there. That each missed line has a reason is seen by make cov."""
+"""tests/coverage_reasons.py speaks of lines that are there, and tests/COVERAGE.md has a reason for each missed one."""
 
 from collections import Counter
 
-from coverage_map import ROOT, add_counts, function_of, origins, totals, unexplained
+from coverage_map import (
+    FEW,
+    LEAST,
+    PAGE,
+    ROOT,
+    add_counts,
+    function_of,
+    origins,
+    render,
+    report,
+    totals,
+    unexplained,
+)
 from coverage_reasons import REASONS
 
 
@@ -16,6 +28,47 @@ def test_each_reason_is_about_lines_that_are_still_there():
             found = Counter(source[i - 1].strip() for i in same if function_of(source, i) == function)
             gone = {text for text, n in Counter(texts).items() if found[text] < n}
             assert not gone, f"tests/coverage_reasons.py: {place}"
+
+
+def test_the_page_has_the_reasons():
+    """Also when they were changed and `make cov` was not run since."""
+    complete = render({name: {"lines": 1, "missed": []} for name in ("a.pxd", "b.py")})
+    assert reasons_of(PAGE.read_text()) == reasons_of(complete), "run: make cov && python tests/coverage_map.py"
+
+
+def reasons_of(page):
+    """What stands below the table: also the lines without a reason, if there are any."""
+    return page.partition("## Not executed")[2]
+
+
+def test_a_missed_line_without_a_reason_stands_on_the_page():
+    found = {"a.pxd": {"lines": 9, "missed": [[1, "f", "return 0"]]}}
+    assert render(found).endswith("- **Without a reason**: `a.pxd`, `f`: `return 0`\n")
+
+
+def test_too_few_executed_lines_and_too_many_without_a_reason_are_a_failure(capsys):
+    """A few may be missed by chance; the Cython files must reach the percentage by themselves."""
+
+    def judge(cython_missed, python_missed=0):
+        found = {name: {"lines": 400, "missed": [[i, "f", f"line {i}"] for i in range(1, missed + 1)]}
+                 for name, missed in (("a.pxd", cython_missed), ("b.py", python_missed))}  # fmt: skip
+        good = report(found)
+        said = capsys.readouterr().out
+        assert (f"less than {LEAST} %" in said or f"more than {FEW} lines" in said) is not good
+        return good
+
+    assert judge(FEW)
+    assert not judge(FEW + 1)
+    assert not judge(FEW, 1)
+
+
+def test_less_than_the_least_is_a_failure_though_all_have_reasons(monkeypatch):
+    def missed(n):
+        return {"a.pxd": {"lines": 100, "missed": [[1, "f", "x"]] * n}, "b.py": {"lines": 1000, "missed": []}}
+
+    monkeypatch.setattr("coverage_map.REASONS", {"why": {"a.pxd f": ["x"] * 100}})
+    assert report(missed(100 - LEAST))
+    assert not report(missed(100 - LEAST + 1))
 
 
 def test_the_function_of_a_line():

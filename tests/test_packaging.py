@@ -96,8 +96,8 @@ def build(what, source, target, path=None):
 
 
 def without_what_was_made(source, target):
-    made = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "build", "dist", "*.so", "*.egg-info", "__pycache__")
-    return shutil.copytree(source, target, ignore=made)
+    made = [".git", ".venv*", ".*_cache", ".hypothesis", "build", "dist", "*.so", "*.egg-info", "__pycache__"]
+    return shutil.copytree(source, target, ignore=shutil.ignore_patterns(*made))
 
 
 @pytest.fixture(scope="module")

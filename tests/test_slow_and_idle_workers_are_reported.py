@@ -146,6 +146,39 @@ def test_what_the_log_says_of_a_stuck_handlers_time_is_true(make_pool, make_clie
     assert all(seconds >= limit for _, seconds in claims), claims
 
 
+def test_a_log_that_fails_costs_the_worker_nothing(make_pool, make_client, caplog):
+    """What a filter of the application raises is logged; the worker that wanted to tell goes on, and so do others."""
+
+    def fail(record):
+        if "has been in a handler" in record.getMessage():
+            raise ZeroDivisionError
+        return True
+
+    def failures():
+        return [record for record in caplog.records if record.getMessage() == "a slow handler could not be logged"]
+
+    logger = logging.getLogger("tstpool")
+    logger.addFilter(fail)
+    try:
+        with Gate() as gate:
+
+            def answer(sock, data):
+                if data == b"block":
+                    gate.wait()
+                sock.send(data)
+
+            pool = make_pool(handler(on_message=answer), workers=2, slow_handler=0.02)
+            stuck, other = make_client(pool), make_client(pool)
+            stuck.sendall(b"block")
+            wait_until(failures)
+            assert failures()[0].exc_info[0] is ZeroDivisionError
+            assert round_trip(other, b"hello") == b"hello"
+            gate.open()
+            assert recv_exact(stuck, 5) == b"block"
+    finally:
+        logger.removeFilter(fail)
+
+
 def test_who_has_an_on_slow_of_its_own_gets_no_such_log(make_pool, make_client, caplog):
     """B14: it is told when the handler has returned."""
     told = []

@@ -73,7 +73,7 @@ from cpython.object cimport PyObject
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_OUT, STATE_DETACHED, STATE_OPEN,
+    GONE, OVERFLOW_CLOSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN,
     STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
     connection_close_output, connection_id, connection_is, connection_mark, generation_of, table_chunk,
     table_open, tst_compiled, tst_connection, tst_limits)
@@ -255,7 +255,8 @@ cdef ssize_t try_append(sock_t *sock, const char *bytes, size_t size, tst_shared
 cdef void flush_once(sock_t *sock) noexcept nogil:
     cdef tst_stats outside
     memset(&outside, 0, sizeof(outside))
-    connection_flush(sock.connection, generation_of(sock.id), True, True, clock_now(), &outside)
+    if connection_flush(sock.connection, generation_of(sock.id), True, True, clock_now(), &outside) < 0:
+        shard_ask(sock.connection, generation_of(sock.id), PEND_IN)
     connection_ask_relief(sock.connection, generation_of(sock.id))
     world.bytes_outside += outside.bytes_out
 
