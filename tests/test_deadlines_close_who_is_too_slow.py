@@ -2,6 +2,7 @@
 
 import contextlib
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -265,24 +266,73 @@ def test_activity_in_either_direction_keeps_it_open(make_pool, make_client):
     assert settled(pool) == (2, 0)
 
 
-def test_a_reader_that_takes_a_little_now_and_then_is_not_cut_off(make_pool, make_client):
-    """B38: write_timeout is without progress; the whole takes much longer than that."""
+def takes_a_little_now_and_then(make_pool, make_client):
+    """False: this thread was kept from reading for so long that it may be cut off."""
     watch = Watch()
     pool = make_pool(watch, write_timeout=0.4, idle_timeout=None)
     client = make_client(pool)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     client.sendall(b"much")
-    got = 0
-    begin = time.monotonic()
-    while time.monotonic() - begin < 1.5:
-        got += len(recv_exact(client, 1 << 18))  # so much that the kernel opens its window each time
-        time.sleep(0.05)
-    assert got < MUCH
-    assert watch.ends == []
-    while got < MUCH:
-        got += len(client.recv(1 << 20))
-    assert round_trip(client, b"hello") == b"hello"
-    assert counters(pool) == (0, 0)
+    got, longest = 0, 0.0
+    begin = read = time.monotonic()
+    try:
+        while time.monotonic() - begin < 1.5:
+            got += len(recv_exact(client, 1 << 18))  # so much that the kernel opens its window each time
+            longest, read = max(longest, time.monotonic() - read), time.monotonic()
+            time.sleep(0.05)
+        assert got < MUCH
+        assert watch.ends == []
+        while got < MUCH:
+            got += len(recv_exact(client, min(1 << 18, MUCH - got)))
+            longest, read = max(longest, time.monotonic() - read), time.monotonic()
+        assert round_trip(client, b"hello") == b"hello"
+        assert counters(pool) == (0, 0)
+    except (AssertionError, ConnectionError, EOFError):
+        if max(longest, time.monotonic() - read) < 0.3:
+            raise
+        return False
+    return True
+
+
+def test_a_reader_that_takes_a_little_now_and_then_is_not_cut_off(make_pool, make_client):
+    """B38: write_timeout is without progress; the whole takes much longer than that. (On a busy machine it may be the
+    test that makes none: then once more.)"""
+    assert any(takes_a_little_now_and_then(make_pool, make_client) for _ in range(10))
+
+
+HELD_UP = """
+class Server(TstHandler):
+    def on_message(self, sock, data):
+        sock.send(b"x" * (16 << 20))
+
+pool = TstPool(Server(), workers=1, write_timeout=0.4, idle_timeout=None)
+print(pool.listen("127.0.0.1", 0)[1])
+pool.start()
+sys.stdin.read()
+pool.stop(0)
+"""
+
+
+def test_who_has_read_while_the_server_was_held_up_is_not_cut_off():
+    """B38: a whole process may be stopped, or a machine busy, for longer than the limit: the peer is not to blame."""
+    with ServerProcess(HELD_UP) as server, connect(server.addr) as client:
+        client.sendall(b"much")
+        got = 0
+        for _ in range(3):
+            got += len(recv_exact(client, 1 << 18))
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                select.select([], [], [], 0.6)  # its limit passes ...
+                client.settimeout(0.05)
+                with contextlib.suppress(TimeoutError):
+                    while True:  # ... while the kernel gives away all that it has
+                        got += len(client.recv(1 << 20))
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+            client.settimeout(patient(10))
+        while got < MUCH:
+            got += len(recv_exact(client, min(1 << 18, MUCH - got)))
+        server.finish()
 
 
 def test_message_after_message_without_a_pause(make_pool, make_client):

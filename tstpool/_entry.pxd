@@ -489,6 +489,8 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
         return
     if kind != DEADLINE_OUTPUT and sys_unread(connection.fd) and not connection_input_full(connection):
         return                             # handlers of others have kept us from reading what came in time
+    if kind == DEADLINE_OUTPUT and sys_writable(connection.fd):
+        return                             # nor did we see that the peer has taken something
     count(&worker.stats.idle_closed if kind == DEADLINE_IDLE else &worker.stats.deadline_closed, 1)
     if kind == DEADLINE_OUTPUT:
         connection_drop_output(connection)
