@@ -29,8 +29,9 @@ SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Installs lists of requirements from pyproject.toml, where they are written once: $(call install_lists,requires|test).
+# (Lists only: coverage has an option that is called "parallel", too.)
 # --prefer-binary: where a free-threaded Python has no wheel yet, an older release rather than a build from source.
-install_lists = sed -nE 's/^($(1)) = //p' pyproject.toml \
+install_lists = sed -nE 's/^($(1)) = \[/[/p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
