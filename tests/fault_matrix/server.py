@@ -3,7 +3,8 @@
     python server.py TRIGGER WORKERS
 
 It serves an echo without framing and, on another port, messages with their length in front; the first byte of such a
-message says what is to be done with it (Commands). Who is silent on a third port is soon closed. run.py makes its system calls fail meanwhile.
+message says what is to be done with it (Commands). Who is silent on a third port is soon
+closed. run.py makes its system calls fail meanwhile.
 """
 
 import contextlib

@@ -1181,7 +1181,7 @@ cdef void show_sockets() noexcept nogil:
 
 
 cdef void narrow(uint64_t seed, sim_faults *faults) noexcept nogil:
-    """Two of eight seeds make one thing frequent that is rare by chance. The draws of the others stay what they were."""
+    """Two of eight seeds make one thing frequent that is rare by chance. The others' draws stay what they were."""
     cdef int i
     if seed % 8 == 5:
         # The last word is another thread's: clients that stay and hear, and hardly anything else that wakes a worker.
