@@ -28,6 +28,7 @@ FILES = {
     "test_demo.py": "about programs",
     "test_packaging.py": "builds wheels",
     "test_readme.py": "about programs",
+    "test_simulation.py": "one simulated kernel for the process",
     "test_abi.py": "compiles modules",
     "test_example_chat.py": "about programs",
     "test_example_echo.py": "about programs",

@@ -596,7 +596,8 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
         return
     waiting = connection_flush(connection, entry.generation, False, False, now, &worker.stats)
     pending = entry_left_over(connection, waiting)
-    entry_watch(worker, entry, waiting > 0, now)
+    # Another thread may be about to end its flush, and then nobody would look at the deadline for silence again.
+    entry_watch(worker, entry, waiting > 0 and connection_output_waits(connection), now)
     want_input = connection.lingering or (
         connection_wants_input(connection) and not connection_input_full(connection))
     # Another thread may be the one that sends the last of the output, and it tells nobody: EPOLLOUT will.
