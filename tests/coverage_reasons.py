@@ -26,7 +26,6 @@ REASONS = {
             "shard_yield(self.engine, self.worker, shard)",
         ],
         "tstpool/_core.pyx Worker.resume": ["time.sleep(0.01)", "own = batch_get(self.engine)"],
-        "tstpool/_core.pyx Worker.run_entry": ["connection_break(connection, ENOMEM)"],
         "tstpool/_core.pyx Worker.adopt_binding": [
             "connection_break(connection, ENOMEM)",
             "connection_begin_close(connection)",
@@ -37,7 +36,6 @@ REASONS = {
         "tstpool/_queue.pxd chunk_new": ["return NULL"],
         "tstpool/_queue.pxd queue_settle": ["return"],
         "tstpool/_queue.pxd queue_append": ["return -ENOMEM"],
-        "tstpool/_run.pxd run_compiled": ["connection_break(connection, ENOMEM)"],
         "tstpool/_shard.pxd batch_get": ["return NULL", "batch_leave(engine, batch, 2)", "return NULL"],
         "tstpool/_shard.pxd batch_empty": ["return -ENOMEM"],
         "tstpool/_turn.pxd shard_turn": ["return -ENOMEM"],
@@ -45,6 +43,11 @@ REASONS = {
     "Two threads must meet within a few instructions. Models and stress tests look for what goes wrong then; whether a "
     "run executes these lines is chance.": {
         "tstpool/_conn.pxd table_make": ["free(chunk)        # another thread was faster"],
+        "tstpool/_collect.pxd accept_here_after_all": [
+            "connection_settle_in(connection, engine, shard, TYPE_SUB)",
+            "sub32(&home.open, 1, RELEASE)",
+            "return True",
+        ],
         "tstpool/_collect.pxd collect_event": ["count(&worker.stats.stale_events, 1)", "return"],
         "tstpool/_core.pyx TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
         "tstpool/_core.pyx TstPool.wait_ended": ["return True", "return self.ended.is_set()"],
@@ -55,6 +58,9 @@ REASONS = {
         "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
         "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
         "tstpool/_entry.pxd connection_reconnect": ["output_account(connection)"],
+        "tstpool/_entry.pxd connection_expire": [
+            "return                             # nor did we see that the peer has taken something"
+        ],
         "tstpool/_entry.pxd entry_finish": [
             "if connection_flush(connection, entry.generation, False, True, now, &worker.stats) < 0:",
             "shard_ask(connection, entry.generation, PEND_IN)",
@@ -64,7 +70,7 @@ REASONS = {
         "tstpool/_park.pxd thread_is_running": ["return False", "return False"],
         "tstpool/_poll.pxd connection_flush": ["spin_unlock(&connection.lock)", "connection_free(connection, stats)"],
         "tstpool/_turn.pxd milliseconds_until": ["return 0"],
-        "tstpool/_turn.pxd slow_next": ["store64(&worker.slow_calls, calls, RELAXED)", "again[0] = True"],
+        "tstpool/_turn.pxd slow_next": ["slow_note(worker, calls)"],
         "tstpool/_cli/demo.py Demo.end_clients": ["self.broadcaster.join(CLOSING_GRACE)"],
         "tstpool/_cli/services.py Broadcaster._wait_for_subscribers": ["break"],
         "tstpool/_turn.pxd shard_sleep": [

@@ -36,6 +36,8 @@ FILES = {
     "test_example_rpc.py": "about programs",
     "test_whitebox_example_kv.py": "compiles a module",
     "test_contract_map.py": "about a page",
+    "test_coverage_map.py": "about a page",
+    "test_fuzz_corpus.py": "listens on certain addresses",
     "test_hazard_map.py": "about a page",
     "test_memory_that_cannot_be_had_crashes_nothing.py": "about programs",
     "test_one_client_wakes_few_of_many_workers.py": "counts the switches of the process's threads",
@@ -50,6 +52,7 @@ TESTS = {
     "test_a_flood_of_messages_leaves_others_their_turn": "asserts how far one gets while the other does so much",
     "test_events_that_are_left_over_for_a_connection_that_has_ended_are_dropped": "needs its descriptors back",
     "test_a_kernel_that_lacks_a_call_is_told_at_start_up": "starts processes, which share nothing",
+    "test_a_socket_of_another_pool_is_not_found": "needs its descriptors back",
     "test_an_idle_connection_costs_no_buffers": "measures the process",
     "test_an_address_that_is_no_good_is_an_oserror_that_names_it": "counts what the process has",
 }

@@ -452,7 +452,7 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     does. Owner only."""
     cdef tst_connection *connection = entry.connection
     cdef bint wants_input = connection_wants_input(connection)
-    cdef uint32_t tick = tick_of(now), due = 0
+    cdef uint32_t tick = tick_of(now)
     if entry.what:
         connection.active_tick = tick
     if connection.closing:                 # `unfinished` stays: it says that the peer is still sending
@@ -464,6 +464,15 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     elif not connection.unfinished or entry.what & DO_INPUT:
         connection.unfinished = True       # and not what the message before has begun
         connection.since_tick = tick
+    watch_deadline(worker, connection, waits, wants_input)
+    if waits and not connection_output_waits(connection):
+        # Another thread is sending it, and tells nobody how that ends: the deadline that comes first looks again.
+        watch_deadline(worker, connection, False, wants_input)
+
+
+cdef inline void watch_deadline(tst_worker *worker, tst_connection *connection, bint waits,
+                                bint wants_input) noexcept nogil:
+    cdef uint32_t due = 0
     if connection_deadline(connection, waits, wants_input, &due) == DEADLINE_NONE:
         return
     if not connection.has_timer or tick_before(due, connection.timer_due):
@@ -596,8 +605,7 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
         return
     waiting = connection_flush(connection, entry.generation, False, False, now, &worker.stats)
     pending = entry_left_over(connection, waiting)
-    # Another thread may be about to end its flush, and then nobody would look at the deadline for silence again.
-    entry_watch(worker, entry, waiting > 0 and connection_output_waits(connection), now)
+    entry_watch(worker, entry, waiting > 0, now)
     want_input = connection.lingering or (
         connection_wants_input(connection) and not connection_input_full(connection))
     # Another thread may be the one that sends the last of the output, and it tells nobody: EPOLLOUT will.

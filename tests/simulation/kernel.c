@@ -605,9 +605,10 @@ static void *k_malloc(size_t size) {
 }
 
 static void k_free(void *place) {
-    struct block *block = (struct block *)place - 1;
+    struct block *block;
     if (!place)
         return;
+    block = (struct block *)place - 1;
     if (block->canary != (0xfeedfacecafebeefull ^ (uintptr_t)block)) {
         sim_fail("free of what was not allocated, or twice");
         return;
