@@ -31,11 +31,12 @@ from tstpool._entry cimport (
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, framing_settle, tst_framing)
 from tstpool._libc cimport (
-    ACQUIRE, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED, RELEASE,
-    SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd, gettid,
-    load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init, pthread_condattr_destroy,
-    pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init,
-    shutdown, store32, store64, store_pointer, sub32, timerfd_create, tst_rarely)
+    ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED,
+    RELEASE, SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd,
+    gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
+    pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
+    pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, store32, store64, store_pointer, sub32,
+    timerfd_create, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
@@ -1627,11 +1628,8 @@ cdef class TstPool:
         if self.binding is None:
             raise TstError("no handler: give one to TstPool() or create()")
         self.open()
-        make_workers(self.engine, self.n_workers)
-        # The counters that are no worker's begin anew, too; what was added already will be closed in this run.
-        store64(&self.added, <uint64_t>len(self), RELAXED)
-        store64(&self.bytes_outside, 0, RELAXED)
-        store64(&self.engine.total.overflow_closed, 0, RELAXED)
+        make_room(self.engine, self.n_workers)
+        begin_counting(self, len(self))
         set_binding(self, bind(self.binding.handler, self.hooks))
         self.engine.call_idle = self.binding.on_idle is not None
         self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)
@@ -2065,37 +2063,22 @@ cdef class TstPool:
         return sock
 
     def stats(self):
-        """The pool's counters since start(): a PoolStats, a snapshot taken while workers go on."""
-        cdef int i
-        cdef uint64_t messages = 0, bytes_in = 0, spins = 0, stale = 0, accepted = 0, accept_errors = 0, closed = 0
-        cdef uint64_t bytes_out = load64(&self.bytes_outside, RELAXED), controls = 0
-        cdef uint64_t pauses = 0, rejected = 0, idle_closed = 0, deadline_closed = 0
-        cdef tst_stats *one
+        """The pool's counters since start(): a PoolStats, a snapshot taken while workers go on.
+
+        May be called on any thread. While another one starts the pool anew, it waits and looks again: two runs are
+        never added up.
+        """
+        cdef uint32_t before
         self.check_alive()
-        workers = []
-        for i in range(worker_count(self.engine)):
-            one = &self.engine.workers[i].stats
-            messages += load64(&one.messages, RELAXED)
-            bytes_in += load64(&one.bytes_in, RELAXED)
-            bytes_out += load64(&one.bytes_out, RELAXED)
-            spins += load64(&one.spins, RELAXED)
-            stale += load64(&one.stale_events, RELAXED)
-            accepted += load64(&one.accepted, RELAXED)
-            accept_errors += load64(&one.accept_errors, RELAXED)
-            closed += load64(&one.closed, RELAXED)
-            controls += load64(&one.controls, RELAXED)
-            pauses += load64(&one.accept_pauses, RELAXED)
-            rejected += load64(&one.rejected, RELAXED)
-            idle_closed += load64(&one.idle_closed, RELAXED)
-            deadline_closed += load64(&one.deadline_closed, RELAXED)
-            workers.append(self.worker_stats(i))
-        return PoolStats(
-            connections=len(self), listeners=len(self.listeners), accepted=accepted,
-            added=load64(&self.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in,
-            bytes_out=bytes_out, spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls,
-            accept_pauses=pauses, rejected_connections=rejected, idle_closed=idle_closed,
-            deadline_closed=deadline_closed, overflow_closed=load64(&self.engine.total.overflow_closed, RELAXED),
-            bytes_queued=load64(&self.engine.total.queued, RELAXED), workers=tuple(workers))
+        while True:
+            before = load32(&self.engine.restarts, ACQUIRE)
+            if before % 2 == 0:
+                snapshot = look_at_counters(self)
+                # Adding nothing: what was read above can't be read after it.
+                if add32(&self.engine.restarts, 0, ACQ_REL) == before:
+                    return snapshot
+            else:
+                sched_yield()          # a few stores, that somebody is in the middle of
 
     cdef object worker_stats(self, int no):
         cdef tst_worker *worker = &self.engine.workers[no]
@@ -2112,7 +2095,40 @@ cdef class TstPool:
             end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
 
 
-cdef int worker_begin(tst_worker *worker, int no) except -1:
+cdef object look_at_counters(TstPool pool):
+    """Adds up what the workers have counted."""
+    cdef int i
+    cdef uint64_t messages = 0, bytes_in = 0, spins = 0, stale = 0, accepted = 0, accept_errors = 0, closed = 0
+    cdef uint64_t bytes_out = load64(&pool.bytes_outside, RELAXED), controls = 0
+    cdef uint64_t pauses = 0, rejected = 0, idle_closed = 0, deadline_closed = 0
+    cdef tst_stats *one
+    workers = []
+    for i in range(worker_count(pool.engine)):
+        one = &pool.engine.workers[i].stats
+        messages += load64(&one.messages, RELAXED)
+        bytes_in += load64(&one.bytes_in, RELAXED)
+        bytes_out += load64(&one.bytes_out, RELAXED)
+        spins += load64(&one.spins, RELAXED)
+        stale += load64(&one.stale_events, RELAXED)
+        accepted += load64(&one.accepted, RELAXED)
+        accept_errors += load64(&one.accept_errors, RELAXED)
+        closed += load64(&one.closed, RELAXED)
+        controls += load64(&one.controls, RELAXED)
+        pauses += load64(&one.accept_pauses, RELAXED)
+        rejected += load64(&one.rejected, RELAXED)
+        idle_closed += load64(&one.idle_closed, RELAXED)
+        deadline_closed += load64(&one.deadline_closed, RELAXED)
+        workers.append(pool.worker_stats(i))
+    return PoolStats(
+        connections=len(pool), listeners=len(pool.listeners), accepted=accepted,
+        added=load64(&pool.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in,
+        bytes_out=bytes_out, spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls,
+        accept_pauses=pauses, rejected_connections=rejected, idle_closed=idle_closed,
+        deadline_closed=deadline_closed, overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),
+        bytes_queued=load64(&pool.engine.total.queued, RELAXED), workers=tuple(workers))
+
+
+cdef int worker_begin(tst_worker *worker, int no) noexcept nogil:
     """As new, whoever had that number before. Others may be reading its counters."""
     cdef uint64_t *counters = <uint64_t *>&worker.stats
     cdef size_t i
@@ -2135,9 +2151,8 @@ cdef int worker_begin(tst_worker *worker, int no) except -1:
     return 0
 
 
-cdef int make_workers(tst_engine *engine, int n) except -1:
-    """So many workers, all as new. Their memory stays where it is: stats() may be reading it on any thread."""
-    cdef int no
+cdef int make_room(tst_engine *engine, int n) except -1:
+    """Memory for so many workers. What is outgrown stays: stats() may be reading it on any thread."""
     cdef int room = max(n, 2 * engine.workers_room)
     cdef tst_worker *workers
     if n > engine.workers_room:
@@ -2149,10 +2164,27 @@ cdef int make_workers(tst_engine *engine, int n) except -1:
             engine.n_outgrown += 1
         store_pointer(<void **>&engine.workers, workers, RELEASE)
         engine.workers_room = room
+    return 0
+
+
+cdef int make_workers(tst_engine *engine, int n) noexcept nogil:
+    """So many workers, all as new."""
+    cdef int no
     for no in range(n):
         worker_begin(&engine.workers[no], no)
         engine.workers[no].group_most = GROUP_MOST if engine.slow_handler > LONG_GROUP else 1
     store32(<uint32_t *>&engine.n_workers, <uint32_t>n, RELEASE)
+    return 0
+
+
+cdef int begin_counting(TstPool pool, uint64_t added) noexcept:
+    """All counters begin anew, under an odd `restarts`. What was added already will be closed in this run."""
+    add32(&pool.engine.restarts, 1, ACQ_REL)
+    make_workers(pool.engine, pool.n_workers)
+    store64(&pool.added, added, RELAXED)
+    store64(&pool.bytes_outside, 0, RELAXED)
+    store64(&pool.engine.total.overflow_closed, 0, RELAXED)
+    add32(&pool.engine.restarts, 1, RELEASE)
     return 0
 
 
@@ -2185,7 +2217,7 @@ cdef bint kernel_counts_ticks() noexcept:
         return False
 
 
-cdef uint64_t tick_scale() noexcept:
+cdef uint64_t tick_scale() noexcept nogil:
     """Nanoseconds in a tick, times 2**32; 0 where ticks are not to be trusted."""
     cdef uint64_t elapsed = clock_now() - BEGAN
     cdef uint64_t ticks = tst_ticks() - BEGAN_TICKS
