@@ -136,6 +136,48 @@ def test_a_connection_that_cannot_be_armed_any_more_ends_soon(trigger, does):
     assert ended == distinct == accepted == 1
 
 
+PAUSING = SERVER.replace(
+    "class Server(Echo):",
+    """
+class Server(TstHandler):
+    def on_message(self, sock, data):
+        sock.pause()
+        sock.send(data)
+""",
+)
+
+
+def test_a_paused_connection_that_cannot_be_silenced_ends_soon():
+    """B07: each EPOLL_CTL_MOD fails, so that a level-triggered epoll would report for ever what nobody reads."""
+    env = failing("epoll_mod", "ENOMEM", 2_000_000_000)
+    with ServerProcess(PAUSING, env=env, preload=faults()) as server:
+        with connect(server.addr, 20) as client, contextlib.suppress(ConnectionError):
+            client.sendall(b"first")
+            assert recv_exact(client, 5) == b"first"
+            client.sendall(b"second")
+            assert recv_until_eof(client) == b""
+        failed, ended, distinct, accepted = map(int, server.finish().split())
+    assert failed < 20
+    assert ended == distinct == accepted == 1
+
+
+def test_a_connection_of_a_stuck_worker_that_cannot_be_silenced_ends():
+    """B07, B16: the same while a handler blocks: it finds its connection broken."""
+    code = PAUSING.replace("sock.pause()", "import time; time.sleep(1.5 if data == b'first' else 0)")
+    env = failing("epoll_mod", "ENOMEM", 2_000_000_000)
+    with ServerProcess(code, env=env, preload=faults()) as server:
+        with connect(server.addr, 20) as client, contextlib.suppress(ConnectionError):
+            client.sendall(b"first")
+            with connect(server.addr) as other:  # the other worker takes over
+                other.sendall(b"quick")
+                assert recv_exact(other, 5) == b"quick"
+                client.sendall(b"second")
+                assert recv_until_eof(client) in (b"", b"first")
+        failed, ended, distinct, accepted = map(int, server.finish().split())
+    assert failed < 20
+    assert ended == distinct == accepted == 2
+
+
 LISTENER_FAILS = """
 import logging
 records = []

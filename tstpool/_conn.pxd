@@ -43,7 +43,7 @@ from libc.string cimport memcpy, memset
 
 from tstpool._data cimport tst_data, tst_input
 from tstpool._frame cimport (
-    FRAME_DELIMITED, FRAME_LENGTH, HEADER_MOST, find_delimiter, frame_header, tst_frame, tst_framing)
+    FRAME_DELIMITED, HEADER_MOST, find_delimiter, frame_header, frame_put_length, tst_frame, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, linger,
     load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, write)
@@ -65,9 +65,6 @@ cdef enum:
     PEND_ARM = 0x1000
     PEND_TIMER = 0x2000
     PEND_ANY = 0x3f00
-
-cdef enum:
-    FRAME_WHOLE = 8191         # bytes up to which a message and its header are queued in one step, in one piece
 
 cdef enum:
     TABLE_CHUNK = 256          # connections in one chunk
@@ -376,13 +373,14 @@ cdef inline bint word_is(uint64_t word, uint32_t generation) noexcept nogil:
 
 # -------------------------------------------------------------------------------------------------- output
 
-cdef inline bint output_is_left(tst_connection *connection, uint64_t word) noexcept nogil:
-    """Nobody is on the way to send what was just queued. Lock held; `word`: the state as it was read under it.
+cdef inline bint output_is_left(const tst_connection *connection) noexcept nogil:
+    """Nobody is on the way to send what was just queued. Lock held, and the state read under it says that nobody owns
+    the connection, or that its owner is stuck.
 
-    An owner that is not DETACHED releases, and then looks at the queue, under the lock: it comes after us, or we would
-    have seen it gone.
+    Any other owner releases, and then looks at the queue, under the lock: it comes after us, or we would have seen it
+    gone.
     """
-    return not connection.want_out and not connection.flushing and word & (STATE_OWNED | STATE_DETACHED) != STATE_OWNED
+    return not connection.want_out and not connection.flushing
 
 
 cdef inline void output_account(tst_connection *connection) noexcept nogil:
@@ -450,17 +448,14 @@ cdef inline bint queue_prefixed(tst_queue *queue, const tst_framing *framing, co
                                 size_t size) noexcept nogil:
     """Queues a small message with its length before it, in one piece. False: it is another case, nothing was done."""
     cdef char *room
-    cdef int n
-    if framing.kind != FRAME_LENGTH or framing.offset or size > FRAME_WHOLE:
+    if size >= framing.one_piece:
         return False
     room = queue_room(queue, size + framing.header)
     if room == NULL:
         return False
-    n = frame_header(framing, size, <unsigned char *>room)
-    if n < 0:
-        return False
-    memcpy(room + n, bytes, size)
-    queue_commit(queue, size + <size_t>n)
+    frame_put_length(framing, <unsigned char *>room, size - <uint64_t>framing.adjust)
+    memcpy(room + framing.header, bytes, size)
+    queue_commit(queue, size + framing.header)
     return True
 
 
@@ -500,16 +495,21 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     it: the caller must connection_ask() for it. A frame for which memory runs out in the middle breaks the connection:
     the peer could make nothing of the rest.
     """
+    cdef const tst_limits *limits = connection.limits
     cdef ssize_t result
     cdef uint64_t word
+    cdef bint little, owned
     spin_lock(&connection.lock)
     word = load64(&connection.state, ACQUIRE)
+    # Most often the peer reads, and little waits: then no limit is near.
+    little = limits != NULL and not connection.want_out and queue_size(&connection.out) + size < limits.high_water
     if tst_rarely(connection.out_closed or not word_is(word, generation)):
         result = -ENOTCONN
-    elif tst_rarely(output_is_full(connection, size, shared)):
+    elif tst_rarely(not little and output_is_full(connection, size, shared)):
         result = -ENOBUFS
     else:
-        connection.out.burst = word & STATE_OWNED != 0
+        owned = word & (STATE_OWNED | STATE_DETACHED) == STATE_OWNED
+        connection.out.burst = owned
         if not framed or connection.framing == NULL:
             result = queue_bytes(&connection.out, bytes, size, shared)
         elif tst_rarely(shared != NULL or not queue_prefixed(&connection.out, connection.framing, bytes, size)):
@@ -522,10 +522,9 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
             flush[0] = True
         elif result == 0:
             result = <ssize_t>queue_size(&connection.out)
-            if tst_rarely(connection.want_out or connection.limits == NULL
-                          or <size_t>result > connection.limits.high_water):
+            if tst_rarely(not little or <size_t>result > limits.high_water):
                 output_account(connection)
-            flush[0] = output_is_left(connection, word)
+            flush[0] = not owned and output_is_left(connection)
     spin_unlock(&connection.lock)
     return result
 

@@ -51,7 +51,11 @@ cdef struct tst_framing:
     uint64_t most              # ... and in the largest
     uint64_t number_least      # the least number that a length field may hold, ...
     uint64_t number_most       # ... and the greatest
+    uint64_t one_piece         # a body of fewer bytes is sent in one piece with its length before it; 0: none is
 
+
+cdef enum:
+    ONE_PIECE_MOST = 8191      # bytes; a longer message and its header are queued one after the other
 
 cdef struct tst_frame:
     size_t begin               # where the message begins
@@ -65,6 +69,7 @@ cdef inline void framing_settle(tst_framing *framing) noexcept nogil:
     cdef int64_t field_most = (1 << 62) - 1        # as much as any message has
     cdef int64_t most = <int64_t>framing.max_message
     framing.header = framing.dropped = 0
+    framing.one_piece = 0
     framing.least = framing.fixed if framing.kind == FRAME_FIXED else 0
     framing.most = framing.fixed if framing.kind == FRAME_FIXED else framing.max_message
     if framing.kind != FRAME_LENGTH:
@@ -81,6 +86,8 @@ cdef inline void framing_settle(tst_framing *framing) noexcept nogil:
         framing.least = 1
     if most < framing.adjust:                      # each body is longer than allowed
         framing.number_least = 1
+    if framing.offset == 0 and framing.least == 0:
+        framing.one_piece = min(framing.most, <uint64_t>ONE_PIECE_MOST) + 1
 
 
 cdef inline uint64_t frame_length(const tst_framing *framing, const unsigned char *field) noexcept nogil:

@@ -29,8 +29,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from tstpool._conn cimport (
-    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, connection_id, connection_is, generation_of, output_account,
-    output_drop, tst_connection)
+    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is, generation_of,
+    output_account, output_drop, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
@@ -212,14 +212,21 @@ cdef inline int connection_arm(tst_connection *connection, bint want_in, tst_sta
     return connection_control(connection, wanted | trigger_mask(connection) if wanted else EPOLLONESHOT, stats)
 
 
-cdef inline int connection_silence(tst_connection *connection, tst_stats *stats) noexcept nogil:
+cdef inline void connection_silence(tst_connection *connection, tst_stats *stats) noexcept nogil:
     """No more input events until connection_arm. Output that waits goes on. Lock held."""
     cdef uint32_t mask = EPOLLONESHOT
+    cdef int result
     if output_mask(connection):
         mask = EPOLLOUT | trigger_mask(connection)
     if connection.armed == mask:
-        return 0
-    return connection_control(connection, mask, stats)
+        return
+    result = connection_control(connection, mask, stats)
+    if result < 0:                         # the old mask would report for ever what nobody reads
+        sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)
+        connection.registered = False
+        connection.armed = 0
+        if connection.type != TYPE_LISTEN:
+            connection_deafened(connection, -result)
 
 
 cdef inline void connection_fired(tst_connection *connection, uint32_t events) noexcept nogil:

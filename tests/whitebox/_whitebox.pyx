@@ -717,11 +717,9 @@ cdef class Connection:
         return result
 
     def silence(self):
-        cdef int result
         spin_lock(&self.connection.lock)
-        result = connection_silence(self.connection, &self.engine.stats)
+        connection_silence(self.connection, &self.engine.stats)
         spin_unlock(&self.connection.lock)
-        return result
 
     def fired(self):
         connection_fired(self.connection, 0)
