@@ -18,7 +18,7 @@ REASONS = {
         "tstpool/_core.pyx make_state": ["return -ENOMEM"],
         "tstpool/_core.pyx TstPool.add": ['raise MemoryError("no slot for the socket")'],
         "tstpool/_core.pyx TstPool.add_listener": ["self.listeners.pop()", "raise"],
-        "tstpool/_core.pyx make_workers": ["raise MemoryError()"],
+        "tstpool/_core.pyx make_room": ["raise MemoryError()"],
         "tstpool/_core.pyx Worker.serve": [
             'logger.error("worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
             "time.sleep(0.01)",

@@ -98,6 +98,7 @@ class TalksTooMuch(services.LargeReply):
 services.SERVICES[Kind.SLOW_READER] = Service(TalksTooMuch(), first_request=8)
 """
     )
+    complaints = [line for line in complaints if "ping-pong" not in line]  # a slow machine: another scene's business
     assert len(complaints) == 3
     assert all("slow reader: connection" in line and "1 bytes too many" in line for line in complaints)
 

@@ -211,6 +211,7 @@ def test_too_long_a_message_closes_its_connection_and_harms_nobody(make_pool, ma
     message = frame(framing, b"x" * 10)
     bad.sendall(message + stream)
     assert recv_until_eof(bad) == message
+    bad.close()  # else it lingers, for linger_timeout
     (error,) = errors
     assert isinstance(error, MessageTooLarge)
     assert isinstance(error, TstError)
