@@ -20,6 +20,7 @@ WORDS = {
     r"\b(gc\.|weakref|getrefcount|tracemalloc|litter)": "looks at what the garbage collector does",
     r"\b(caplog|logging|logger)\b": "reads the log, which all threads write",
     r"\b(monkeypatch|setattr)\b": "changes a module",
+    r"\bConnectionRefusedError\b": "another thread may be given the address that nobody is to listen on any more",
 }
 
 FILES = {
@@ -52,6 +53,7 @@ TESTS = {
     "test_a_flood_of_messages_leaves_others_their_turn": "asserts how far one gets while the other does so much",
     "test_events_that_are_left_over_for_a_connection_that_has_ended_are_dropped": "needs its descriptors back",
     "test_a_kernel_that_lacks_a_call_is_told_at_start_up": "starts processes, which share nothing",
+    "test_reconnected_serves_the_fresh_connection_under_the_same_descriptor": "its handler must not be held up",
     "test_a_socket_of_another_pool_is_not_found": "needs its descriptors back",
     "test_an_idle_connection_costs_no_buffers": "measures the process",
     "test_an_address_that_is_no_good_is_an_oserror_that_names_it": "counts what the process has",

@@ -16,7 +16,11 @@ class TstStat(enum.IntEnum):
     SEND = 2
     """Send what `send_data` asks for, then call the handler with EPOLLOUT."""
     RECONNECTED = 3
-    """The handler has put a fresh connection under the same descriptor: forget the old one's bytes, go on."""
+    """The handler has put a fresh connection under the same descriptor: forget the old one's bytes, go on.
+
+    Send nothing in the call that does so. If it blocks in the middle and another worker takes over, what it has sent
+    goes out at once, to whichever connection is under the descriptor at that moment.
+    """
     DISCONNECT = 4
     """Send what is queued, then close."""
     EXIT = 9
