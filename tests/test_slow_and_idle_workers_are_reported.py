@@ -9,7 +9,7 @@ import pytest
 from compiled_helpers import FRAMING, pack, receive
 from contract_helpers import Gate, as_function, echo, every_style, handler, round_trip, serve
 from downstream_handlers import Commands
-from helpers import FREE_THREADED, quick_switches, recv_exact, wait_until
+from helpers import FREE_THREADED, quick_switches, recv_exact, recv_until_eof, wait_until
 
 from tstpool import PoolStats, WorkerStats
 
@@ -63,6 +63,41 @@ def test_on_slow_is_called_for_each_job_over_the_limit(make_pool, make_client):
     wait_until(lambda: len(slow) >= 2)
     assert len(slow) == 2
     assert all(peer == client.getsockname() and 0.04 <= seconds < 10 for peer, seconds in slow)
+
+
+@pytest.mark.parametrize("told", ["log", "on_slow", "most_elapsed"])
+def test_a_job_that_is_slow_and_raises_is_reported_and_its_exception_is_handled(make_pool, make_client, told, caplog):
+    """S24, B60: a hook that ran while the exception waits would lose it (and crash the interpreter, from 3.12 on)."""
+    errors, reports = [], []
+
+    def fails(sock, data):
+        time.sleep(0.05)
+        raise ValueError(data)
+
+    def on_slow(sock, seconds):
+        reports.append(seconds)
+
+    def on_error(sock, exc):
+        errors.append(exc)
+
+    hooks = {"on_slow": on_slow} if told == "on_slow" else {}
+    pool = make_pool(
+        handler(on_message=fails, on_error=on_error, **hooks),
+        start=False,
+        workers=1,
+        slow_handler=0.01,
+        framing=FRAMING,
+    )
+    if told == "most_elapsed":
+        pool.setEventMostElapsed(on_slow)
+    pool.start()
+    with make_client(pool) as client:
+        client.sendall(pack(b"hello"))
+        assert recv_until_eof(client) == b""
+    (error,) = errors
+    assert isinstance(error, ValueError)
+    assert error.args == (b"hello",)
+    wait_until(lambda: reports or (told == "log" and "a handler took" in caplog.text))
 
 
 def test_a_slow_job_is_logged_by_default(make_pool, make_client, caplog):

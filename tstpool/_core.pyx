@@ -2709,9 +2709,9 @@ cdef class Worker:
             if untimed >= worker.group:
                 worker_job(self.engine, worker, connection, untimed)
                 untimed = 0
-                if connection.report:
-                    self.report(sock)
             self.quick_result(sock, binding, result)
+            if connection.report:      # not before: hooks that run while an exception waits would lose it
+                self.report(sock)
             if n % RUN_BURST == 0 and worker.clock - began >= RUN_TIME:
                 break
             if load32(&connection.rebind, RELAXED) or not connection_cut(connection) or not is_quick(connection):
