@@ -485,6 +485,34 @@ cdef inline int queue_bytes(tst_queue *queue, const char *bytes, size_t size, ts
     return queue_share(queue, shared) if shared != NULL else queue_append(queue, bytes, size)
 
 
+cdef inline ssize_t output_take(tst_connection *connection, uint64_t word, const char *bytes, size_t size,
+                                tst_shared *shared, bint framed, bint *flush) noexcept nogil:
+    """connection_append for one that is open. Lock held; `word`: the state as it was read under it."""
+    cdef const tst_limits *limits = connection.limits
+    cdef bint owned = word & (STATE_OWNED | STATE_DETACHED) == STATE_OWNED
+    # Most often the peer reads, and little waits: then no limit is near.
+    cdef bint little = (limits != NULL and not connection.want_out
+                        and queue_size(&connection.out) + size < limits.high_water)
+    cdef ssize_t result = 0
+    if tst_rarely(not little and output_is_full(connection, size, shared)):
+        return -ENOBUFS
+    connection.out.burst = owned
+    if not framed or connection.framing == NULL:
+        result = queue_bytes(&connection.out, bytes, size, shared)
+    elif tst_rarely(shared != NULL or not queue_prefixed(&connection.out, connection.framing, bytes, size)):
+        result = queue_frame(&connection.out, connection.framing, bytes, size, shared)
+    if tst_rarely(result == -ENOMEM and framed):
+        connection.out_closed = True
+        store32(&connection.out_error, ENOMEM, RELAXED)
+        flush[0] = True
+    elif result == 0:
+        result = <ssize_t>queue_size(&connection.out)
+        if tst_rarely(not little or <size_t>result > limits.high_water):
+            output_account(connection)
+        flush[0] = not owned and output_is_left(connection)
+    return result
+
+
 cdef inline ssize_t connection_append(tst_connection *connection, uint32_t generation, const char *bytes, size_t size,
                                       tst_shared *shared, bint framed, bint *flush) noexcept nogil:
     """Queues output, from any thread: bytes as they are or, `framed`, as one message of the connection's framing. Bytes
@@ -495,36 +523,12 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     it: the caller must connection_ask() for it. A frame for which memory runs out in the middle breaks the connection:
     the peer could make nothing of the rest.
     """
-    cdef const tst_limits *limits = connection.limits
-    cdef ssize_t result
+    cdef ssize_t result = -ENOTCONN
     cdef uint64_t word
-    cdef bint little, owned
     spin_lock(&connection.lock)
     word = load64(&connection.state, ACQUIRE)
-    # Most often the peer reads, and little waits: then no limit is near.
-    little = limits != NULL and not connection.want_out and queue_size(&connection.out) + size < limits.high_water
-    if tst_rarely(connection.out_closed or not word_is(word, generation)):
-        result = -ENOTCONN
-    elif tst_rarely(not little and output_is_full(connection, size, shared)):
-        result = -ENOBUFS
-    else:
-        owned = word & (STATE_OWNED | STATE_DETACHED) == STATE_OWNED
-        connection.out.burst = owned
-        if not framed or connection.framing == NULL:
-            result = queue_bytes(&connection.out, bytes, size, shared)
-        elif tst_rarely(shared != NULL or not queue_prefixed(&connection.out, connection.framing, bytes, size)):
-            result = queue_frame(&connection.out, connection.framing, bytes, size, shared)
-        else:
-            result = 0
-        if tst_rarely(result == -ENOMEM and framed):
-            connection.out_closed = True
-            store32(&connection.out_error, ENOMEM, RELAXED)
-            flush[0] = True
-        elif result == 0:
-            result = <ssize_t>queue_size(&connection.out)
-            if tst_rarely(not little or <size_t>result > limits.high_water):
-                output_account(connection)
-            flush[0] = not owned and output_is_left(connection)
+    if not tst_rarely(connection.out_closed or not word_is(word, generation)):
+        result = output_take(connection, word, bytes, size, shared, framed, flush)
     spin_unlock(&connection.lock)
     return result
 
