@@ -177,6 +177,9 @@ class World:
             return
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             peer.sent += data[: peer.client.send(data)]
+        # What comes for a connection that had nothing unread when it was closed, the kernel answers with a reset, and
+        # that destroys what the client has not received yet.
+        peer.output_cut |= peer.closing and not self.folder
 
     def send_framed(self, peer, n):
         """A message of n bytes in the frame of the pool's framing, if it has one."""
