@@ -2071,11 +2071,11 @@ cdef class TstPool:
         cdef uint32_t before
         self.check_alive()
         while True:
-            before = load32(&self.engine.restarts, ACQUIRE)
+            before = load32(&self.engine.counters_version, ACQUIRE)
             if before % 2 == 0:
                 snapshot = look_at_counters(self)
                 # Adding nothing: what was read above can't be read after it.
-                if add32(&self.engine.restarts, 0, ACQ_REL) == before:
+                if add32(&self.engine.counters_version, 0, ACQ_REL) == before:
                     return snapshot
             else:
                 sched_yield()          # a few stores, that somebody is in the middle of
@@ -2097,38 +2097,28 @@ cdef class TstPool:
 
 cdef object look_at_counters(TstPool pool):
     """Adds up what the workers have counted."""
+    cdef tst_stats sum
+    cdef uint64_t *counters
     cdef int i
-    cdef uint64_t messages = 0, bytes_in = 0, spins = 0, stale = 0, accepted = 0, accept_errors = 0, closed = 0
-    cdef uint64_t bytes_out = load64(&pool.bytes_outside, RELAXED), controls = 0
-    cdef uint64_t pauses = 0, rejected = 0, idle_closed = 0, deadline_closed = 0
-    cdef tst_stats *one
+    cdef size_t k
     workers = []
+    memset(&sum, 0, sizeof(sum))
     for i in range(worker_count(pool.engine)):
-        one = &pool.engine.workers[i].stats
-        messages += load64(&one.messages, RELAXED)
-        bytes_in += load64(&one.bytes_in, RELAXED)
-        bytes_out += load64(&one.bytes_out, RELAXED)
-        spins += load64(&one.spins, RELAXED)
-        stale += load64(&one.stale_events, RELAXED)
-        accepted += load64(&one.accepted, RELAXED)
-        accept_errors += load64(&one.accept_errors, RELAXED)
-        closed += load64(&one.closed, RELAXED)
-        controls += load64(&one.controls, RELAXED)
-        pauses += load64(&one.accept_pauses, RELAXED)
-        rejected += load64(&one.rejected, RELAXED)
-        idle_closed += load64(&one.idle_closed, RELAXED)
-        deadline_closed += load64(&one.deadline_closed, RELAXED)
+        counters = <uint64_t *>&pool.engine.workers[i].stats
+        for k in range(sizeof(tst_stats) // sizeof(uint64_t)):
+            (<uint64_t *>&sum)[k] += load64(counters + k, RELAXED)
         workers.append(pool.worker_stats(i))
     return PoolStats(
-        connections=len(pool), listeners=len(pool.listeners), accepted=accepted,
-        added=load64(&pool.added, RELAXED), closed=closed, messages=messages, bytes_in=bytes_in,
-        bytes_out=bytes_out, spins=spins, stale_events=stale, accept_errors=accept_errors, controls=controls,
-        accept_pauses=pauses, rejected_connections=rejected, idle_closed=idle_closed,
-        deadline_closed=deadline_closed, overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),
+        connections=len(pool), listeners=len(pool.listeners), accepted=sum.accepted,
+        added=load64(&pool.added, RELAXED), closed=sum.closed, messages=sum.messages, bytes_in=sum.bytes_in,
+        bytes_out=sum.bytes_out + load64(&pool.bytes_outside, RELAXED), spins=sum.spins,
+        stale_events=sum.stale_events, accept_errors=sum.accept_errors, controls=sum.controls,
+        accept_pauses=sum.accept_pauses, rejected_connections=sum.rejected, idle_closed=sum.idle_closed,
+        deadline_closed=sum.deadline_closed, overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),
         bytes_queued=load64(&pool.engine.total.queued, RELAXED), workers=tuple(workers))
 
 
-cdef int worker_begin(tst_worker *worker, int no) noexcept nogil:
+cdef void worker_begin(tst_worker *worker, int no) noexcept nogil:
     """As new, whoever had that number before. Others may be reading its counters."""
     cdef uint64_t *counters = <uint64_t *>&worker.stats
     cdef size_t i
@@ -2148,7 +2138,6 @@ cdef int worker_begin(tst_worker *worker, int no) noexcept nogil:
     worker.lost = False
     worker.ticks.scale = tick_scale()
     worker.group = 1
-    return 0
 
 
 cdef int make_room(tst_engine *engine, int n) except -1:
@@ -2167,25 +2156,23 @@ cdef int make_room(tst_engine *engine, int n) except -1:
     return 0
 
 
-cdef int make_workers(tst_engine *engine, int n) noexcept nogil:
+cdef void make_workers(tst_engine *engine, int n) noexcept nogil:
     """So many workers, all as new."""
     cdef int no
     for no in range(n):
         worker_begin(&engine.workers[no], no)
         engine.workers[no].group_most = GROUP_MOST if engine.slow_handler > LONG_GROUP else 1
     store32(<uint32_t *>&engine.n_workers, <uint32_t>n, RELEASE)
-    return 0
 
 
-cdef int begin_counting(TstPool pool, uint64_t added) noexcept:
-    """All counters begin anew, under an odd `restarts`. What was added already will be closed in this run."""
-    add32(&pool.engine.restarts, 1, ACQ_REL)
+cdef void begin_counting(TstPool pool, uint64_t added) noexcept:
+    """All counters begin anew, under an odd version. What was added already will be closed in this run."""
+    add32(&pool.engine.counters_version, 1, ACQ_REL)
     make_workers(pool.engine, pool.n_workers)
     store64(&pool.added, added, RELAXED)
     store64(&pool.bytes_outside, 0, RELAXED)
     store64(&pool.engine.total.overflow_closed, 0, RELAXED)
-    add32(&pool.engine.restarts, 1, RELEASE)
-    return 0
+    add32(&pool.engine.counters_version, 1, RELEASE)
 
 
 cdef list worker_calls(tst_engine *engine):

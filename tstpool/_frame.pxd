@@ -30,6 +30,7 @@ cdef enum:
     DELIMITER_MOST = 255       # bytes in a delimiter
     OFFSET_MOST = 65535        # bytes before a length field
     HEADER_MOST = 65543        # offset and length field
+    ONE_PIECE_MOST = 8191      # bytes; a longer message and its header are queued one after the other
 
 
 cdef struct tst_framing:
@@ -53,9 +54,6 @@ cdef struct tst_framing:
     uint64_t number_most       # ... and the greatest
     uint64_t one_piece         # a body of fewer bytes is sent in one piece with its length before it; 0: none is
 
-
-cdef enum:
-    ONE_PIECE_MOST = 8191      # bytes; a longer message and its header are queued one after the other
 
 cdef struct tst_frame:
     size_t begin               # where the message begins

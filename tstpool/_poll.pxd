@@ -225,7 +225,7 @@ cdef inline void connection_silence(tst_connection *connection, tst_stats *stats
         sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)
         connection.registered = False
         connection.armed = 0
-        if connection.type != TYPE_LISTEN:
+        if connection.type != TYPE_LISTEN:     # which is added again when its pause is over
             connection_deafened(connection, -result)
 
 

@@ -175,7 +175,7 @@ cdef struct tst_engine:
     tst_total total            # output that waits
     tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger
-    uint32_t restarts          # atomic: odd while start() clears the counters
+    uint32_t counters_version  # atomic: odd while start() clears the counters
     int n_workers              # atomic: raised after `workers` was made to hold them
     int n_shards
     tst_worker *workers        # owned; for anybody who reads counters, so never freed while the pool lives
