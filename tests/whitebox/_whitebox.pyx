@@ -24,7 +24,7 @@ from tstpool._entry cimport connection_cut, connection_room
 from tstpool._frame cimport HEADER_MOST, frame_header, frame_next, framing_settle, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, RELEASE, SEQ_CST, add64, close, epoll_create1, epoll_event,
-    eventfd, iovec, load32, load64, pthread_mutex_init, read, sched_yield, store32, store64)
+    eventfd, iovec, load32, load64, load_pointer, pthread_mutex_init, read, sched_yield, store32, store64)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     connection_arm, connection_fired, connection_flush, connection_retire, connection_silence, sys_recv, sys_wait)
@@ -783,14 +783,14 @@ cdef class Hammer:
                 last = load64(&self.askers, SEQ_CST) == 0
                 if not holder:
                     self.own_once()
-                elif self.engine.shard.requests != NULL:
+                elif load_pointer(&self.engine.shard.requests, ACQUIRE) != NULL:
                     shard_take_requests(&self.engine.shard)
                     while self.engine.shard.todo != NULL:
                         self.engine.shard.todo = self.engine.shard.todo.next_request
                         connection_mark(self.target.connection, STATE_QUEUED, False, 0, generation_of(self.target.id))
                         self.own_once()
                 if last and (not holder or load64(&self.served, SEQ_CST) == load64(&self.asked, SEQ_CST)
-                             or self.engine.shard.requests == NULL):
+                             or load_pointer(&self.engine.shard.requests, ACQUIRE) == NULL):
                     break
 
     cdef void own_once(self) noexcept nogil:
