@@ -47,8 +47,10 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.thread_unsafe(reason=reason))
 
 
-def pytest_collection_finish():
-    """What is there by now stays until the end: looking through it around each test would take most of the time."""
+@pytest.fixture(autouse=True, scope="module")
+def what_is_there_is_not_looked_through():
+    """What is there by now, pytest's own reports say, mostly stays until the end. A free-threaded interpreter looks
+    through all of it in each collection, and there is one around each test: it would take most of the time."""
     gc.collect()
     gc.freeze()
 

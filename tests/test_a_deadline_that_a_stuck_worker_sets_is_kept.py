@@ -67,7 +67,7 @@ def test_a_deadline_that_begins_as_the_holder_falls_asleep():
     with ServerProcess(SERVER, preload=shim("slow-unlock", SLOW_UNLOCK)) as server:
         quiet = ("127.0.0.1", int(server.process.stdout.readline()))
         with connect(quiet) as other:
-            for i in range(scaled(60, minimum=20)):
+            for i in range(scaled(40, minimum=20)):
                 with connect(server.addr) as client:
                     client.sendall(b"sleep")
                     time.sleep(0.028 + 0.0002 * (i % 20))  # to come at different places of its return
