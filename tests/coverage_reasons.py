@@ -20,7 +20,7 @@ REASONS = {
         "tstpool/_core.pyx TstPool.add_listener": ["self.listeners.pop()", "raise"],
         "tstpool/_core.pyx make_room": ["raise MemoryError()"],
         "tstpool/_core.pyx Worker.serve": [
-            'logger.error("worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
+            'log(logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
             "time.sleep(0.01)",
             "with nogil:",
             "shard_yield(self.engine, self.worker, shard)",
@@ -50,7 +50,7 @@ REASONS = {
         ],
         "tstpool/_collect.pxd collect_event": ["count(&worker.stats.stale_events, 1)", "return"],
         "tstpool/_core.pyx TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
-        "tstpool/_core.pyx TstPool.wait_ended": ["return True", "return self.ended.is_set()"],
+        "tstpool/_core.pyx wait_ended": ["return True", "return ended.is_set()"],
         "tstpool/_core.pyx Worker.make_body": ["return 0"],
         "tstpool/_core.pyx Worker.log_slow": [
             "store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)"
@@ -58,6 +58,11 @@ REASONS = {
         "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
         "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
         "tstpool/_entry.pxd connection_reconnect": ["output_account(connection)"],
+        "tstpool/_entry.pxd connection_wait_for_flusher": [
+            "spin_unlock(&connection.lock)",
+            "sched_yield()",
+            "spin_lock(&connection.lock)",
+        ],
         "tstpool/_entry.pxd connection_expire": [
             "return                             # nor did we see that the peer has taken something"
         ],
@@ -104,14 +109,13 @@ REASONS = {
         "tstpool/_core.pyx check": ["raise system_error(<int>-result, what)"],
         "tstpool/_core.pyx TstData.__getbuffer__": ["except BaseException:", "self.release_export()", "raise"],
         "tstpool/_core.pyx TstSocket.raise_unsent": ["return 0"],
-        "tstpool/_core.pyx TstPool.work": [
-            "except BaseException:",
-            'logger.critical("worker %d of %s broke", no, self.name, exc_info=True)',
-            "raise",
+        "tstpool/_core.pyx Worker.drop_entry": [
+            'log(logging.ERROR, "the connection with socket %d is broken", connection.fd, exc_info=error)',
+            "worker_leave(self.worker)",
         ],
-        "tstpool/_core.pyx TstPool.close_descriptors": [
-            "except BaseException:",
-            'logger.exception("while closing a connection")',
+        "tstpool/_core.pyx Worker.log_slow": [
+            "except BaseException as error:",
+            'log(logging.ERROR, "a slow handler could not be logged", exc_info=error)',
         ],
         "tstpool/_timer.pxd connection_deadline": ["return DEADLINE_NONE"],
     },

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from contract_helpers import ServerProcess, every_trigger, exchange, faults, round_trip
-from helpers import connect, patient, recv_exact, recv_until_eof, scaled
+from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled
 
 SERVER = """
 import ctypes
@@ -81,7 +81,7 @@ def test_a_connection_whose_output_cannot_wait_ends_once(trigger, count):
             cpu = server.cpu_seconds()
             client.sendall(b"much")
             time.sleep(0.5)  # a window to measure in, not a wait
-            assert server.cpu_seconds() - cpu < patient(0.25)
+            assert server.cpu_seconds() - cpu < (0.4 if SANITIZER else 0.25)
             with contextlib.suppress(ConnectionError):
                 assert len(recv_until_eof(client)) <= 32 << 20
         with connect(server.addr) as client:
@@ -256,11 +256,11 @@ def test_an_epoll_that_fails_stops_the_pool_with_its_error(after, count):
     assert rest == "1 True"
 
 
-@pytest.mark.parametrize("trigger", ["oneshot", "level"])
-def test_input_that_comes_before_the_descriptor_is_armed_is_not_lost(trigger):
-    """B05: arming takes 5 ms, and the next message arrives in that time; it is answered right afterwards."""
+def test_input_that_comes_before_the_descriptor_is_armed_is_not_lost():
+    """B05: arming takes 5 ms, and the next message arrives in that time; it is answered right afterwards. (Only the
+    trigger "oneshot" arms after each event.)"""
     rounds = scaled(200, minimum=20)
-    with ServerProcess(SERVER, env={"DELAY_MOD": "5", "TRIGGER": trigger}, preload=faults()) as server:
+    with ServerProcess(SERVER, env={"DELAY_MOD": "5", "TRIGGER": "oneshot"}, preload=faults()) as server:
         with connect(server.addr) as client:
             worst = 0.0
             dice = random.Random(1)
@@ -271,8 +271,8 @@ def test_input_that_comes_before_the_descriptor_is_armed_is_not_lost(trigger):
                 worst = max(worst, time.monotonic() - begin)
                 time.sleep(dice.choice((0, 0.001, 0.004, 0.0055)))  # to come at different places of the delay
         server.finish()
-    print(f"slowest round trip {worst * 1e3:.1f} ms ({trigger})")
-    assert worst < patient(1.0)  # a lost one would never be answered
+    print(f"slowest round trip {worst * 1e3:.1f} ms")
+    assert worst < 0.005 + patient(0.2)  # one that only a later deadline rescues would take a second
 
 
 @pytest.mark.parametrize("name", ["EINTR", "EAGAIN"])
@@ -313,3 +313,38 @@ def test_what_was_sent_before_a_transfer_failed_for_good_is_right(trigger, call,
     assert failed == 1
     assert data.startswith(got) and 0 < len(got) < len(data)
     assert ended == distinct == accepted == 2
+
+
+BREAKS = """
+import logging
+logging.disable(logging.CRITICAL)
+threading.excepthook = lambda arguments: None
+pool = TstPool(Echo(), workers=3, shards=1)
+port = pool.listen("127.0.0.1", 0)[1]
+os.strerror = lambda number: 1 / 0  # what says why epoll fails fails, too: that worker is at its end
+print(port)
+try:
+    pool.serve_forever()
+except ZeroDivisionError:
+    print("raised", pool.stop(), pool.running, threading.active_count())
+address = pool.listen("127.0.0.1", 0)
+pool.start()
+with socket.create_connection(address, 10) as client:
+    client.sendall(b"hello")
+    print(client.recv(5).decode())
+pool.stop()
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1, 10])
+def test_a_worker_that_breaks_ends_the_pool_which_can_be_started_again(after):
+    """B09: it held the shard, and had not given it back; the others end, serve_forever says why, and the next run is
+    as any."""
+    with ServerProcess(BREAKS, env=failing("epoll_wait", "EBADF", fail_after=after), preload=faults()) as server:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(after + 5):
+                with connect(server.addr) as client:
+                    client.sendall(b"hello")
+                    if client.recv(5) != b"hello":
+                        break
+        assert server.finish().splitlines() == ["raised True False 1", "hello"]

@@ -1,15 +1,17 @@
 """B51, B52, issue 2: on_error, one log record, that socket is disconnected, the worker lives."""
 
+import contextlib
 import gc
 import logging
+import socket
 import threading
 import weakref
 
 import pytest
-from contract_helpers import echo, every_style, handler, ignore, in_threads, round_trip, serve
-from helpers import wait_until
+from contract_helpers import echo, every_style, handler, ignore, in_threads, open_sockets, round_trip, serve
+from helpers import recv_until_eof, wait_until
 
-from tstpool import TstStat
+from tstpool import TstHandler, TstStat
 
 
 class Odd(BaseException):
@@ -256,3 +258,104 @@ def test_the_exception_is_released(make_pool, make_client):
         return [ref() for ref in alive] == [None] * 3
 
     wait_until(collected)
+
+
+class Unequal:
+    """A verdict, a reply or a number that nobody may ask anything."""
+
+    def __eq__(self, other):
+        raise ZeroDivisionError("compared")
+
+    def __repr__(self):
+        raise ZeroDivisionError("shown")
+
+    __hash__ = None
+
+
+class Number(int):
+    def __eq__(self, other):
+        raise ZeroDivisionError("compared")
+
+    __lt__ = __gt__ = __le__ = __ge__ = __int__ = __index__ = __eq__
+    __hash__ = None
+
+
+ODD = {
+    "object": Unequal(),
+    "RUN": Number(1),
+    "SUSPEND": Number(0),
+    "an id": 1 << 40,
+    "far below": -(1 << 70),
+    "-1": -1,
+    "99": 99,
+    "100": 100,
+    "empty": b"",
+    "True": True,
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("hook", ["on_connect", "on_message", "on_writable", "on_disconnect", "on_error"])
+def test_whatever_a_hook_returns(make_pool, make_client, hook, odd):
+    """B52, bad input: also what can't be compared, shown, or put into a machine's number."""
+    bad = threading.Event()
+
+    def answer(name):
+        return ODD[odd] if name == hook and bad.is_set() else None
+
+    def on_message(sock, data):
+        if hook == "on_error" and bad.is_set():
+            raise ValueError
+        if hook == "on_writable" and bad.is_set():
+            pool.need_send(sock)
+        sock.send(data)
+        return answer("on_message")
+
+    hooks = {
+        name: (lambda *args, name=name: answer(name))
+        for name in ("on_connect", "on_writable", "on_disconnect", "on_error")
+    }
+    pool = make_pool(handler(on_message=on_message, **hooks), workers=2)
+    good = make_client(pool)
+    assert round_trip(good, b"before") == b"before"
+    threads = set(threading.enumerate())
+    bad.set()
+    for _ in range(3):
+        client = make_client(pool)
+        with contextlib.suppress(OSError):  # it may be closed before it has said anything
+            client.sendall(b"bad")
+            client.shutdown(socket.SHUT_WR)
+            recv_until_eof(client)
+    bad.clear()
+    wait_until(lambda: len(pool) == 1)
+    assert round_trip(good, b"after") == b"after"
+    assert round_trip(make_client(pool), b"others") == b"others"
+    assert set(threading.enumerate()) == threads
+
+
+class Broken(logging.Handler):
+    def emit(self, record):
+        raise OSError("the log is full")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_log_that_fails_takes_no_worker_with_it(make_pool, make_client, workers):
+    """B51: the default on_error raises then, and so does the engine's own record about that."""
+    pool = make_pool(TstHandler(), slow_handler=1e-9, idle_time=0.05, workers=workers)
+    broken = Broken()
+    logging.getLogger("tstpool").addHandler(broken)
+    try:
+        for _ in range(workers + 1):
+            client = make_client(pool)
+            pool.need_send(open_sockets(pool, 1)[0])
+            client.close()
+            wait_until(lambda: len(pool) == 0)
+        sock = handler(on_message=failing(ValueError))
+        other = make_pool(sock, workers=workers)
+        for _ in range(workers + 1):
+            client = make_client(other)
+            client.sendall(b"x")
+            assert client.recv(1) == b""
+    finally:
+        logging.getLogger("tstpool").removeHandler(broken)
+    assert other.stop() is True

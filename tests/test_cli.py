@@ -179,7 +179,7 @@ def test_help_and_version_work_without_rich(arguments):
 def test_a_command_without_rich_says_how_to_get_it_and_exits_with_2(command):
     done = run_without_rich(command)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "tstpool: the command line needs the package 'rich': pip install 'tstpool[cli]'\n"
+    assert done.stderr == "tstpool: the command line needs the package 'rich': pip install rich\n"
 
 
 def test_an_import_error_that_is_not_about_rich_is_not_hidden():

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import os
 import select
 import subprocess
@@ -225,3 +226,26 @@ def test_no_socket_goes_deaf_and_none_is_armed_too_often(trigger, events):
     # A take-over on a busy machine silences and arms some more; the last round may still be due.
     least, most = (messages - clients, messages * 1.1) if trigger == "oneshot" else (0, messages * 0.1)
     assert least <= mods <= most
+
+
+SIGNATURES = {
+    TstPool: "(handler=None, *, framing=None, workers=None, copy=True, trigger='level', ",
+    tstpool.Raw: "(max_message=None)",
+    tstpool.Fixed: "(size, *, max_message=None)",
+    tstpool.Delimited: "(delimiter=b'\\n', keep=False, *, max_message=None)",
+    tstpool.LengthPrefixed: "(size=4, byteorder='big', offset=0, adjust=0, strip=True, *, max_message=None)",
+}
+
+
+@pytest.mark.parametrize("made", SIGNATURES, ids=lambda made: made.__name__)
+def test_help_shows_the_signature_that_a_class_has(made):
+    """What is documented as keyword-only is, and the other way round: a call with each parameter binds."""
+    shown = inspect.signature(made)
+    assert str(shown).startswith(SIGNATURES[made])
+    assert "--" not in made.__doc__
+    given = {name: each.default for name, each in shown.parameters.items() if each.default is not each.empty}
+    needed = {} if made is not tstpool.Fixed else {"size": 5}
+    made(**given, **needed)
+    positional = [each for each in shown.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    with pytest.raises(TypeError, match="positional"):
+        made(*[needed.get(each.name, each.default) for each in positional], None)

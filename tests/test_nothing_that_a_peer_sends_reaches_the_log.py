@@ -11,6 +11,7 @@ from contract_helpers import ServerProcess, echo, faults, handler, round_trip
 from helpers import connect, reset, wait_until
 
 from tstpool import Delimited, LengthPrefixed, TstStat
+from tstpool._log import escape_traceback
 
 EVIL = b"\r\nCRITICAL forged \x1b[31m\x00\x07 secret \xff\xfe"
 
@@ -47,6 +48,8 @@ def test_a_message_that_is_too_large(make_pool, make_client, log, framing, strea
         assert client.recv(1) == b""
     wait_until(lambda: "longer than" in log())
     check_lines(log(), 1)
+    assert "raised" not in log()
+    assert pool.stats().too_large_closed == 1
 
 
 def test_exceptions_and_slow_handlers(make_pool, make_client, log):
@@ -59,7 +62,7 @@ def test_exceptions_and_slow_handlers(make_pool, make_client, log):
             time.sleep(0.02)
             return TstStat.DISCONNECT
         if data.startswith(b"3"):
-            return object
+            return data.decode("latin1")
         sock.send(data)
         return None
 
@@ -75,6 +78,43 @@ def test_exceptions_and_slow_handlers(make_pool, make_client, log):
     wait_until(lambda: log().count("tstpool") >= 3)
     check_lines(log(), 3)
     assert "ZeroDivisionError" in log() and "a handler took" in log() and "TypeError" in log()
+
+
+def test_what_a_handlers_exception_says_forges_no_line(make_pool, make_client, log):
+    """B63: the handler has put the peer's bytes into it, as handlers do; and into the one that this one comes from."""
+
+    def fail(sock, data):
+        text = data.decode("latin1") + "\u2028\x85\u202e"
+        try:
+            raise KeyError(text)
+        except KeyError:
+            raise ValueError(f"unknown command: {text}") from LookupError(text)
+
+    pool = make_pool(handler(on_message=fail))
+    client = make_client(pool)
+    client.sendall(EVIL)
+    assert client.recv(1) == b""
+    wait_until(lambda: "unknown command" in log())
+    first, *rest = log().split("\n")
+    assert first.startswith("ERROR tstpool a handler raised on socket ")
+    assert rest and all(line.startswith("  ") or line == "" for line in rest)
+    assert "".join(rest).isprintable()
+    assert "\\x1b[31m\\x00\\x07 secret" in log()
+
+
+def test_the_exception_stays_with_its_record(caplog):
+    """B63: who collects exceptions gets this one; a formatter that has written it already is not overruled."""
+    try:
+        raise ZeroDivisionError("\x1b")
+    except ZeroDivisionError as error:
+        logging.getLogger("tstpool").error("one", exc_info=error)
+        (record,) = caplog.records
+        assert record.exc_info[1] is error
+    assert record.exc_text.endswith("ZeroDivisionError: \\x1b")
+    record.exc_text = "written already"
+    assert escape_traceback(record) and record.exc_text == "written already"
+    record.exc_text, record.exc_info = None, (None, None, None)
+    assert escape_traceback(record) and record.exc_text is None
 
 
 def test_the_name_of_a_peers_socket(make_pool, tmp_path, log):

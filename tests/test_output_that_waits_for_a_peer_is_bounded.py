@@ -9,10 +9,10 @@ import time
 
 import downstream_handlers
 import pytest
-from contract_helpers import echo, exchange, handler, ignore, in_threads, open_sockets, round_trip
-from helpers import connect, patient, recv_exact, recv_until_eof, wait_until
+from contract_helpers import echo, exchange, handler, ignore, in_threads, is_open, open_sockets, round_trip
+from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, wait_until
 
-from tstpool import ConnectionClosed, LengthPrefixed, SendQueueFull, TstPool
+from tstpool import ConnectionClosed, LengthPrefixed, Raw, SendQueueFull, TstPool
 
 PIECE = bytes(range(256)) * 256
 MOST = 1 << 20
@@ -196,7 +196,8 @@ def test_close_ends_the_connection(make_pool, make_client):
     assert (stats.overflow_closed, stats.bytes_queued) == (1, 0)
     with pytest.raises(ConnectionResetError):
         recv_until_eof(client)
-    assert round_trip(other, b"") == b"" or len(pool) == 1
+    assert is_open(other)
+    assert len(pool) == 1
 
 
 def test_a_broadcast_leaves_out_who_has_too_much(make_pool, make_client):
@@ -225,15 +226,15 @@ def test_compiled_handlers_are_told_that_no_more_is_taken(make_pool, make_client
     assert exchange(client, b"x")[:1] == b"x"
 
 
-def test_all_connections_together_have_a_limit(make_pool):
+@pytest.mark.parametrize(("number", "total"), [(40, 4 << 20), pytest.param(5000, 64 << 20, marks=pytest.mark.slow)])
+def test_all_connections_together_have_a_limit(make_pool, number, total):
     """B35: whoever has output waiting gets no more once max_total_queued is reached; the others are served."""
-    total = 4 << 20
     pool = make_pool(handler(on_message=echo), max_total_queued=total)
-    peers = [connect(pool) for _ in range(40)]
+    peers = [connect(pool) for _ in range(number)]
     try:
-        for sock in open_sockets(pool, 40):
+        for sock in open_sockets(pool, number):
             fill(sock)
-        assert pool.stats().bytes_queued <= total + 40 * (65536 + len(PIECE))
+        assert pool.stats().bytes_queued <= total + number * (65536 + len(PIECE))
         assert pool.stats().bytes_queued >= total - len(PIECE)
         with connect(pool) as good:
             assert round_trip(good, b"served") == b"served"
@@ -329,7 +330,7 @@ def test_block_sleeps_while_others_have_too_much(make_pool):
         def read():
             before = time.process_time()
             assert not done.wait(1)  # a window to measure in, not a wait
-            assert time.process_time() - before < patient(0.3)
+            assert time.process_time() - before < (0.6 if SANITIZER else 0.3)
             assert recv_exact(first, len(data)) == data
             assert recv_exact(second, len(data)) == data
 
@@ -365,8 +366,51 @@ def test_requests_before_a_half_close_are_all_answered(make_pool, make_client, t
         )
     )
     sender.start()
-    wait_until(lambda: pool.stats().bytes_queued > 65536)
+    wait_until(lambda: pool.stats().bytes_queued > 16384)  # what waited above high water may have fallen, to low water
     for request in requests:
         assert recv_exact(client, 200_004) == (200_000).to_bytes(4, "big") + request[:1] * 200_000
     assert recv_until_eof(client) == b""
     sender.join(10)
+
+
+def test_who_has_read_nearly_all_of_a_reply_counts_with_all_that_it_holds(make_pool, make_client):
+    """B35: the rest of a large reply keeps the whole of it in memory, so the whole of it is in max_total_queued."""
+    size, got = 32 << 20, 0
+    pool = make_pool(handler(on_message=lambda sock, data: bytes(size)), framing=Raw(), max_total_queued=3 * size)
+    client = make_client(pool)
+    client.sendall(b"x")
+    held = wait_until(lambda: pool.stats().bytes_queued)
+    assert size <= held < size + 100
+    (sock,) = open_sockets(pool, 1)
+    while got < size - (1 << 20):
+        got += len(recv_exact(client, 500_000))
+        assert pool.stats().bytes_queued in (held, 0)  # 0: the kernel has all of it now
+    recv_exact(client, size - got)
+    wait_until(lambda: pool.stats().bytes_queued == 0)
+    assert sock.send(b"x") == 1
+
+
+def test_what_is_refused_is_counted(make_pool, make_client):
+    """B34: stats().overflow_refused: a send that raises, a compiled one, and a broadcast that leaves the connection
+    out; but nothing that is taken."""
+    pool = make_pool(handler(on_message=ignore), max_queued=100_000, high_water=50_000)
+    client = make_client(pool)
+    (sock,) = open_sockets(pool, 1)
+    taken = 0
+    with pytest.raises(SendQueueFull):
+        while sock.send(PIECE):
+            taken += len(PIECE)
+    assert pool.stats().overflow_refused == 1
+    while (result := downstream_handlers.send(sock, PIECE)) > 0:  # the kernel may have taken more meanwhile
+        taken += len(PIECE)
+    assert result == -errno.ENOBUFS
+    assert pool.stats().overflow_refused == 2
+    while pool.broadcast(PIECE):
+        taken += len(PIECE)
+    assert pool.stats().overflow_refused == 3
+    assert recv_exact(client, taken) == PIECE * (taken // len(PIECE))
+    assert sock.send(b"x")
+    assert pool.stats().overflow_refused == 3
+    pool.stop()
+    pool.start()
+    assert pool.stats().overflow_refused == 0

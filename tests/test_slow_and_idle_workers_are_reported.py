@@ -190,7 +190,7 @@ def test_a_log_that_fails_costs_the_worker_nothing(make_pool, make_client, caplo
         return True
 
     def failures():
-        return [record for record in caplog.records if record.getMessage() == "a slow handler could not be logged"]
+        return [record for record in caplog.records if record.getMessage() == "a record could not be logged"]
 
     logger = logging.getLogger("tstpool")
     logger.addFilter(fail)
@@ -341,7 +341,6 @@ def test_stats_of_the_pool(make_pool, make_client, style):
     assert (stats.connections, stats.accepted, stats.closed, stats.listeners) == (1, 2, 1, 1)
     assert (stats.messages, stats.bytes_in, stats.bytes_out) == (11, 101, 101)
     assert (stats.spins, stats.accept_errors) == (0, 0)
-    assert stats.stale_events >= 0
     assert isinstance(stats.workers, tuple)
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.messages = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import tstpool
 
-WITHOUT_RICH = "tstpool: the command line needs the package 'rich': pip install 'tstpool[cli]'"
+WITHOUT_RICH = "tstpool: the command line needs the package 'rich': pip install rich"
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 

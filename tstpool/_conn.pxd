@@ -49,7 +49,7 @@ from tstpool._libc cimport (
     load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
-    queue_append, queue_commit, queue_drop, queue_room, queue_share, queue_size, tst_queue, tst_shared)
+    queue_append, queue_commit, queue_drop, queue_held, queue_room, queue_share, queue_size, tst_queue, tst_shared)
 
 cdef enum:
     STATE_OPEN = 0x1
@@ -85,6 +85,7 @@ cdef struct tst_total:
     uint64_t queued            # atomic: bytes
     uint64_t most              # 0: no limit
     uint64_t overflow_closed   # atomic: connections that were closed for having too much
+    uint64_t overflow_refused  # atomic: how often more was not taken
 
 
 cdef enum:
@@ -391,7 +392,7 @@ cdef inline void output_account(tst_connection *connection) noexcept nogil:
     if limits == NULL:
         return
     if connection.want_out or waits > limits.high_water:
-        counts = waits
+        counts = queue_held(&connection.out)
     if counts != connection.counted:
         add64(&limits.total.queued, <uint64_t>counts - connection.counted, RELAXED)
         connection.counted = counts
@@ -544,6 +545,17 @@ cdef inline int connection_close_output(tst_connection *connection, uint32_t gen
         connection.out_closed = True
     spin_unlock(&connection.lock)
     return result
+
+
+cdef inline tst_data *connection_recv(tst_connection *connection) noexcept nogil:
+    """The transfer that `recv_data` shows, or NULL; another thread may bring it in at any moment. It goes with the
+    TstSocket: owner only, or who holds that."""
+    return <tst_data *>load_pointer(<void **>&connection.recv, ACQUIRE)
+
+
+cdef inline tst_data *connection_send(tst_connection *connection) noexcept nogil:
+    """The same of `send_data`."""
+    return <tst_data *>load_pointer(<void **>&connection.send, ACQUIRE)
 
 
 cdef inline bint connection_is_paused(tst_connection *connection) noexcept nogil:

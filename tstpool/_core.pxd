@@ -26,8 +26,10 @@ ctypedef enum TstStat:
     TST_DISCONNECT = 4     # send what is queued, then close
 
 
-# Any thread, with the GIL or without. They return 0 or more, or a negative errno: -ENOTCONN when the socket is closed,
-# -ENOMEM. Inside the socket's own hooks the bytes go out, in one piece, when its messages of this turn are handled.
+# Any thread, with the GIL or without. They never wait, and return 0 or more, or a negative errno: -ENOTCONN when the
+# socket is closed, -ENOMEM; tst_send and tst_send_message also -ENOBUFS when too much output waits, whether on_overflow
+# is "raise" or "block". Inside the socket's own hooks the bytes go out, in one piece, when its messages of this turn
+# are handled.
 
 # Queues a copy of `size` bytes. Returns how many bytes of this connection wait now for the kernel to take them.
 cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil
@@ -120,8 +122,7 @@ cdef class TstHandler:
 #
 #     cdef class Echo(TstNogilHandler):
 #         cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
-#             tst_send(sock, data, size)
-#             return TST_SUSPEND
+#             return TST_SUSPEND if tst_send(sock, data, size) >= 0 else TST_DISCONNECT
 cdef class TstNogilHandler(TstHandler):
     # Bytes of C state for each connection, set in __cinit__: `sock.state` points to them, zeroed, from before
     # `connected` until `release` has returned.
@@ -188,14 +189,15 @@ cdef class TstPool:
     cdef size_t max_send_size
     cdef uint64_t added                    # atomic: by addsocket
     cdef uint64_t bytes_outside            # atomic: sent by flush() on threads that are not workers
-    cdef object mutex                      # threading.Lock: start, stop, listeners
-    cdef object ended                      # threading.Event: no worker is left
+    cdef object mutex                      # PoolMutex: start, stop, listeners
+    cdef object ended                      # RunsEnd: no worker is left
     cdef list threads
     cdef list listeners                    # (host, port, id)
     cdef object fault                      # the exception that stopped the engine by itself
     cdef object name
     cdef object __weakref__
     cdef int keepalive                     # seconds, 0: off
+    cdef bint stop_asked                   # under the mutex: see stop_later()
     cdef long long _abi_reserve[5]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1
@@ -210,10 +212,11 @@ cdef class TstPool:
     cdef int start_locked(self, list threads) except -1
     cdef int give_up(self, list threads) except -1
     cdef int begin_stop(self, uint64_t drain) except -1
-    cdef bint wait_ended(self, double drain) except -1
+    cdef bint stop_later(self, uint64_t drain) except -1
+    cdef int stop_if_asked(self) except -1
     cdef int cut_off(self) except -1
-    cdef int close_down(self) except -1
-    cdef void close_descriptors(self) noexcept
+    cdef list close_down(self)
+    cdef list close_descriptors(self)
     cdef void abandon(self) noexcept
     cdef void drop_all_litter(self) noexcept
     cdef void free_memory(self) noexcept

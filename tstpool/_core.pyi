@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Final, Literal, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -19,7 +19,7 @@ EPOLLET: Final[int]
 EPOLLONESHOT: Final[int]
 
 _Verdict: TypeAlias = TstStat | None
-_Handler: TypeAlias = "TstHandler | Callable[[TstSocket], _Verdict]"
+_Handler: TypeAlias = "TstHandler | Callable[[TstSocket], _Verdict | bytes]"
 _Which: TypeAlias = "TstSocket | int"
 
 @disjoint_base
@@ -186,6 +186,16 @@ class TstPool:
         user_data: Any = None,
         framing: Framing | None = ...,
     ) -> TstSocket: ...
+    @overload
+    def addsocket(  # type: ignore[overload-overlap]
+        self,
+        sock: socket.socket | int,
+        type: Literal[TstSockType.LISTEN],
+        handler: _Handler | None = None,
+        user_data: Any = None,
+        framing: Framing | None = ...,
+    ) -> None: ...
+    @overload
     def addsocket(
         self,
         sock: socket.socket | int,

@@ -9,9 +9,10 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.object cimport PyObject
+from cpython.long cimport PyLong_AsLongAndOverflow
+from cpython.object cimport PyObject, PyObject_GetItem
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.errno cimport EAGAIN, EBUSY, EINVAL, EMSGSIZE, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN, EUSERS, errno
+from libc.errno cimport EAGAIN, EBUSY, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN, EUSERS, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -20,20 +21,22 @@ from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
     GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED,
     STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
-    connection_close_output, connection_id, connection_is, connection_mark, generation_of, output_drop, table_chunk,
-    table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
+    connection_close_output, connection_id, connection_is, connection_mark, connection_recv, connection_send,
+    generation_of, output_drop, table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits,
+    tst_notified)
 from tstpool._data cimport (
-    data_make, data_read, data_request, data_requested, data_resize, data_set_done, data_set_unread, input_consume,
+    data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
-    batch_finish, connection_abort, connection_apply, connection_begin_close, connection_break, connection_cut,
-    connection_due, connection_keep_input, connection_reconnect, connection_wants_body)
+    batch_finish, connection_abort, connection_apply, connection_awaits_transfer, connection_begin_close,
+    connection_break, connection_cut, connection_due, connection_forget_frame, connection_keep_input,
+    connection_reconnect, connection_wait_for_flusher, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, framing_settle, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED,
     RELEASE, SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd,
-    gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
+    exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
     pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
     pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, store32, store64, store_pointer, sub32,
     timerfd_create, tst_rarely)
@@ -79,6 +82,7 @@ import traceback
 import weakref
 
 from tstpool import _net
+from tstpool._log import log, logger
 from tstpool._types import (
     ConnectionClosed, MessageTooLarge, PoolStats, SendQueueFull, TstError, TstSockType, WorkerStats)
 
@@ -90,8 +94,6 @@ EPOLLERR = _EPOLLERR
 EPOLLHUP = _EPOLLHUP
 EPOLLET = _EPOLLET
 EPOLLONESHOT = _EPOLLONESHOT
-
-logger = logging.getLogger("tstpool")
 
 cdef class Worker              # below
 
@@ -213,7 +215,8 @@ cdef class Framing:
 
     @property
     def max_message(self):
-        """Bytes in the largest message, what is around it not counted. A longer one is a MessageTooLarge."""
+        """Bytes in the largest message, what is around it not counted. A longer one is a MessageTooLarge; with Raw,
+        what has arrived is handed out in pieces of that size."""
         return self.framing.max_message
 
     def __repr__(self):
@@ -244,11 +247,16 @@ def remake(kind, options):
 
 @cython.final
 cdef class Raw(Framing):
-    """No framing: a message is whatever has arrived.
+    """Raw(max_message=None)
+--
 
-    max_message: bytes handed out at once; None for all that is at hand.
+    No framing: a message is whatever has arrived.
+
+    max_message: most bytes handed out at once, and in one send_message() or one reply that a handler returns; None: no
+    limit.
     """
 
+    @cython.embedsignature(False)
     def __init__(self, max_message=None):
         self.framing.kind = FRAME_RAW
         self.set_limit(max_message, 2**40)
@@ -258,8 +266,16 @@ cdef class Raw(Framing):
 
 @cython.final
 cdef class Fixed(Framing):
-    """Messages of `size` bytes each."""
+    """Fixed(size, *, max_message=None)
+--
 
+    Messages of `size` bytes each.
+
+    size: bytes, at most max_message, which is 1 MiB, or `size` if that is more, unless given. A message of another size
+    can't be sent: send_message() raises ValueError.
+    """
+
+    @cython.embedsignature(False)      # Cython would put the star in a wrong place
     def __init__(self, size, *, max_message=None):
         self.framing.kind = FRAME_FIXED
         self.set_limit(max_message, max(MAX_MESSAGE, operator.index(size)))
@@ -270,12 +286,16 @@ cdef class Fixed(Framing):
 
 @cython.final
 cdef class Delimited(Framing):
-    """Messages that end with a delimiter: lines, for example.
+    """Delimited(delimiter=b"\\n", keep=False, *, max_message=None)
+--
+
+    Messages that end with a delimiter: lines, for example.
 
     delimiter: 1 to 255 bytes. keep: hand it out with the message. max_message: bytes before the delimiter, 1 MiB unless
     given.
     """
 
+    @cython.embedsignature(False)
     def __init__(self, delimiter=b"\n", keep=False, *, max_message=None):
         cdef bytes raw = bytes(memoryview(delimiter))
         self.framing.kind = FRAME_DELIMITED
@@ -289,7 +309,10 @@ cdef class Delimited(Framing):
 
 @cython.final
 cdef class LengthPrefixed(Framing):
-    """Messages with their length in front.
+    """LengthPrefixed(size=4, byteorder="big", offset=0, adjust=0, strip=True, *, max_message=None)
+--
+
+    Messages with their length in front.
 
     size: bytes in the length field: 1, 2, 3, 4 or 8. byteorder: "big" or "little". offset: bytes before the length
     field. adjust: what to add to its number to get the size of the body that follows it; -size if it counts itself.
@@ -297,6 +320,7 @@ cdef class LengthPrefixed(Framing):
     send_message() writes zeros before the length field.
     """
 
+    @cython.embedsignature(False)
     def __init__(self, size=4, byteorder="big", offset=0, adjust=0, strip=True, *, max_message=None):
         if size not in (1, 2, 3, 4, 8):
             raise ValueError(f"size must be 1, 2, 3, 4 or 8: {size!r}")
@@ -476,7 +500,10 @@ cdef class TstSocket:
 
     cdef ssize_t overflow(self) noexcept nogil:
         """Too much waits: the limits say what to do. Returns -ENOBUFS, or -ENOTCONN when it was closed for that."""
-        if self.connection.limits.overflow != OVERFLOW_CLOSE:
+        # Of the pool's limits, which all of its connections share as far as output goes: the slot may be another
+        # connection's by now.
+        if self.pool.engine.limits.overflow != OVERFLOW_CLOSE:
+            add64(&self.pool.engine.total.overflow_refused, 1, RELAXED)
             return -ENOBUFS
         if connection_abort(self.connection, self.generation(), ENOBUFS):
             shard_ask(self.connection, self.generation(), PEND_CLOSE)
@@ -495,7 +522,7 @@ cdef class TstSocket:
         """Blocks until less than high_water waits; for a moment if that is so, for then it is the other connections
         that have too much. ConnectionClosed when it ends before."""
         cdef pollfd watched
-        cdef size_t waits
+        cdef size_t waits, enough = self.pool.engine.limits.high_water
         cdef bint gone, waited = False
         watched.fd = <int><uint32_t>self.id
         watched.events = POLLOUT
@@ -506,12 +533,12 @@ cdef class TstSocket:
             spin_unlock(&self.connection.lock)
             if gone:
                 raise ConnectionClosed("the socket was closed while a send waited for room")
-            if waits <= self.connection.limits.high_water and waited:
+            if waits <= enough and waited:
                 return 0
             waited = True
             with nogil:
                 # Short, for the descriptor may be closed meanwhile.
-                poll(&watched, 1 if waits > self.connection.limits.high_water else 0, 10)
+                poll(&watched, 1 if waits > enough else 0, 10)
                 self.flush_once()
             self.pool.drop_all_litter()
             PyErr_CheckSignals()
@@ -656,9 +683,13 @@ cdef class TstSocket:
         with cython.critical_section(self):
             spin_lock(&self.connection.lock)           # another thread's send_message() may be reading the old one
             self.connection.framing = framing_pointer(framing)
-            # Unread input is cut anew. The old one may be freed below, and a later one lie where it lay.
-            self.connection.framed_by = NULL
             spin_unlock(&self.connection.lock)
+            # Unread input is cut anew, except for the message that is being handed out. The old one may be freed below,
+            # and a later one lie where it lay.
+            if self.connection.windowed:
+                self.connection.framed_by = NULL
+            else:
+                connection_forget_frame(self.connection)
             self.own_framing, framing = framing, self.own_framing
 
     @property
@@ -684,7 +715,7 @@ cdef class TstSocket:
     cdef void publish(self, void **place, void *transfer) noexcept:
         """Shows a transfer to the engine; it reads it only while the slot holds a reference to us."""
         spin_lock(&self.connection.lock)
-        if connection_is(self.connection, self.generation()):
+        if self.connection.sock == <PyObject *>self:
             store_pointer(place, transfer, RELEASE)
         spin_unlock(&self.connection.lock)
 
@@ -818,6 +849,8 @@ cdef class TstSocket:
         if self.connection.windowed:
             self.connection.frame.size -= size
             self.connection.frame.whole -= size
+        elif self.connection.framed_by != NULL:
+            connection_forget_frame(self.connection)
 
     cdef ssize_t read_to(self, char *place, size_t size) except -1:
         """Input that was read ahead first, then what the kernel has."""
@@ -974,26 +1007,44 @@ cdef int publish_socket(tst_connection *connection, TstSocket sock) except -1:
     return 0
 
 
-cdef int forget_socket(tst_connection *connection) except -1:
-    """The slot lets go of its TstSocket, and the socket of what hangs on it."""
+cdef TstSocket take_socket(tst_connection *connection):
+    """The slot lets go of its TstSocket, which is to be let go of with let_socket_go(). None: it had none."""
     cdef TstSocket sock
     spin_lock(&connection.lock)
     held = connection.sock
     connection.sock = NULL
-    connection.recv = NULL
-    connection.send = NULL
+    store_pointer(<void **>&connection.recv, NULL, RELEASE)
+    store_pointer(<void **>&connection.send, NULL, RELEASE)
     spin_unlock(&connection.lock)
+    connection.compiled = NULL
     if held == NULL:
-        return 0
+        return None
     sock = <TstSocket>held
     Py_DECREF(sock)
+    return sock
+
+
+cdef int let_socket_go(TstSocket sock) except -1:
+    """A socket whose connection is over lets go of what hangs on it. Whatever that is may run code of the user's."""
     free_state(sock)
-    connection.compiled = NULL
     sock.active = None
     sock.reason = None
     sock.user_data = None
     sock.handler = None
     return 0
+
+
+cdef int let_sockets_go(list socks) except -1:
+    """Those that close_down() has taken; no lock is held."""
+    for sock in socks:
+        if sock is not None:
+            let_socket_go(sock)
+    return 0
+
+
+cdef int forget_socket(tst_connection *connection) except -1:
+    cdef TstSocket sock = take_socket(connection)
+    return 0 if sock is None else let_socket_go(sock)
 
 
 cdef int make_state(TstSocket sock, TstNogilHandler handler) noexcept:
@@ -1036,7 +1087,8 @@ cdef class TstHandler:
         framing, whatever has arrived. Returning bytes sends them as one message."""
 
     def on_writable(self, sock):
-        """need_send() was asked for and the kernel takes output, or a TstStat.SEND has been handed to it whole."""
+        """need_send() was asked for and the kernel takes output; a TstStat.SEND has been handed to it whole; or, of a
+        socket for which more than high_water had waited, no more than low_water still does."""
 
     def on_disconnect(self, sock, reason):
         """The connection is over; called once for each on_connect that accepted. reason: None when the peer or this
@@ -1055,8 +1107,14 @@ cdef class TstHandler:
 
     def on_error(self, sock, exc):
         """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected
-        afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND."""
-        logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
+        afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND.
+
+        Unless overridden it logs each of them: a hook's with its traceback, in which control characters are escaped.
+        """
+        if isinstance(exc, MessageTooLarge):
+            logger.warning("socket %d is closed: %s", sock.sd, exc)
+        else:
+            logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
 
 
 cdef class TstNogilHandler(TstHandler):
@@ -1210,13 +1268,73 @@ cdef bint gil_is_on() except -1:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-# Pools that have workers, for the interpreter's exit and for forks.
-_running = weakref.WeakSet()
+# Pools that have descriptors, for the interpreter's exit and for forks.
+_open = weakref.WeakSet()
+
+
+cdef class PoolMutex:
+    """A pool's mutex. A thread that holds it may be interrupted by itself: by a signal handler, or a finalizer that the
+    garbage collector runs, which calls the pool in its turn. `with` says whether that is so.
+
+    What is in the middle of start() or listen() then is good enough for all but stop(), which waits until it is over.
+    """
+
+    cdef object lock
+    cdef int depth
+
+    def __cinit__(self):
+        self.lock = threading.RLock()
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.depth += 1
+        return self.depth > 1
+
+    def __exit__(self, *exc_info):
+        self.depth -= 1
+        self.lock.release()
+
+
+cdef class RunsEnd:
+    """The end of one run of a pool, from start() on; it comes once.
+
+    As a threading.Event, with one difference: it has no lock that a thread would hold while it waits, so that a signal
+    handler which interrupts that may wait too.
+    """
+
+    cdef object lock           # held until then
+    cdef uint32_t over         # atomic
+
+    def __cinit__(self, over):
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        if over:
+            self.set()
+
+    def set(self):
+        if not exchange32(&self.over, 1, ACQ_REL):
+            self.lock.release()
+
+    def is_set(self):
+        return load32(&self.over, ACQUIRE) != 0
+
+    def wait(self, seconds):
+        """At most so long. True: it has come. What handlers of signals raise is raised."""
+        if self.lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+            self.lock.release()
+        PyErr_CheckSignals()           # one may have come before the wait, or to another thread; no bytecode looks here
+        return self.is_set()
 
 
 cdef class TstPool:
-    """A TCP server thread pool over epoll: it listens, accepts, reads, calls the handler on a worker thread, sends,
-    frees.
+    """TstPool(handler=None, *, framing=None, workers=None, copy=True, trigger="level", max_recv_size=4096,
+max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool", max_connections=None,
+when_full="wait", first_byte_timeout=15.0, message_timeout=60.0, idle_timeout=75.0, write_timeout=60.0,
+linger_timeout=5.0, high_water=65536, low_water=16384, max_queued=1048576, on_overflow="raise", auto_pause=True,
+max_total_queued=268435456, busy_poll=0.0, keepalive=None)
+--
+
+    A TCP server thread pool over epoll: it listens, accepts, reads, calls the handler on a worker thread, sends, frees.
 
     handler: a TstHandler, or a function of one socket; may be missing until create() brings it.
     framing: how input is cut into messages, for listeners and sockets that are not told otherwise: Fixed, Delimited,
@@ -1224,14 +1342,16 @@ cdef class TstPool:
     workers: threads; default min(32, cores + 4). Handlers that block hold one each.
     copy: on_message gets bytes; False: a read-only memoryview of the message where it was received, valid inside the
     call and released after it. Using it later raises ValueError. A slice or array made of it stays valid, and keeps the
-    receive buffer, up to 256 KiB, or the message. sock.read() gets nothing in such a call.
+    receive buffer, up to 256 KiB, or the message. sock.read() gets nothing in such a call. It is for messages of many
+    KiB: making and releasing a memoryview takes longer than copying a small one.
     trigger: "level", "oneshot" or "edge": how descriptors are armed. Same results from all three; "level" is fastest.
     max_recv_size, max_send_size: bytes in each socket's recv_data and send_data.
     shards: epoll sets, each polled by one worker at a time. Default: 1 under a GIL, one a core on a free-threaded build
     or with a TstNogilHandler; never more than workers.
-    max_connections: accepted and added, open at the same time; default 10,000, or the process's limit of descriptors
-    less 32 where that is lower. when_full: "wait": more clients wait in the kernel's backlog until one leaves (another
-    pool or process may take them, or they give up); "close": they are accepted and closed.
+    max_connections: open at the same time, accepted and added; default 10,000, or the process's limit of descriptors
+    less 32 where that is lower. It stops accepting; connect() and addsocket() count, but are never refused. when_full:
+    "wait": more clients wait in the kernel's backlog until one leaves (another pool or process may take them, or they
+    give up); "close": they are accepted and closed.
     first_byte_timeout, message_timeout, idle_timeout: seconds that an accepted connection may take until its first byte
     (15), from the first byte of a message to its last, however steadily it sends (60), between messages (75).
     write_timeout: seconds in which a peer takes none of the output that waits for it (60). None: for ever. When one has
@@ -1269,6 +1389,7 @@ cdef class TstPool:
         pthread_cond_init(&self.engine.watch, &monotonic)
         pthread_condattr_destroy(&monotonic)
 
+    @cython.embedsignature(False)
     def __init__(self, handler=None, *, framing=None, workers=None, copy=True, trigger="level", max_recv_size=4096,
                  max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool",
                  max_connections=None, when_full="wait", first_byte_timeout=15.0, message_timeout=60.0,
@@ -1299,10 +1420,9 @@ cdef class TstPool:
         self.engine.close_excess = when_full == "close"
         self.keepalive = 0 if keepalive is None else number_within(keepalive, "keepalive", 1, 32767)
         self.copy = bool(copy)
-        self.mutex = threading.Lock()
+        self.mutex = PoolMutex()
         self.limits_from(self.timeouts)
-        self.ended = threading.Event()
-        self.ended.set()
+        self.ended = RunsEnd(True)
         self.threads = []
         self.listeners = []
         self.name = str(name)
@@ -1321,7 +1441,7 @@ cdef class TstPool:
     def __dealloc__(self):
         if self.engine == NULL or self.dead:       # a forked child leaves the parent's memory as it found it
             return
-        self.close_descriptors()
+        let_sockets_go(self.close_descriptors())
         self.free_memory()
         pthread_cond_destroy(&self.engine.watch)
         pthread_cond_destroy(&self.engine.standby)
@@ -1348,6 +1468,7 @@ cdef class TstPool:
 
     @property
     def trigger(self):
+        """As it was given: "level", "oneshot" or "edge"."""
         return {number: name for name, number in TRIGGERS.items()}[self.engine.trigger]
 
     @property
@@ -1359,12 +1480,13 @@ cdef class TstPool:
 
     cdef int set_hook(self, str name, object function) except -1:
         self.check_alive()
-        if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED:
-            raise TstError("hooks are set before start()")
-        if function is None:
-            self.hooks.pop(name, None)
-        else:
-            self.hooks[name] = function
+        with self.mutex:               # else workers might look it up that start right now
+            if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED:
+                raise TstError("hooks are set before start()")
+            if function is None:
+                self.hooks.pop(name, None)
+            else:
+                self.hooks[name] = function
         return 0
 
     def setEventNewConnected(self, f):
@@ -1389,7 +1511,7 @@ cdef class TstPool:
     @property
     def framing(self):
         """How input is cut into messages, unless a listener or a socket says otherwise."""
-        return self.framings[0]
+        return PyObject_GetItem(self.framings, 0)      # without a GIL, too, beside a listen() that adds to it
 
     def listen(self, host, port=0, backlog=1024, framing=THE_POOLS, *,
                first_byte_timeout=THE_POOLS, message_timeout=THE_POOLS, idle_timeout=THE_POOLS,
@@ -1414,11 +1536,13 @@ cdef class TstPool:
         try:
             for listener in sockets if self.keepalive else ():
                 _net.keep_alive(listener, self.keepalive)
-            return [self.add_listener(listener, used, limits) for listener in sockets][0]
+            address = [self.add_listener(listener, used, limits) for listener in sockets][0]
         except BaseException:
             for listener in sockets:
                 _net.discard_listener(listener)
             raise
+        self.stop_if_asked()
+        return address
 
     cdef tst_limits *limits_from(self, dict timeouts) except NULL:
         """The limits of a listener, in seconds, where THE_POOLS stands for the pool's. They live as long as the
@@ -1496,8 +1620,11 @@ cdef class TstPool:
 
         sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close;
         when the call raises it stays as it was.
-        type: its TstSockType; LISTEN adopts a listening socket (and returns None). handler: as sock.handler.
-        framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect is called on a worker.
+        type: its TstSockType; LISTEN adopts a listening socket, without handler and user_data, and returns None.
+        handler: as sock.handler. framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect
+        is called on a worker. Deadlines for input are for accepted connections: this one may be silent for ever.
+        Raises ValueError for a socket that is closed, that the pool has already, or that does not listen although it is
+        added as LISTEN; TstError while the pool stops; OSError, MemoryError.
         """
         self.check_alive()
         if load32(&self.engine.phase, ACQUIRE) > PHASE_RUNNING:
@@ -1538,6 +1665,7 @@ cdef class TstPool:
             publish_socket(connection, made)
             add64(&self.added, 1, RELAXED)
             self.begin(id)
+        self.stop_if_asked()
         return made
 
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept:
@@ -1577,6 +1705,8 @@ cdef class TstPool:
         cdef tst_shard *shard
         if self.opened:
             return 0
+        with WORKERS_END:
+            _open.add(self)
         self.n_shards = self.shards_to_open()
         if accept4(-1, NULL, NULL, 0) < 0 and errno == ENOSYS:
             raise system_error(ENOSYS, "this kernel has no accept4, which tstpool needs (Linux 2.6.28 or newer)")
@@ -1620,6 +1750,7 @@ cdef class TstPool:
             if threads:                # outside the mutex: it waits for handlers, which may want that
                 self.give_up(threads)
             raise
+        self.stop_if_asked()
 
     cdef int start_locked(self, list threads) except -1:
         """Adds the workers' threads to `threads`: from then on there is something to give up."""
@@ -1635,15 +1766,15 @@ cdef class TstPool:
         self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)
         store64(&self.engine.slow_look, 0, RELEASE)
         self.engine.call_longest = self.binding.on_most_elapsed is not None
-        self.fault = None
+        with cython.critical_section(self):
+            self.fault = None
         self.live_workers = 0
         made = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
                 for no in range(self.n_workers)]
         threads.extend(made)
-        self.ended.clear()
+        self.ended = RunsEnd(False)
         self.threads = made
         with WORKERS_END:
-            _running.add(self)
             if interpreter_ends:
                 raise TstError("the interpreter is shutting down")
         store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
@@ -1658,7 +1789,8 @@ cdef class TstPool:
             none = self.live_workers == 0
         if none:
             with self.mutex:
-                self.close_down()
+                gone = self.close_down()
+            let_sockets_go(gone)
         else:
             self.begin_stop(0)
         for thread in threads:
@@ -1680,8 +1812,10 @@ cdef class TstPool:
         try:
             worker = new_worker(self, no)
             worker.run()
-        except BaseException:
-            logger.critical("worker %d of %s broke", no, self.name, exc_info=True)
+        except BaseException as error:
+            log(logging.CRITICAL, "worker %d of %s broke", no, self.name, exc_info=error)
+            if worker is not None:     # nobody knows what it has left half done
+                worker_broke(worker, error)
             raise
         finally:
             with WORKERS_END:
@@ -1691,7 +1825,8 @@ cdef class TstPool:
                     self.launch += 1
             if last:
                 with self.mutex:
-                    self.close_down()
+                    gone = self.close_down()
+                let_sockets_go(gone)
 
     cdef int begin_stop(self, uint64_t drain) except -1:
         """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
@@ -1709,43 +1844,52 @@ cdef class TstPool:
     def stop(self, drain=5.0):
         """Stops: no more clients, running handlers finish, queued output is sent, connections close, workers end.
 
-        drain: seconds that all this may take; what is still open then is cut off. Returns True when everything has
-        ended, False when a handler still runs (its worker ends when the handler does; no thread is ever killed). From
-        a handler: starts the stop and returns. Harmless when repeated, or before start().
+        drain: seconds after which what is still open is cut off; then only handlers are waited for, at most 5 seconds
+        more and only as long as they return and others begin. Returns True when everything has ended, False when a
+        handler still runs (its worker ends when the handler does; no thread is ever killed). From a handler: starts the
+        stop and returns. May be repeated, on several threads at once, and before start(). Listeners are gone then, and
+        the file of a unix socket is removed: who starts the pool again calls listen() again.
         """
         cdef uint64_t patience = nanoseconds(drain, "drain")
+        cdef list gone = None
         self.check_alive()
-        with self.mutex:
-            if self.ended.is_set():
-                self.close_down()
-                return True
-            self.begin_stop(patience)
-            threads = self.threads
+        with self.mutex as interrupted:
+            if interrupted:            # this thread is in the middle of start() or listen(), which will see to it
+                return self.stop_later(patience)
+            ended, threads = self.ended, self.threads
+            if ended.is_set():
+                gone = self.close_down()
+            else:
+                self.begin_stop(patience)
+        if gone is not None:
+            let_sockets_go(gone)
+            return True
         if threading.current_thread() in threads:
             return False
-        if not self.wait_ended(float(drain)):
+        if not wait_ended(self, ended, float(drain)):
             return False
         for thread in threads:
             if thread.ident is not None:       # else start() has failed before it
                 thread.join()
         return True
 
-    cdef bint wait_ended(self, double drain) except -1:
-        """Waits for the workers: through the drain, then for as long as they make progress."""
-        if self.ended.wait(drain + 0.05):
-            return True
-        self.cut_off()
-        for _ in range(100):
-            before = worker_calls(self.engine)
-            if self.ended.wait(0.05):
-                return True
-            after = worker_calls(self.engine)
-            if before == after and any(calls % 2 for calls in after):
-                return False           # nothing moves, and somebody is inside a handler
-        return self.ended.is_set()
+    cdef bint stop_later(self, uint64_t drain) except -1:
+        """stop(), called by a signal handler or a finalizer on a thread that holds the mutex already."""
+        if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING:
+            self.begin_stop(drain)
+        else:
+            self.stop_asked = True
+        return False
+
+    cdef int stop_if_asked(self) except -1:
+        """What stop_later() has left, once the mutex is free."""
+        if self.stop_asked:
+            self.stop(0)
+        return 0
 
     cdef int cut_off(self) except -1:
-        """Nobody may be left to do it: ends every connection's traffic, so that no peer waits for a stuck handler."""
+        """Nobody may be left to do it: ends every connection's traffic, so that no peer waits for a stuck handler.
+        Mutex held."""
         cdef int chunk, i
         cdef tst_connection *first
         cdef tst_connection *connection
@@ -1759,23 +1903,27 @@ cdef class TstPool:
                 spin_unlock(&connection.lock)
         return 0
 
-    cdef int close_down(self) except -1:
+    cdef list close_down(self):
         """Nobody works any more: gives descriptors back. Mutex held: what is added meanwhile is either closed here, or
-        waits for the next start."""
+        waits for the next start. Returns what let_sockets_go() is to get when the mutex is free."""
+        self.stop_asked = False
         for address in self.listeners:
             _net.unlink_socket(address)
         self.listeners.clear()         # the same list: others may be looking at it
         store32(&self.engine.n_listeners, 0, RELAXED)
-        self.close_descriptors()
+        gone = self.close_descriptors()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
-        _running.discard(self)
+        with WORKERS_END:
+            _open.discard(self)
         self.ended.set()
-        return 0
+        return gone
 
-    cdef void close_descriptors(self) noexcept:
-        """Closes what is still open, without a word to anybody: a fork's child, a pool that was never started."""
+    cdef list close_descriptors(self):
+        """Closes what is still open, without a word to anybody: a pool that was never started, what came too late.
+        Returns its TstSockets."""
         cdef int chunk, i
         cdef uint64_t word
+        cdef list gone = []
         cdef tst_connection *first
         cdef tst_connection *connection
         for chunk in range(TABLE_CHUNKS):
@@ -1785,16 +1933,14 @@ cdef class TstPool:
                 spin_lock(&connection.lock)        # cut_off() or waiting() may be about to use the descriptor
                 word = load64(&connection.state, ACQUIRE)
                 if word & STATE_OPEN:
+                    connection_wait_for_flusher(connection)
                     output_drop(connection)
                     input_free(&connection.input)
                     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
                     close(connection.fd)
                 spin_unlock(&connection.lock)
                 if word & STATE_OPEN:
-                    try:
-                        forget_socket(connection)
-                    except BaseException:
-                        logger.exception("while closing a connection")
+                    gone.append(take_socket(connection))
         self.drop_all_litter()
         for i in range(self.engine.n_shards):
             close_once(&self.engine.shards[i].epoll_fd)
@@ -1804,8 +1950,11 @@ cdef class TstPool:
             self.engine.shards[i].todo = NULL
             self.engine.shards[i].listeners = NULL
             self.engine.shards[i].accept_again = 0
+            self.engine.shards[i].batch = NULL
+            store64(&self.engine.shards[i].token, 0, RELEASE)      # a worker that broke may have had it
             store32(&self.engine.shards[i].open, 0, RELEASE)
         self.opened = False
+        return gone
 
     cdef void abandon(self) noexcept:
         """In a forked child: the workers are gone, in the middle of anything. Closes descriptors, lets go of every lock
@@ -1861,8 +2010,7 @@ cdef class TstPool:
         self.dead = True
         self.abandon()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
-        self.ended = threading.Event()
-        self.ended.set()
+        self.ended = RunsEnd(True)
         self.threads = []
 
     def serve_forever(self, drain=5.0):
@@ -1875,14 +2023,17 @@ cdef class TstPool:
         if not self.running:
             self.start()
         try:
+            ended = self.ended
             # In slices: a signal between CPython's last look for one and its wait would be noticed only with the next.
-            while not self.ended.wait(0.1):
+            while not ended.wait(0.1):
                 pass
         except BaseException:
             self.stop(drain)
             raise
-        if self.fault is not None:
-            raise self.fault
+        with cython.critical_section(self):
+            fault = self.fault
+        if fault is not None:
+            raise fault
 
     def __enter__(self):
         if not self.running:
@@ -2095,6 +2246,23 @@ cdef class TstPool:
             end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
 
 
+cdef bint wait_ended(TstPool pool, object ended, double drain) except -1:
+    """Waits for the workers of that run: through the drain, then for as long as they make progress."""
+    if ended.wait(drain + 0.05):
+        return True
+    with pool.mutex:
+        if not ended.is_set():         # else another thread may have started the pool anew
+            pool.cut_off()
+    for _ in range(100):
+        before = worker_calls(pool.engine)
+        if ended.wait(0.05):
+            return True
+        after = worker_calls(pool.engine)
+        if before == after and any(calls % 2 for calls in after):
+            return False               # nothing moves, and somebody is inside a handler
+    return ended.is_set()
+
+
 cdef object look_at_counters(TstPool pool):
     """Adds up what the workers have counted."""
     cdef tst_stats sum
@@ -2114,7 +2282,9 @@ cdef object look_at_counters(TstPool pool):
         bytes_out=sum.bytes_out + load64(&pool.bytes_outside, RELAXED), spins=sum.spins,
         stale_events=sum.stale_events, accept_errors=sum.accept_errors, controls=sum.controls,
         accept_pauses=sum.accept_pauses, rejected_connections=sum.rejected, idle_closed=sum.idle_closed,
-        deadline_closed=sum.deadline_closed, overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),
+        deadline_closed=sum.deadline_closed, too_large_closed=sum.too_large_closed,
+        overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),
+        overflow_refused=load64(&pool.engine.total.overflow_refused, RELAXED),
         bytes_queued=load64(&pool.engine.total.queued, RELAXED), workers=tuple(workers))
 
 
@@ -2172,6 +2342,7 @@ cdef void begin_counting(TstPool pool, uint64_t added) noexcept:
     store64(&pool.added, added, RELAXED)
     store64(&pool.bytes_outside, 0, RELAXED)
     store64(&pool.engine.total.overflow_closed, 0, RELAXED)
+    store64(&pool.engine.total.overflow_refused, 0, RELAXED)
     add32(&pool.engine.counters_version, 1, RELEASE)
 
 
@@ -2220,7 +2391,7 @@ cdef bint TICKS_COUNT = kernel_counts_ticks()
 
 
 # Guards the pools' counts of live workers, and `interpreter_ends`.
-WORKERS_END = threading.Lock()
+WORKERS_END = threading.RLock()        # a signal handler may come while the same thread holds it
 cdef bint interpreter_ends = False
 
 
@@ -2409,7 +2580,7 @@ cdef class Worker:
         batch = self.resume(shard) if taken_over[0] else batch_get(self.engine)
         if batch == NULL:
             if not taken_over[0]:          # no memory: somebody else may have a batch, or we the next time
-                logger.error("worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)
+                log(logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)
                 time.sleep(0.01)
                 with nogil:
                     shard_yield(self.engine, self.worker, shard)
@@ -2459,9 +2630,9 @@ cdef class Worker:
             elif turn == TURN_LITTER:
                 drop_litter(&shard.stock)
             else:
-                self.pool.fault = system_error(-turn, "epoll_wait: " + os.strerror(-turn))
-                logger.critical("%s stops: %s", self.pool.name, self.pool.fault)
-                self.pool.begin_stop(0)
+                fault = system_error(-turn, "epoll_wait: " + os.strerror(-turn))
+                log(logging.CRITICAL, "%s stops: %s", self.pool.name, fault)
+                stop_for(self.pool, fault)
 
     cdef tst_batch *resume(self, tst_shard *shard) except? NULL:
         """Goes on where a stuck worker was: its batch's handlers that have not run, then the events it did not get to.
@@ -2522,15 +2693,28 @@ cdef class Worker:
             connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
         try:
             self.run_entry(entry)
-        except MemoryError:            # of the interpreter, outside a handler: this connection ends, the worker lives
-            connection_break(entry.connection, ENOMEM)
-            connection_keep_input(entry.connection)
-            if entry.connection.sock == NULL:
-                entry.what = DO_RETIRE         # no handler has heard of it
+        except BaseException as error:
+            self.drop_entry(entry, error)
         finally:
             self.worker.current = NULL
             store32(&entry.state, ENTRY_RAN, RELEASE)
         return True
+
+    cdef int drop_entry(self, tst_entry *entry, object error) except -1:
+        """Something failed outside a handler, for want of memory most likely: this connection ends, the worker goes
+        on."""
+        cdef tst_connection *connection = entry.connection
+        cdef bint no_memory = isinstance(error, MemoryError)
+        if not no_memory:
+            log(logging.ERROR, "the connection with socket %d is broken", connection.fd, exc_info=error)
+        if self.worker.calls % 2:
+            worker_leave(self.worker)
+        connection_break(connection, ENOMEM if no_memory else EIO)
+        connection_keep_input(connection)
+        if connection.sock == NULL or (connection.closing and not no_memory):
+            entry.what = DO_RETIRE     # no handler has heard of it, or it was its end that failed
+            forget_socket(connection)
+        return 0
 
     cdef int run_entry(self, tst_entry *entry) except -1:
         """All that is due for one connection: connect, writable, messages, disconnect, in this order."""
@@ -2620,8 +2804,8 @@ cdef class Worker:
                 connection_apply(sock.connection, self.worker, stat)
         if hook is not None:
             result = self.call(sock, binding, hook, NOTHING)
-            stat = <int>result if result is not None and isinstance(result, int) and result > TST_SEND else TST_SUSPEND
-            if stat == TST_SUSPEND:
+            stat = stat_from(result) if isinstance(result, int) else TST_SUSPEND
+            if stat <= TST_SEND:
                 self.apply(sock, binding, result, None, NOTHING)
         if stat > TST_SEND:
             sock.connection.connected = False
@@ -2718,7 +2902,7 @@ cdef class Worker:
                 self.failed(sock, binding, error)
             worker_leave(self.worker)
         elif result == <PyObject *>None:
-            if sock.connection.send != NULL:
+            if connection_send(sock.connection) != NULL:
                 connection_apply(sock.connection, self.worker, TST_SUSPEND)
         elif type(<object>result) is bytes and PyBytes_GET_SIZE(<object>result) < SHARE_LEAST:
             queued = sock.append(PyBytes_AS_STRING(<object>result), <size_t>PyBytes_GET_SIZE(<object>result), NULL,
@@ -2742,7 +2926,7 @@ cdef class Worker:
     cdef bint message(self, TstSocket sock, Binding binding) except -1:
         """One message. False: a function left it unread, so it is to be called again, after the others."""
         cdef tst_connection *connection = sock.connection
-        cdef bint whole = connection.framed or (connection.recv != NULL and data_requested(connection.recv))
+        cdef bint whole = connection.framed or connection_awaits_transfer(connection)
         cdef bint handed_out
         connection.message_ready = False
         connection.has_read = False
@@ -2773,6 +2957,7 @@ cdef class Worker:
 
     cdef bint refuse(self, TstSocket sock, Binding binding) except -1:
         """The peer sends a message longer than allowed: on_error hears of it, and the connection closes anyway."""
+        count(&self.worker.stats.too_large_closed, 1)
         sock.connection.message_ready = False
         sock.connection.unfinished = True      # it is still sending: what it is told must survive that (linger)
         input_free(&sock.connection.input)
@@ -2800,7 +2985,8 @@ cdef class Worker:
         if binding is self.binding or not is_run(result):
             self.apply(sock, binding, result, None, NOTHING)
         elif self.binding.function is None:
-            self.message_to_pool(sock, data if view is None else view)
+            verdict = self.message_to_pool(sock, data if view is None else view)
+            self.apply(sock, self.binding, verdict, None, NOTHING)
         else:
             if not whole or connection.windowed:
                 give_back(connection, data)
@@ -2821,8 +3007,8 @@ cdef class Worker:
             return True
         size = sock.unread()
         if transfer:
-            begin = connection.recv.req_pos
-            view = memoryview(sock.recv_data)[begin:begin + connection.recv.req_len].toreadonly()
+            begin = connection_recv(connection).req_pos
+            view = memoryview(sock.recv_data)[begin:begin + connection_recv(connection).req_len].toreadonly()
         else:
             loan = new_loan(connection.input.view, size)
             view = memoryview(loan)
@@ -2831,7 +3017,7 @@ cdef class Worker:
         result = self.call(sock, binding, binding.on_message, view)
         passed_on = binding is not self.binding and is_run(result)
         if passed_on and self.binding.function is None:
-            self.message_to_pool(sock, view)
+            result = self.message_to_pool(sock, view)
         release_view(view)
         if loan is not None:
             loan.end(connection, self.batch)
@@ -2841,13 +3027,13 @@ cdef class Worker:
             return self.function_message(sock, self.binding, whole)
         if loan is not None:
             sock.took(size)
-        if not passed_on:
-            self.apply(sock, binding, result, None, NOTHING)
+        self.apply(sock, self.binding if passed_on else binding, result, None, NOTHING)
         return True
 
-    cdef bint message_to_pool(self, TstSocket sock, object data) except -1:
+    cdef object message_to_pool(self, TstSocket sock, object data):
         """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler. If that is a compiled
-        one with a C state for each connection, which this connection has not, its on_message gets it."""
+        one with a C state for each connection, which this connection has not, its on_message gets it. Returns what it
+        has returned, to be applied when `data` is not needed any more."""
         cdef const tst_compiled *compiled = &self.pool.binding.compiled
         cdef Py_buffer view
         cdef int stat = TST_RUN
@@ -2859,28 +3045,26 @@ cdef class Worker:
                 worker_leave(self.worker)
             PyBuffer_Release(&view)
             if stat != TST_RUN:
-                connection_apply(sock.connection, self.worker, stat)
-                return True
-        if self.binding.on_message is not None:
-            verdict = self.call(sock, self.binding, self.binding.on_message, data)
-            self.apply(sock, self.binding, verdict, None, NOTHING)
-        return True
+                return stat
+        return None if self.binding.on_message is None else self.call(sock, self.binding, self.binding.on_message, data)
 
     cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1:
         """A message for a function, which reads it itself. False: it did not, so it is to be called again."""
         cdef tst_connection *connection = sock.connection
-        if connection.recv != NULL:
-            data_set_unread(connection.recv, 0 if whole and not connection.windowed else sock.unread())
+        if connection_recv(connection) != NULL:
+            data_set_unread(connection_recv(connection), 0 if whole and not connection.windowed else sock.unread())
         result = self.call(sock, binding, binding.function, NOTHING)
         if binding is not self.binding and is_run(result):
             if self.binding.function is None:
                 if whole or sock.unread():
-                    return self.message_to_pool(sock, self.payload(sock))
+                    verdict = self.message_to_pool(sock, self.payload(sock))
+                    self.apply(sock, self.binding, verdict, None, NOTHING)
+                    return True
             else:
                 return self.function_message(sock, self.binding, whole)
         self.apply(sock, binding, result, None, NOTHING)
         if whole or connection.has_read or connection.closing or connection.hold_input or (
-                connection.recv != NULL and data_requested(connection.recv)):
+                connection_awaits_transfer(connection)):
             return True
         if connection.end_of_input:
             input_free(&connection.input)      # the handler has seen it and does not want it, and no more will come
@@ -2892,9 +3076,9 @@ cdef class Worker:
     cdef object payload(self, TstSocket sock):
         """The message as bytes: of its frame, of the transfer that was asked for, or all that has arrived."""
         cdef tst_connection *connection = sock.connection
-        if not connection.windowed and connection.recv != NULL and data_requested(connection.recv):
-            return PyBytes_FromStringAndSize(connection.recv.s + connection.recv.req_pos,
-                                             <Py_ssize_t>connection.recv.req_len)
+        if not connection.windowed and connection_awaits_transfer(connection):
+            return PyBytes_FromStringAndSize(connection_recv(connection).s + connection_recv(connection).req_pos,
+                                             <Py_ssize_t>connection_recv(connection).req_len)
         data = PyBytes_FromStringAndSize(connection.input.view, <Py_ssize_t>sock.unread())
         sock.took(sock.unread())
         return data
@@ -2929,7 +3113,9 @@ cdef class Worker:
             self.notify(sock, connection.compiled.disconnected)
         if connection.connected and hook is not None:
             result = self.call(sock, binding, hook, reason)
-            if result is not None and isinstance(result, int) and result == TST_RECONNECTED:
+            # Not while the pool stops: nobody would ask the fresh connection to close.
+            if (isinstance(result, int) and stat_from(result) == TST_RECONNECTED
+                    and load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING):
                 connection_reconnect(connection)
                 return False
         forget_socket(connection)
@@ -2959,8 +3145,8 @@ cdef class Worker:
                 self.binding.on_most_elapsed(sock, elapsed / 1e9)
             if elapsed >= self.engine.slow_handler and self.binding.on_slow is not None:
                 self.binding.on_slow(sock, elapsed / 1e9)
-        except BaseException:
-            logger.exception("on_slow raised")
+        except BaseException as error:
+            log(logging.ERROR, "on_slow raised", exc_info=error)
         return 0
 
     cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1:
@@ -2968,16 +3154,16 @@ cdef class Worker:
         cdef tst_connection *connection = sock.connection
         cdef int stat
         if result is None:
-            if connection.send != NULL:
+            if connection_send(connection) != NULL:
                 connection_apply(connection, self.worker, TST_SUSPEND)
             return 0
         if type(result) is bytes:
             return self.reply(sock, binding, result)
         if not isinstance(result, int):
-            wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {result!r:.100}")
+            wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {type(result).__name__}")
             self.failed(sock, binding, wrong)
             return 0
-        stat = <int>(result if -1 < result < 100 else TST_DISCONNECT)
+        stat = stat_from(result)
         if stat == TST_RUN and binding is not self.binding and hook is not None:
             return self.apply(sock, self.binding, self.call(sock, self.binding, hook, argument), None, NOTHING)
         connection_apply(connection, self.worker, stat)
@@ -3001,8 +3187,8 @@ cdef class Worker:
         try:
             verdict = hook(sock, error)
         except BaseException as second:
-            logger.error("on_error raised on socket %d", sock.sd, exc_info=second)
-        if verdict is not None and verdict == TST_SUSPEND:
+            log(logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
+        if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
             return 0
         sock.reason = error
         connection_begin_close(sock.connection)
@@ -3016,8 +3202,8 @@ cdef class Worker:
         try:
             if self.binding.on_idle is not None:
                 self.binding.on_idle(self.worker.no)
-        except BaseException:
-            logger.exception("on_idle raised")
+        except BaseException as error:
+            log(logging.ERROR, "on_idle raised", exc_info=error)
         finally:
             store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
         return 0
@@ -3032,11 +3218,11 @@ cdef class Worker:
         try:
             no = slow_next(self.engine, 0, &again)
             while no >= 0:
-                logger.warning("%s-%d has been in a handler for %.3f s and more%s", self.pool.name, no,
-                               self.engine.slow_handler / 1e9, stack_of(self.engine.workers[no].ident))
+                log(logging.WARNING, "%s-%d has been in a handler for %.3f s and more%s", self.pool.name, no,
+                    self.engine.slow_handler / 1e9, stack_of(self.engine.workers[no].ident))
                 no = slow_next(self.engine, no + 1, &again)
-        except BaseException:
-            logger.exception("a slow handler could not be logged")
+        except BaseException as error:
+            log(logging.ERROR, "a slow handler could not be logged", exc_info=error)
         finally:
             store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
         if again:
@@ -3050,7 +3236,7 @@ cdef class Worker:
         self.worker.accept_errno = 0
         if time.monotonic() - self.complained >= 1.0:
             self.complained = time.monotonic()
-            logger.warning("%s accepts no more connections for now: %s", self.pool.name, text)
+            log(logging.WARNING, "%s accepts no more connections for now: %s", self.pool.name, text)
         return 0
 
 
@@ -3089,7 +3275,7 @@ cdef bint is_quick(tst_connection *connection) noexcept:
     """The message at hand lies in the input, whole: it is no transfer, not too large, and no compiled handler's."""
     if connection.compiled != NULL or connection.body != NULL or (connection.framed and connection.too_large):
         return False
-    return connection.framed or connection.recv == NULL or not data_requested(connection.recv)
+    return connection.framed or not connection_awaits_transfer(connection)
 
 
 cdef void message_take(tst_connection *connection, size_t size) noexcept:
@@ -3116,7 +3302,33 @@ cdef int give_back(tst_connection *connection, bytes data) except -1:
 
 
 cdef bint is_run(object result) except -1:
-    return result is not None and isinstance(result, int) and result == 1
+    return isinstance(result, int) and stat_from(result) == TST_RUN
+
+
+cdef int stat_from(object number) except -1:
+    """A number that a handler has returned as one of TstStat's; whatever is none of them means DISCONNECT."""
+    cdef int overflow = 0
+    cdef long value = PyLong_AsLongAndOverflow(number, &overflow)      # asks no method of a class of the user's
+    return <int>value if not overflow and 0 <= value < 100 else TST_DISCONNECT
+
+
+cdef int stop_for(TstPool pool, object fault) except -1:
+    """The engine ends by itself: serve_forever() raises why."""
+    with cython.critical_section(pool):
+        pool.fault = fault
+    pool.begin_stop(0)
+    return 0
+
+
+cdef int worker_broke(Worker worker, object error) except -1:
+    """Gives back what it holds, so that the others can end."""
+    cdef int i
+    stop_for(worker.pool, error)
+    for i in range(worker.engine.n_shards):
+        if token_held(&worker.engine.shards[i], worker.worker.no):
+            worker.engine.shards[i].batch = NULL
+            shard_yield(worker.engine, worker.worker, &worker.engine.shards[i])
+    return 0
 
 
 # ------------------------------------------------------------------------------------------- end and forks
@@ -3126,17 +3338,17 @@ def _stop_all():
     global interpreter_ends
     with WORKERS_END:
         interpreter_ends = True
-        pools = list(_running)
+        pools = list(_open)
     for pool in pools:
         pool.stop(1.0)
 
 
 def _after_fork_in_child():
     global WORKERS_END
-    WORKERS_END = threading.Lock()
-    for pool in list(_running):
+    WORKERS_END = threading.RLock()
+    for pool in list(_open):
         (<TstPool>pool)._forked()
-    _running.clear()
+    _open.clear()
 
 
 # threading waits for its threads before atexit runs; this hook, which concurrent.futures uses too, runs before that.

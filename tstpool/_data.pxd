@@ -187,6 +187,15 @@ cdef inline bint data_requested(tst_data *data) noexcept nogil:
     return result
 
 
+cdef inline bint data_begun(tst_data *data) noexcept nogil:
+    """A part of what was asked for is there, or all of it."""
+    cdef bint result
+    spin_lock(&data.lock)
+    result = data.com_len != 0
+    spin_unlock(&data.lock)
+    return result
+
+
 cdef inline bint data_complete(tst_data *data) noexcept nogil:
     cdef bint result
     spin_lock(&data.lock)

@@ -12,14 +12,15 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PRESSURE_GONE, PRESSURE_HIGH, connection_is, connection_is_paused, connection_release,
-    connection_takes_messages, connection_wants_input, output_account, output_drop, tst_connection)
+    connection_recv, connection_send, connection_takes_messages, connection_wants_input, output_account, output_drop,
+    tst_connection)
 from tstpool._data cimport (
-    data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume, input_free,
-    input_keep, input_reserve, tst_data)
+    data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
+    input_free, input_keep, input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, frame_next, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, load32, load_pointer,
-    shutdown, store32, tst_rarely)
+    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, load32,
+    sched_yield, shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
@@ -110,7 +111,7 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
 
     Returns bytes received, 0 for the end of input, or -errno.
     """
-    cdef tst_data *data = <tst_data *>load_pointer(<void **>&connection.recv, ACQUIRE)
+    cdef tst_data *data = connection_recv(connection)
     cdef size_t room = 0
     cdef char *place
     cdef ssize_t n = 0
@@ -160,20 +161,34 @@ cdef inline void connection_cut_frame(tst_connection *connection, const tst_fram
     connection.message_ready = result != 0
 
 
+cdef inline void connection_forget_frame(tst_connection *connection) noexcept nogil:
+    """Input has gone that the framing has looked at, and not as a message: nothing is known of what is left. Owner
+    only."""
+    connection.framed_by = NULL
+    connection.scanned = connection.frame.needed = 0
+    connection.too_large = False
+    if connection.framed and connection.body == NULL:
+        connection.message_ready = connection.framed = False
+
+
+cdef inline bint connection_awaits_transfer(tst_connection *connection) noexcept nogil:
+    """The handler has asked for so many bytes (req_len); there is no message before it has them. Owner only."""
+    cdef tst_data *data = connection_recv(connection)
+    return tst_rarely(data != NULL) and data_requested(data)
+
+
 cdef inline bint connection_cut(tst_connection *connection) noexcept nogil:
     """True: a whole message is ready for the handler. Moves unread input into the transfer that was asked for.
 
     Whole means: the transfer is complete (req_len > 0); or, with none asked for, that the framing has found a message,
     or that it never will (too_large); or, with no framing, that anything at all has arrived.
     """
-    cdef tst_data *data
     if not connection_takes_messages(connection):
         return False
     if tst_rarely(connection.body != NULL):
         return connection.message_ready
-    data = <tst_data *>load_pointer(<void **>&connection.recv, ACQUIRE)
-    if tst_rarely(data != NULL) and data_requested(data):
-        return connection_cut_transfer(connection, data)
+    if connection_awaits_transfer(connection):
+        return connection_cut_transfer(connection, connection_recv(connection))
     connection_cut_frame(connection, connection.framing)
     return connection.message_ready
 
@@ -189,6 +204,7 @@ cdef inline bint connection_cut_transfer(tst_connection *connection, tst_data *d
                 connection_break(connection, <int>-used)
                 return False
             input_consume(&connection.input, <size_t>used)
+            connection_forget_frame(connection)
             connection.message_ready = data_complete(data)
     return connection.message_ready
 
@@ -208,9 +224,7 @@ cdef inline bint connection_keep_input(tst_connection *connection) noexcept nogi
     if input_keep(&connection.input) == 0:
         return True
     input_free(&connection.input)
-    if connection.framed and connection.body == NULL:
-        connection.message_ready = False
-    connection.framed_by = NULL            # nor is anything known of it
+    connection_forget_frame(connection)
     connection_break(connection, ENOMEM)
     return False
 
@@ -231,6 +245,16 @@ cdef inline void connection_cut_output(tst_connection *connection) noexcept nogi
     if not connection.flushing:
         flush_result(connection, 0, 0)
     connection.out_closed = True
+
+
+cdef inline void connection_wait_for_flusher(tst_connection *connection) noexcept nogil:
+    """No more output: returns when nobody is in the middle of sending any. Lock held, and let go of meanwhile; who
+    sends needs nothing but that lock to come to an end."""
+    connection.out_closed = connection.out_drop = True
+    while connection.flushing:
+        spin_unlock(&connection.lock)
+        sched_yield()
+        spin_lock(&connection.lock)
 
 
 cdef inline bint connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
@@ -286,7 +310,7 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
 
 cdef inline int connection_transfer(tst_connection *connection, uint64_t now) noexcept nogil:
     """Queues what the handler put into its send buffer (S12). Returns 1 when there was something, 0, or -errno."""
-    cdef tst_data *data = <tst_data *>load_pointer(<void **>&connection.send, ACQUIRE)
+    cdef tst_data *data = connection_send(connection)
     cdef size_t size
     cdef int result = 0
     if data == NULL:
@@ -322,7 +346,7 @@ cdef inline bint connection_sent(tst_connection *connection, uint64_t now) noexc
     if sent:
         connection.call_writable = False
         connection.hold_input = False
-        data = <tst_data *>load_pointer(<void **>&connection.send, ACQUIRE)
+        data = connection_send(connection)
         if data != NULL:
             spin_lock(&data.lock)
             if data.begin_time:
@@ -363,6 +387,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     cdef tst_data *data
     input_free(&connection.input)
     connection_drop_body(connection)
+    connection_forget_frame(connection)
     connection.close_noted = connection.unfinished = connection.heard = connection.aborted = False
     connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
     connection.call_writable = connection.ask_writable = False
@@ -379,10 +404,10 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     store32(&connection.out_error, 0, RELAXED)
     spin_unlock(&connection.lock)
     fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK)
-    data = <tst_data *>load_pointer(<void **>&connection.recv, ACQUIRE)
+    data = connection_recv(connection)
     if data != NULL:
         data_request(data, 0, 0)
-    data = <tst_data *>load_pointer(<void **>&connection.send, ACQUIRE)
+    data = connection_send(connection)
     if data != NULL:
         data_request(data, 0, 0)
     return 0
@@ -398,7 +423,7 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
     elif stat > STAT_SEND:
         connection_transfer(connection, worker.clock)
         connection_begin_close(connection)
-    elif stat == STAT_SEND or connection.send != NULL:
+    elif stat == STAT_SEND or connection_send(connection) != NULL:
         queued = connection_transfer(connection, worker.clock)
         if queued < 0:
             connection_break(connection, -queued)
@@ -442,8 +467,8 @@ cdef inline bint connection_is_unfinished(tst_connection *connection) noexcept n
         return False
     if connection.body != NULL:
         return True
-    if connection.recv != NULL and connection.recv.req_len:
-        return connection.recv.com_len != 0
+    if connection_awaits_transfer(connection):
+        return data_begun(connection_recv(connection))
     return connection.framing != NULL and connection.input.size != 0
 
 
@@ -496,8 +521,10 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
     connection.has_timer = False
     if kind == DEADLINE_NONE or tick_before(tick_of(now), due):
         return
-    if kind != DEADLINE_OUTPUT and sys_unread(connection.fd) and not connection_input_full(connection):
-        return                             # handlers of others have kept us from reading what came in time
+    if kind != DEADLINE_OUTPUT and sys_unread(connection.fd) and not connection_input_full(connection) and (
+            not connection.unfinished or tick_of(now) - due < due - connection.since_tick):
+        return                             # handlers of others have kept us from reading what came in time; but ...
+    # ... a message that goes on arriving gets no more than twice its time.
     if kind == DEADLINE_OUTPUT and sys_writable(connection.fd):
         return                             # nor did we see that the peer has taken something
     count(&worker.stats.idle_closed if kind == DEADLINE_IDLE else &worker.stats.deadline_closed, 1)

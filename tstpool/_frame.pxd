@@ -127,9 +127,12 @@ cdef inline const char *find_delimiter(const tst_framing *framing, const char *b
 cdef inline int frame_delimited(const tst_framing *framing, const char *bytes, size_t size, size_t *scanned,
                                 tst_frame *frame) noexcept nogil:
     cdef size_t overlap = framing.n_delimiter - 1
-    cdef size_t begin = scanned[0] - overlap if scanned[0] > overlap else 0
-    cdef const char *found = find_delimiter(framing, bytes + begin, size - begin)
+    cdef size_t begin = 0
     cdef size_t body
+    cdef const char *found
+    if overlap < scanned[0] <= size:       # more than is there it never is, as long as who drops input says so
+        begin = scanned[0] - overlap
+    found = find_delimiter(framing, bytes + begin, size - begin)
     if found == NULL:
         scanned[0] = size
         frame.needed = size + 1

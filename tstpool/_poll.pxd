@@ -22,7 +22,7 @@ The mask that the kernel holds stands in connection.armed and changes only toget
 Therefore a release that finds input unarmed arms it, whoever silenced it and when: no flag says so, the mask itself
 does.
 
-All system calls of the engine on connections stand here, each behind one function that returns >= 0 or -errno.
+What a turn asks of the kernel stands here, each system call behind one function that returns >= 0 or -errno.
 """
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t

@@ -113,6 +113,15 @@ cdef inline size_t queue_size(tst_queue *queue) noexcept nogil:
     return <size_t>(queue.queued - queue.sent)
 
 
+cdef inline size_t queue_held(tst_queue *queue) noexcept nogil:
+    """Bytes that wait, and those before them that are sent but must stay, because they are part of the same piece. (Not
+    of a broadcast's, which is there for others too.)"""
+    cdef tst_chunk *chunk = queue.head
+    if chunk == NULL or (chunk.shared != NULL and chunk.shared.object == NULL):
+        return queue_size(queue)
+    return queue_size(queue) + chunk.begin
+
+
 cdef inline size_t chunk_room() noexcept nogil:
     """Bytes that fit into a chunk of the usual size."""
     return CHUNK_SIZE - sizeof(tst_chunk)

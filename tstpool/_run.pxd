@@ -14,10 +14,12 @@ is noticed and the shard taken over, exactly as with handlers in Python.
 """
 from libc.stdint cimport uint32_t, uint64_t
 
-from tstpool._conn cimport connection_takes_messages, tst_compiled, tst_connection
-from tstpool._data cimport data_requested, input_consume
+from tstpool._conn cimport (
+    connection_recv, connection_send, connection_takes_messages, tst_compiled, tst_connection)
+from tstpool._data cimport input_consume, tst_data
 from tstpool._entry cimport (
-    STAT_RECONNECTED, STAT_RUN, connection_apply, connection_cut, connection_due, connection_keep_input, entry_finish)
+    STAT_RECONNECTED, STAT_RUN, connection_apply, connection_awaits_transfer, connection_cut, connection_due,
+    connection_keep_input, entry_finish)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely)
@@ -65,9 +67,9 @@ cdef inline size_t message_at_hand(tst_connection *connection, const char **byte
     if connection.framed:
         bytes[0] = connection.input.view + connection.frame.begin
         return connection.frame.size
-    if connection.recv != NULL and data_requested(connection.recv):
-        bytes[0] = connection.recv.s + connection.recv.req_pos
-        return connection.recv.req_len
+    if connection_awaits_transfer(connection):
+        bytes[0] = connection_recv(connection).s + connection_recv(connection).req_pos
+        return connection_recv(connection).req_len
     bytes[0] = connection.input.view
     return connection.input.size
 
@@ -98,7 +100,7 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
         view += frame.whole
         left -= frame.whole
         found = 0
-        if stat or tst_rarely(connection.send != NULL):
+        if stat or tst_rarely(connection_send(connection) != NULL):
             connection_apply(connection, worker, stat)
         if not connection_takes_messages(connection):
             break
@@ -126,9 +128,9 @@ cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint6
         return True
     n[0] += 1
     connection.message_ready = False
-    if connection.recv == NULL or not data_requested(connection.recv):
+    if not connection_awaits_transfer(connection):
         input_consume(&connection.input, size)
-    if stat or connection.send != NULL:
+    if stat or connection_send(connection) != NULL:
         connection_apply(connection, worker, stat)
     return False
 

@@ -12,7 +12,7 @@ from tstpool._types import TstStat
 
 
 def serve(
-    handler: TstHandler | Callable[[TstSocket], TstStat | None],
+    handler: TstHandler | Callable[[TstSocket], TstStat | bytes | None],
     host: str | None = "127.0.0.1",
     port: int = 20001,
     *,

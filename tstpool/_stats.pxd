@@ -84,6 +84,7 @@ cdef struct tst_stats:
     uint64_t rejected        # connections that on_connect refused, or that came when there were too many
     uint64_t idle_closed     # connections that were silent for too long
     uint64_t deadline_closed  # connections that missed another deadline
+    uint64_t too_large_closed  # connections whose message was longer than allowed
 
 
 cdef inline void count(uint64_t *counter, uint64_t amount) noexcept nogil:

@@ -113,8 +113,13 @@ class PoolStats:
     """Connections closed because they were silent for `idle_timeout`."""
     overflow_closed: int
     """Connections closed because too much output waited for them (`on_overflow="close"`)."""
+    overflow_refused: int
+    """How often output was not taken because too much waited: by a send() that raised or went to wait, or a broadcast
+    that left the connection out."""
     bytes_queued: int
-    """Output that waits now because the kernel did not take it."""
+    """Output that waits now because the kernel did not take it, and the sent part of the pieces that it is in."""
     deadline_closed: int
     """Connections closed because they missed another deadline: first byte, message, write, linger."""
+    too_large_closed: int
+    """Connections closed because of a message over their framing's `max_message`."""
     workers: tuple[WorkerStats, ...]
