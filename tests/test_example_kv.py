@@ -519,6 +519,40 @@ def test_the_redis_client_works_unchanged(kv, options):
         assert client.flushdb() is True and client.keys() == []
 
 
+def test_a_pattern_that_would_take_for_ever_is_refused(kv):
+    """What is gone through for each byte of each key may have 1,024 bytes; what is compared, as many as a key."""
+    redis = pytest.importorskip("redis", reason="the redis package is not installed")
+    with redis_client(kv) as client:
+        name = b"k" * 5000
+        assert client.set(name, "found") is True
+        for pattern in (b"[" + name, b"*" + name, name + b"[a]"):
+            with pytest.raises(redis.ResponseError, match="pattern is too long"):
+                client.keys(pattern)
+            assert client.config_get(pattern) == {}
+        assert client.keys(name) == [name]
+        assert client.keys(b"?" * 5000) == [name]
+        assert client.keys(b"[k]*") == [name]
+        assert client.delete(name) == 1
+
+
+SMALL_TOTAL = """
+import tstkv.__main__ as main
+main.MAX_TOTAL_QUEUED = 8 << 20
+main.parse_arguments.__defaults__ = (["--port", "0"],)
+main.main()
+"""
+
+
+def test_replies_that_nobody_reads_have_a_limit_together():
+    """A few bytes ask for a lot: the client that would bring the sum above the limit is closed, the others go on."""
+    with running_tstkv(script=SMALL_TOTAL) as address, redis_client(address) as client, contextlib.ExitStack() as stack:
+        assert client.set("much", b"x" * 1_000_000) is True
+        for _ in range(10):
+            stack.enter_context(connect(address)).sendall(array(b"MGET", *[b"much"] * 20))
+        wait_until(lambda: client.info()["connected_clients"] <= 6)
+        assert client.get("much") == b"x" * 1_000_000
+
+
 @pytest.mark.parametrize("transaction", [True, False])
 def test_the_redis_clients_pipeline_works(kv, transaction):
     with redis_client(kv) as client, client.pipeline(transaction=transaction) as pipeline:

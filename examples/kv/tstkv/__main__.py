@@ -9,6 +9,7 @@ import signal
 import tstpool
 from tstkv import KeyValueHandler, __version__
 
+MAX_TOTAL_QUEUED = 1 << 30  # bytes of replies that wait for all clients; who asks for more is closed
 UNITS = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
 
 
@@ -50,7 +51,7 @@ def main() -> None:
         idle_timeout=None,
         max_queued=None,
         auto_pause=False,
-        max_total_queued=None,
+        max_total_queued=MAX_TOTAL_QUEUED,
     )
     address = pool.listen(options.host, options.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

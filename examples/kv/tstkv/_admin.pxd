@@ -7,7 +7,7 @@ from libc.string cimport memcpy, strlen
 from tstkv._call cimport (
     CALL_CLOSE, CALL_DONE, COMMAND_FAST, COMMAND_GROWS, COMMAND_READS, COMMAND_WRITES, NAME_MOST, argument,
     argument_integer, argument_is, argument_size, kv_call, kv_command, kv_server, n_arguments, reply_wrong_number)
-from tstkv._glob cimport glob_matches
+from tstkv._glob cimport glob_is_too_long, glob_matches
 from tstkv._reply cimport (
     kv_reply, reply_array, reply_bulk, reply_bulk_text, reply_error, reply_integer, reply_lines, reply_map, reply_null,
     reply_null_array, reply_ok, reply_peer_text, reply_set, reply_text)
@@ -211,6 +211,8 @@ cdef inline size_t setting_asked_for(kv_call *call, const char *name) noexcept n
     """The argument of CONFIG GET that `name` matches, or 0."""
     cdef size_t i
     for i in range(2, n_arguments(call)):
+        if glob_is_too_long(argument(call, i), argument_size(call, i)):
+            continue                           # no setting has such a name
         if glob_matches(argument(call, i), argument_size(call, i), name, strlen(name), True):
             return i
     return 0

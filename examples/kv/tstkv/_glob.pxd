@@ -4,11 +4,21 @@
 Everything but `*` matches exactly one byte. So when a match fails, only the last `*` need take one byte more; what an
 earlier one took can stay. No recursion, then, and at most size of pattern times size of text steps.
 """
+from libc.string cimport memchr
+
 from tstkv._text cimport lower
 
 
 cdef inline bint in_range(char first, char last, char byte) noexcept nogil:
     return first <= byte <= last if first <= last else last <= byte <= first
+
+
+cdef enum:
+    PATTERN_MOST = 1024        # bytes in a pattern with `*` or `[`, which are gone through for each byte of a text
+
+
+cdef inline bint glob_is_too_long(const char *pattern, size_t size) noexcept nogil:
+    return size > PATTERN_MOST and (memchr(pattern, c'*', size) != NULL or memchr(pattern, c'[', size) != NULL)
 
 
 cdef inline size_t glob_set(const char *pattern, size_t size, char byte, bint any_case, bint *matches) noexcept nogil:

@@ -1,21 +1,17 @@
 # cython: language_level=3
 """The commands that work on keys, one function each. They answer, and err, as Redis 7.0 does."""
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint64_t
-from libc.string cimport memchr
 
 from tstkv._call cimport (
     CALL_DONE, argument, argument_integer, argument_is, argument_size, kv_call, n_arguments, reply_no_memory,
     reply_syntax, reply_wrong_number, reply_wrong_time)
-from tstkv._glob cimport glob_matches
+from tstkv._glob cimport glob_is_too_long, glob_matches
 from tstkv._reply cimport (
     reply_array, reply_bulk, reply_error, reply_integer, reply_null, reply_ok, reply_peer_end, reply_text)
 from tstkv._table cimport (
     entry_expire, entry_key, entry_value, kv_entry, kv_slot, memory_for, room_for, table_clear, table_find, table_hash,
     table_next, table_prepare, table_remove, table_set)
 from tstkv._text cimport INTEGER_MOST, integer_to_text, text_to_integer
-
-cdef enum:
-    PATTERN_MOST = 1024        # bytes in a pattern with `*`: KEYS takes as many steps as bytes in pattern times keys
 
 
 cdef inline kv_slot *find_key(kv_call *call, size_t i, uint64_t *hash) noexcept nogil:
@@ -264,7 +260,7 @@ cdef inline int command_keys(kv_call *call) noexcept nogil:
     cdef size_t size = argument_size(call, 1), i, n = 0
     cdef bint all_keys = size == 1 and pattern[0] == c'*'
     cdef kv_entry *entry = NULL
-    if size > PATTERN_MOST and memchr(pattern, c'*', size) != NULL:
+    if glob_is_too_long(pattern, size):
         reply_error(call.reply, "pattern is too long")
         return CALL_DONE
     i = 0
