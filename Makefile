@@ -24,7 +24,7 @@ endif
 
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
-SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/*/*.pyx)
+SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/*/*.pyx tests/simulation/*.[ch])
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

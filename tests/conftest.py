@@ -42,9 +42,13 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Under `make parallel`, marks what can't run in several threads."""
     if int(getattr(config.option, "parallel_threads", 1)) > 1:
+        alone = 0
         for item in items:
             if reason := reason_for(item):
                 item.add_marker(pytest.mark.thread_unsafe(reason=reason))
+                alone += 1
+        if len(items) > 1000 and alone > len(items) // 2:
+            raise pytest.UsageError(f"{alone} of {len(items)} tests can't run in several threads: who left them out?")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -185,10 +186,16 @@ def in_threads(*functions, timeout=30):
     return results
 
 
-def read_line(fd):
-    """One line, and not a byte more: a file object would keep what follows, where communicate() does not see it."""
+def read_line(fd, timeout=20):
+    """One line, and not a byte more: a file object would keep what follows, where communicate() does not see it. What
+    has come within `timeout` seconds, if that is no line."""
     line = b""
-    while not line.endswith(b"\n") and (byte := os.read(fd, 1)):
+    deadline = time.monotonic() + patient(timeout)
+    watched = select.poll()
+    watched.register(fd, select.POLLIN)
+    while not line.endswith(b"\n") and watched.poll(max(0, deadline - time.monotonic()) * 1000):
+        if not (byte := os.read(fd, 1)):
+            break
         line += byte
     return line.decode()
 

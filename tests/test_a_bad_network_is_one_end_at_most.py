@@ -10,7 +10,7 @@ import time
 
 import pytest
 from contract_helpers import TRIGGERS, Gate, echo, every_trigger, exchange, handler, in_threads, round_trip
-from helpers import connect, patient, process_cpu_seconds, recv_exact, wait_until
+from helpers import SANITIZER, connect, patient, process_cpu_seconds, recv_exact, wait_until
 from network_helpers import FarNetwork, configure, drop_everything, in_a_network_of_its_own
 
 from tstpool import TstPool, TstSockType
@@ -91,7 +91,7 @@ def test_a_socket_that_is_aborted_from_outside(make_pool, trigger):
             wait_until(lambda: len(ends) == 2)
             cpu = process_cpu_seconds()
             time.sleep(0.3)  # a window to measure in, not a wait
-            assert process_cpu_seconds() - cpu < patient(0.15)  # nobody spins on the one whose handler is busy
+            assert process_cpu_seconds() - cpu < (0.2 if SANITIZER else 0.1)  # nobody spins on the busy one
             assert len(ends) == 2
             gate.open()
             wait_until(lambda: len(ends) == 3)

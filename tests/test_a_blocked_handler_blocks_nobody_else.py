@@ -464,7 +464,9 @@ def test_an_idle_pool_makes_no_wake_ups(make_pool, make_client):
 
 
 def test_one_flood_does_not_starve_the_others(make_pool, make_client):
-    """B13, S14: a peer that streams at line rate gets its share, no more: the only worker serves others, too."""
+    """B13, S14: a peer that streams at line rate gets its share, no more: the only worker serves others, too, and the
+    slowest in a hundred of their round trips takes no more than five times as long, and a few switches of the
+    interpreter, which the flooding thread shares with them."""
     over, total = threading.Event(), [0]
 
     def count(sock, data):
@@ -474,17 +476,25 @@ def test_one_flood_does_not_starve_the_others(make_pool, make_client):
             total[0] += len(data)
 
     pool = make_pool(handler(on_message=count), workers=1)
-    flood, other = make_client(pool), make_client(pool)
+    flood, *others = (make_client(pool) for _ in range(9))
+
+    def slowest():
+        took = sorted(second for other in others for second in ping_pong(other, scaled(100, minimum=25)))
+        return took[len(took) * 99 // 100]
 
     def stream():
         while not over.is_set():
             flood.sendall(b"x" * (1 << 20))
 
+    free = slowest()
+
     thread = threading.Thread(target=stream)
     thread.start()
     try:
         wait_until(lambda: total[0] > 1 << 20)
-        assert max(ping_pong(other, 50)) < patient(1)
+        beside = slowest()
+        print(f"p99 {free * 1e3:.2f} ms without, {beside * 1e3:.2f} ms beside the flood of {total[0] >> 20} MiB")
+        assert beside < 5 * free + patient(0.06)
     finally:
         over.set()
         thread.join(10)

@@ -88,7 +88,7 @@ def test_a_duplicate_whose_peer_goes_on_makes_nobody_spin(make_pool, make_client
         client.sendall(b"to nobody")
         cpu = process_cpu_seconds()
         time.sleep(0.4)  # a window to measure in, not a wait
-        assert process_cpu_seconds() - cpu < patient(0.1)
+        assert process_cpu_seconds() - cpu < (0.25 if SANITIZER else 0.1)
         assert calls == [b"hello"]
         assert pool.stats().stale_events == 0
         assert os.read(duplicate, 100) == b"to nobody"  # it is the user's

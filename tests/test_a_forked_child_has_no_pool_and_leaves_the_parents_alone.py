@@ -1,7 +1,7 @@
 """B45, bad input: a pool used after fork. Each case forks in a fresh interpreter."""
 
 import pytest
-from helpers import patient, run_python, scaled
+from helpers import ROOT, patient, run_python, scaled
 
 SCRIPT = """
 import os, socket, sys, threading, warnings
@@ -174,3 +174,56 @@ def test_a_fork_under_load_never_hangs():
     """B45: the workers are in the middle of anything when the process forks, with connection.lock held for instance."""
     code = UNDER_LOAD % (scaled(500, minimum=50), patient(5))
     assert run_python("-c", code, timeout=60).stdout == "children that hung in os.fork(): 0\n"
+
+
+INHERITED = """
+import os, socket, subprocess, sys
+import tstpool
+pool = tstpool.TstPool(lambda sock: None, shards=2, workers=2)
+address = pool.listen("127.0.0.1", 0)
+pool.listen("unix:%s/socket")
+pool.start()
+clients = [socket.create_connection(address) for _ in range(3)]
+pool.connect(*address)
+while len(pool) != 5:
+    pass
+def ours(pid):
+    names = os.popen(f"ls -l /proc/{pid}/fd").read().split()
+    return sum("socket:" in name or "anon_inode:" in name for name in names)
+with subprocess.Popen([sys.executable, "-c", "input()"], close_fds=False, stdin=subprocess.PIPE) as child:
+    print(ours(os.getpid()) > 10, ours(child.pid))
+    child.communicate(b"\\n")
+pool.stop()
+"""
+
+
+def test_no_descriptor_of_the_pools_is_inherited_by_a_program(tmp_path):
+    """B45: listeners, connections, epoll sets, eventfds and timerfds have CLOEXEC."""
+    assert run_python("-c", INHERITED % tmp_path).stdout.split() == ["True", "0"]
+
+
+SPAWNED = """
+import multiprocessing, os, socket, sys
+import tstpool
+
+if __name__ == "__main__":
+    pool = tstpool.TstPool(lambda sock: sock.send(sock.read()) and None, workers=2)
+    address = pool.listen("127.0.0.1", 0)
+    pool.start()
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=os.getcwd)
+    child.start()
+    child.join(30)
+    print(child.exitcode)
+    with socket.create_connection(address, 10) as client:
+        client.sendall(b"hello")
+        print(client.recv(5).decode())
+    pool.stop()
+"""
+
+
+def test_multiprocessing_spawns_beside_a_running_pool(tmp_path):
+    """B45: and the pool serves on."""
+    (tmp_path / "main.py").write_text(SPAWNED)
+    environment = {"PYTHONPATH": str(ROOT)}
+    assert run_python(str(tmp_path / "main.py"), env=environment).stdout.split() == ["0", "hello"]

@@ -145,7 +145,7 @@ def test_a_stopped_pool_may_start_again(make_pool, make_client):
     assert round_trip(make_client(pool), b"again") == b"again"
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_start_and_stop_on_the_same_port_many_times(make_client, rounds):
     """B43: no EADDRINUSE, no descriptor and no thread more than before."""
     port = free_port()
@@ -161,7 +161,7 @@ def test_start_and_stop_on_the_same_port_many_times(make_client, rounds):
     wait_until(lambda: open_fds().keys() <= fds and native_threads() <= threads)
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_create_and_destroy_on_the_same_port_many_times(rounds):
     """B43, in the original's style."""
     port = free_port()

@@ -178,7 +178,7 @@ def test_a_peer_that_goes_on_sending_is_cut_off(make_pool, make_client):
 
 def test_arrivals_prolong_it(make_pool, make_client):
     """B24: linger_timeout is between two of them: an upload that takes longer survives."""
-    pool = make_pool(rejecting(), framing=FRAMES, linger_timeout=0.4)
+    pool = make_pool(rejecting(), framing=FRAMES, linger_timeout=0.6)
     (client,) = lingering(pool, make_client)
     for _ in range(20):
         client.sendall(b"x" * 1000)

@@ -4,7 +4,7 @@ import contextlib
 import time
 
 from contract_helpers import echo, every_style, every_trigger, handler, ignore, replying, round_trip, serve
-from helpers import process_cpu_seconds, reset, scaled, wait_until
+from helpers import SANITIZER, process_cpu_seconds, reset, scaled, wait_until
 
 
 @every_style
@@ -80,7 +80,7 @@ def test_a_storm_of_resets_leaves_a_quiet_pool_that_serves(make_pool, make_clien
         ),
         workers=2,
     )
-    for i in range(scaled(600)):
+    for i in range(scaled(1000)):
         client = make_client(pool)
         with contextlib.suppress(ConnectionError):
             if i % 3:
@@ -96,7 +96,7 @@ def test_a_storm_of_resets_leaves_a_quiet_pool_that_serves(make_pool, make_clien
     assert stats.accepted == stats.closed + 1
     cpu = process_cpu_seconds()
     time.sleep(0.4)  # a window to measure in, not a wait
-    assert process_cpu_seconds() - cpu < 0.2
+    assert process_cpu_seconds() - cpu < (0.2 if SANITIZER else 0.05)
 
 
 def test_the_disconnect_of_a_clean_close_has_no_reason(make_pool, make_client):

@@ -2,7 +2,7 @@
 
 import pytest
 from contract_helpers import every_style, handler, ignore, in_threads, open_sockets, round_trip, serve
-from helpers import recv_exact, reset, scaled, wait_until
+from helpers import recv_exact, recv_until_eof, reset, scaled, wait_until
 
 
 def open_clients(pool, make_client, count):
@@ -75,6 +75,32 @@ def test_from_a_handler(make_pool, make_client, style):
     for i, client in enumerate(clients):
         client.sendall(b"%d speaks" % i)
         assert {recv_exact(other, 8) for other in clients} == {b"%d speaks" % i}
+
+
+def test_a_walk_sees_who_was_there_when_it_began(make_pool, make_client):
+    """B59: the handler sends to each of sockets() and closes it, itself too, in the middle of the walk; and so does the
+    `where` of a broadcast."""
+    walked = []
+
+    def tell(sock, data):
+        if data == b"walk":
+            walk = pool.sockets()
+            for other in walk:
+                other.send(b"bye")
+                assert other.close() is True
+                walked.append(other)
+            assert len(walk) == 5
+        else:
+            walked.append(pool.broadcast(b"news", where=lambda other: other.send(b"first ") and not other.close()))
+
+    pool = make_pool(handler(on_message=tell), workers=4)
+    for data, expected in ((b"walk", b"bye"), (b"broadcast", b"first ")):
+        walked.clear()
+        clients, sockets = open_clients(pool, make_client, 5)
+        clients[2].sendall(data)
+        assert [recv_until_eof(client) for client in clients] == [expected] * 5
+        wait_until(lambda: len(pool) == 0)
+        assert set(walked) == set(sockets) or walked == [0]
 
 
 def test_from_several_threads_each_message_whole_and_in_its_threads_order(make_pool, make_client):

@@ -37,6 +37,10 @@ def tolerant():
         time.sleep(0.005)
 
 
+class Mishap(Exception):
+    """A handler has one now and then."""
+
+
 class Server:
     """An echo of records that checks on both sides that none is torn or for somebody else."""
 
@@ -46,6 +50,7 @@ class Server:
         self.lock = threading.Lock()
         self.old = []
         hooks = {"on_connect": self.connect, "on_message": self.message, "on_disconnect": self.end}
+        hooks["on_error"] = self.error
         self.pool = make_pool(handler(on_writable=self.writable, **hooks), **options)
 
     def connect(self, sock):
@@ -64,8 +69,10 @@ class Server:
             self.errors.append(f"two workers in the handlers of {sock}")
             yield
             return
-        yield
-        sock.user_data.release()
+        try:
+            yield
+        finally:
+            sock.user_data.release()
 
     def message(self, sock, data):
         with self.alone(sock):
@@ -73,10 +80,19 @@ class Server:
                 self.errors.append(f"{sock} got {data!r}")
             with contextlib.suppress(ConnectionClosed):
                 sock.send(data)
+            mishap = random.random()
+            if mishap < 0.003:
+                raise Mishap
+            if mishap < 0.006:
+                time.sleep(0.03)  # it is stuck, and others go on
 
     def writable(self, sock):
         with self.alone(sock):
             time.sleep(0)
+
+    def error(self, sock, exc):
+        if not isinstance(exc, (Mishap, ConnectionClosed)):
+            self.errors.append(f"{sock}: {exc!r}")
 
     def end(self, sock, reason):
         with self.alone(sock), self.lock:

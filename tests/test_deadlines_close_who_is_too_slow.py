@@ -11,12 +11,12 @@ import time
 
 import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
-from contract_helpers import Gate, ServerProcess, every_trigger, handler, is_open, open_sockets, round_trip
+from contract_helpers import Gate, ServerProcess, every_trigger, handler, is_open, open_sockets, round_trip, shim
 from downstream_handlers import Commands, Counting
-from helpers import ROOT, RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+from helpers import ROOT, SANITIZER, RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
 
 import tstpool
-from tstpool import LengthPrefixed, TstHandler
+from tstpool import Delimited, LengthPrefixed, TstHandler
 
 FRAMES = LengthPrefixed(4, max_message=64 << 20)
 MUCH = 16 << 20  # more than the socket buffers of a loopback connection hold
@@ -226,13 +226,13 @@ def test_with_every_trigger(make_pool, make_client, trigger):
         watch,
         trigger=trigger,
         framing=FRAMES,
-        first_byte_timeout=0.1,
+        first_byte_timeout=0.35,
         message_timeout=0.2,
         idle_timeout=0.3,
         write_timeout=0.4,
         linger_timeout=0.5,
     )
-    for limit, data in [(0.1, b""), (0.2, b"\0\0"), (0.3, pack(b"hi")), (0.4, pack(b"much")), (0.5, pack(b"go"))]:
+    for limit, data in [(0.35, b""), (0.2, b"\0\0"), (0.3, pack(b"hi")), (0.4, pack(b"much")), (0.5, pack(b"go"))]:
         watch.ends.clear()
         begin = time.monotonic()
         with connect(pool) as client:
@@ -247,12 +247,12 @@ def test_with_every_trigger(make_pool, make_client, trigger):
 def test_activity_in_either_direction_keeps_it_open(make_pool, make_client):
     """B38: what is sent counts as much as what is received."""
     watch = Watch()
-    pool = make_pool(watch, idle_timeout=0.4)
+    pool = make_pool(watch, idle_timeout=0.8)
     speaks, listens = make_client(pool), make_client(pool)
     for client in (speaks, listens):
         round_trip(client, b"hello")
     ours = socket_of(pool, listens)
-    until = time.monotonic() + 1.2
+    until = time.monotonic() + 1.5
     while time.monotonic() < until:
         round_trip(speaks, b"hello")
         ours.send(b"news")
@@ -337,7 +337,7 @@ def test_who_has_read_while_the_server_was_held_up_is_not_cut_off():
 
 def test_message_after_message_without_a_pause(make_pool, make_client):
     """B38: each message begins its own time, also when the kernel never has just one of them."""
-    pool = make_pool(Watch(), framing=FRAMES, message_timeout=0.3, idle_timeout=0.3)
+    pool = make_pool(Watch(), framing=FRAMES, message_timeout=0.5, idle_timeout=0.5)
     client = make_client(pool)
     data = pack(*[b"x" * 7] * 150)
     with Trickle(client, 0.001 / 2, data):
@@ -584,9 +584,9 @@ def test_compiled_handlers_on_several_shards(make_pool, make_client, trigger):
         workers=3,
         shards=2,
         trigger=trigger,
-        first_byte_timeout=0.2,
-        message_timeout=0.3,
-        idle_timeout=0.4,
+        first_byte_timeout=0.4,
+        message_timeout=0.5,
+        idle_timeout=0.6,
     )
     begin = time.monotonic()
     clients = [make_client(pool) for _ in range(12)]
@@ -594,7 +594,7 @@ def test_compiled_handlers_on_several_shards(make_pool, make_client, trigger):
         client.sendall(b"\0\0")
     for client in clients[8:]:
         say(client, b"hello")
-    for limit, some in ((0.2, clients[:4]), (0.3, clients[4:8]), (0.4, clients[8:])):
+    for limit, some in ((0.4, clients[:4]), (0.5, clients[4:8]), (0.6, clients[8:])):
         for client in some:
             assert recv_until_eof(client) == b""
             check_took(time.monotonic() - begin, limit)
@@ -755,6 +755,111 @@ def test_five_hundred_that_trickle_and_five_hundred_that_never_read():
         assert p99 < 2 * unloaded + patient(0.005)
         wait_until(lambda: ask()[3] == 0)
         server.finish()
+
+
+def test_who_trickles_while_others_keep_the_worker_busy_gets_twice_the_time_at_most(make_pool, make_client):
+    """B37: at each look at the deadline a byte lies in the kernel, which may have come in time: it is no excuse for
+    ever."""
+    limit, over = 0.4, threading.Event()
+
+    def on_message(sock, data):
+        time.sleep(0.006)
+
+    pool = make_pool(handler(on_message=on_message), framing=Delimited(b"\n"), workers=1, message_timeout=limit)
+    slow, busy = make_client(pool), make_client(pool)
+
+    def load():
+        while not over.is_set():
+            busy.sendall(b"x\n")
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        begin = time.monotonic()
+        slow.setblocking(False)
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begin < 10:
+                slow.send(b"x")
+                time.sleep(0.002)
+                with contextlib.suppress(BlockingIOError):
+                    if slow.recv(1) == b"":
+                        break
+        took = time.monotonic() - begin
+    finally:
+        over.set()
+        thread.join(10)
+    print(f"limit {limit} s, took {took:.3f} s")
+    assert limit <= took < 2 * limit + patient(0.5)
+    wait_until(lambda: counters(pool) == (0, 1))
+
+
+# ---------------------------------------------------------------------------------------- the clock on the wall
+
+WALL_CLOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/time.h>
+#include <time.h>
+
+/* Every second look at the wall's clock finds it an hour later. */
+static long jump(void) {
+    static long looks;
+    return __atomic_add_fetch(&looks, 1, __ATOMIC_RELAXED) % 2 * 3600;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += jump();
+    return result;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec exact;
+    (void)zone;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    now->tv_sec = exact.tv_sec;
+    now->tv_usec = exact.tv_nsec / 1000;
+    return 0;
+}
+
+time_t time(time_t *place) {
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    if (place) *place = exact.tv_sec;
+    return exact.tv_sec;
+}
+"""
+
+JUMPING = """
+pool = TstPool(Echo(), workers=2, first_byte_timeout=0.3, idle_timeout=0.6)
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+print(port)
+sys.stdin.read()
+jumps = sum(abs(time.time() - before) > 1000 for before in (time.time() for _ in range(100)))
+stats = pool.stats()
+print(jumps, stats.deadline_closed, stats.idle_closed)
+pool.stop()
+"""
+
+
+@pytest.mark.skipif(bool(SANITIZER), reason="its runtime has a clock of its own")
+def test_a_step_of_the_wall_clock_moves_no_deadline():
+    """B38: it steps by an hour, to and fro, with every look at it."""
+    with ServerProcess(JUMPING, preload=shim("wall-clock", WALL_CLOCK)) as server:
+        begin = time.monotonic()
+        with connect(server.addr) as silent, connect(server.addr) as idle:
+            assert round_trip(idle, b"hello") == b"hello"
+            assert recv_until_eof(silent) == b""
+            check_took(time.monotonic() - begin, 0.3)
+            assert recv_until_eof(idle) == b""
+            check_took(time.monotonic() - begin, 0.6)
+        jumps, deadline_closed, idle_closed = map(int, server.finish().split())
+    assert jumps == 100
+    assert (deadline_closed, idle_closed) == (1, 1)
 
 
 # ------------------------------------------------------------------------------- long after the machine began

@@ -11,7 +11,7 @@ import pytest
 from compiled_helpers import socket_of
 from contract_helpers import Gate, ServerProcess, echo, faults, handler, in_threads, is_open, open_sockets, round_trip
 from downstream_handlers import Echo
-from helpers import connect, patient, recv_exact, scaled, wait_until
+from helpers import SANITIZER, connect, patient, recv_exact, scaled, wait_until
 
 import tstpool
 
@@ -142,7 +142,7 @@ pool.stop()
         late = asks(make_client(server.addr))
         cpu = server.cpu_seconds()
         assert waits(late, 0.6)
-        assert server.cpu_seconds() - cpu < patient(0.1)
+        assert server.cpu_seconds() - cpu < (0.3 if SANITIZER else 0.1)
         one.close()
         assert is_served(late, 1.0)
         server.finish()
@@ -187,7 +187,7 @@ def test_a_full_pool_that_can_not_even_accept_to_close_does_not_spin(make_client
         make_client(server.addr)
         cpu = server.cpu_seconds()
         time.sleep(0.5)  # a window to measure in
-        assert server.cpu_seconds() - cpu < patient(0.2)
+        assert server.cpu_seconds() - cpu < (0.3 if SANITIZER else 0.1)
         assert 0 < int(server.finish()) < 500
 
 
@@ -195,10 +195,10 @@ def test_a_full_pool_that_can_not_even_accept_to_close_does_not_spin(make_client
 
 
 @both_policies
-@pytest.mark.parametrize("shards", [1, 2])
-def test_after_much_churn_as_many_are_served_again(make_pool, make_client, when_full, shards):
-    """B33: 2,000 connections of 8 threads for 5 places: never more, and in the end 5, not 4 and not 6."""
-    limit, threads, each = 5, 8, scaled(250, 20)
+@pytest.mark.parametrize(("shards", "number"), [(1, 2000), (2, 2000), pytest.param(1, 100_000, marks=pytest.mark.slow)])
+def test_after_much_churn_as_many_are_served_again(make_pool, make_client, when_full, shards, number):
+    """B33: so many connections of 8 threads for 5 places: never more, and in the end 5, not 4 and not 6."""
+    limit, threads, each = 5, 8, scaled(number // 8, 20)
     pool = make_pool(Echo(), max_connections=limit, when_full=when_full, workers=2, shards=shards)
     most, served, over = [0], [0] * threads, threading.Event()
 
@@ -215,7 +215,7 @@ def test_after_much_churn_as_many_are_served_again(make_pool, make_client, when_
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        in_threads(*(lambda i=i: churn(i) for i in range(threads)), timeout=60)
+        in_threads(*(lambda i=i: churn(i) for i in range(threads)), timeout=60 + number / 500)
     finally:
         over.set()
         watcher.join()

@@ -42,6 +42,7 @@ def test_only_public_names_in_dir():
 
 
 def test_import_leaves_the_gil_as_it_was():
+    """B57."""
     # In a fresh interpreter: the test runner's own plugins may have switched it on. -W error: CPython warns then.
     code = "import sys, tstpool; print(getattr(sys, '_is_gil_enabled', lambda: True)())"
     done = run_python("-W", "error", "-c", code)

@@ -72,7 +72,7 @@ def test_another_thread_sends(make_pool, make_client, style, trigger):
 
 @every_style
 def test_eight_threads_send_to_one_connection(make_pool, make_client, style):
-    """S8, DESIGN 3: never interleaved inside one call, in order for each thread."""
+    """S8, B57, DESIGN 3: never interleaved inside one call, in order for each thread."""
     pool = serve(make_pool, style, ignore, workers=2)
     client = make_client(pool)
     (sock,) = wait_until(pool.sockets)

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from contract_helpers import ServerProcess, round_trip
+from contract_helpers import ServerProcess, free_port, round_trip
 from helpers import ROOT, connect, patient, run_python
 
 import tstpool
@@ -127,9 +127,7 @@ def test_ctrl_c_that_nobody_catches_ends_the_process_as_usual():
 
 
 SERVE = """
-probe = socket.create_server(("127.0.0.1", 0))
-port = probe.getsockname()[1]
-probe.close()
+port = int(os.environ["PORT"])
 class Handler(Echo):
     def on_message(self, sock, data):
         if data == b"slow":
@@ -142,7 +140,7 @@ def tell():
             return print(port)
         except ConnectionRefusedError:
             time.sleep(0.001)
-teller = threading.Thread(target=tell)
+teller = threading.Thread(target=tell, daemon=True)
 teller.start()
 tstpool.serve(Handler(), host="127.0.0.1", port=port, workers=2)
 teller.join()
@@ -153,7 +151,7 @@ print("returned", threading.active_count())
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_returns_after_a_signal(number):
     """DESIGN 4, B49: SIGINT and SIGTERM drain and stop; what a handler was about to answer is still sent."""
-    with ServerProcess(SERVE) as server, connect(server.addr) as client:
+    with ServerProcess(SERVE, env={"PORT": str(free_port())}) as server, connect(server.addr) as client:
         round_trip(client, b"hello")
         client.sendall(b"slow")
         time.sleep(0.05)  # either way it must be answered: before the handler starts, or while it runs
@@ -172,7 +170,7 @@ def test_serve_gives_the_old_signal_handlers_back():
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
     )
-    with ServerProcess(code) as server:
+    with ServerProcess(code, env={"PORT": str(free_port())}) as server:
         server.process.send_signal(signal.SIGTERM)
         assert server.finish() == "returned 1\n"
 
@@ -185,7 +183,7 @@ def test_serve_on_a_port_in_use_raises(make_pool):
         tstpool.serve(lambda sock: None, host=host, port=port)
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_exit_under_load(rounds):
     """B46: while a client floods it."""
     code = START + (

@@ -8,7 +8,14 @@ import inspect
 import re
 
 # Each call makes something new, or the plugin gives each thread its own.
-SAFE_FIXTURES = {"make_pool", "make_client", "no_leaks", "tmp_path", "request"}
+SAFE_FIXTURES = {
+    "make_pool",
+    "make_client",
+    "no_leaks",
+    "what_is_there_is_not_looked_through",
+    "tmp_path",
+    "request",
+}
 
 WORDS = {
     r"\b(run_python|ServerProcess|subprocess|Command|in_time_namespace)\b": "starts processes, which share nothing",
