@@ -188,8 +188,13 @@ pool.connect(*address)
 while len(pool) != 5:
     pass
 def ours(pid):
-    names = os.popen(f"ls -l /proc/{pid}/fd").read().split()
-    return sum("socket:" in name or "anon_inode:" in name for name in names)
+    n = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            n += os.readlink(f"/proc/{pid}/fd/{fd}").startswith(("socket:", "anon_inode:"))
+        except FileNotFoundError:
+            pass  # the folder that is being listed
+    return n
 with subprocess.Popen([sys.executable, "-c", "input()"], close_fds=False, stdin=subprocess.PIPE) as child:
     print(ours(os.getpid()) > 10, ours(child.pid))
     child.communicate(b"\\n")
