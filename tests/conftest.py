@@ -34,9 +34,6 @@ def pytest_configure(config):
     found = Path(tstpool.__file__).resolve().parent
     if (ROOT / "tstpool").is_dir() and found != ROOT / "tstpool":
         pytest.exit(f"these tests are for {ROOT / 'tstpool'}, but {found} was imported", returncode=3)
-    # A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

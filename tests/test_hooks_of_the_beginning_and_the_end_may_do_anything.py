@@ -60,7 +60,7 @@ class Deeds:
                 self.pool.closesocket(other)
 
     def sends(self, sock):
-        with contextlib.suppress(Exception):  # at the end nobody listens any more
+        with contextlib.suppress(ConnectionClosed):  # at the end nobody listens any more
             sock.send(b"from the hook")
         self.pool.broadcast(b"!")
 

@@ -523,8 +523,9 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
         return
     if kind != DEADLINE_OUTPUT and sys_unread(connection.fd) and not connection_input_full(connection) and (
             not connection.unfinished or tick_of(now) - due < due - connection.since_tick):
-        return                             # handlers of others have kept us from reading what came in time; but ...
-    # ... a message that goes on arriving gets no more than twice its time.
+        # Handlers of others have kept us from reading what came in time. But a message that goes on arriving gets no
+        # more than twice its time, or a byte now and then would be an excuse for ever.
+        return
     if kind == DEADLINE_OUTPUT and sys_writable(connection.fd):
         return                             # nor did we see that the peer has taken something
     count(&worker.stats.idle_closed if kind == DEADLINE_IDLE else &worker.stats.deadline_closed, 1)
