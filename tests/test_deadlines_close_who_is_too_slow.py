@@ -79,17 +79,17 @@ def stays_open(client, seconds):
 
 
 class Trickle:
-    """Sends a byte each `pause` seconds until the peer closes or the block ends."""
+    """Sends a byte, or the next `step` bytes of `data`, each `pause` seconds until the peer closes or the block ends."""
 
-    def __init__(self, client, pause, data=None):
-        self.client, self.pause, self.data = client, pause, data
+    def __init__(self, client, pause, data=None, step=1):
+        self.client, self.pause, self.data, self.step = client, pause, data, step
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run)
 
     def run(self):
         with contextlib.suppress(OSError):
-            for i in range(1 << 30 if self.data is None else len(self.data)):
-                self.client.send(b"x" if self.data is None else self.data[i : i + 1])
+            for i in range(0, 1 << 30 if self.data is None else len(self.data), self.step):
+                self.client.send(b"x" if self.data is None else self.data[i : i + self.step])
                 if self.stop.wait(self.pause):
                     return
 
@@ -339,9 +339,12 @@ def test_message_after_message_without_a_pause(make_pool, make_client):
     """B38: each message begins its own time, also when the kernel never has just one of them."""
     pool = make_pool(Watch(), framing=FRAMES, message_timeout=0.5, idle_timeout=0.5)
     client = make_client(pool)
-    data = pack(*[b"x" * 7] * 150)
-    with Trickle(client, 0.001 / 2, data):
-        assert receive(client, 150) == [b"x" * 7] * 150
+    data = pack(*[b"x" * 8] * 150)
+    # Each piece but the last ends inside a message. There are three of a message at most, so that it has its time also
+    # where a pause takes ten times as long.
+    client.sendall(data[:1])
+    with Trickle(client, 0.005, data[1:], step=6):
+        assert receive(client, 150) == [b"x" * 8] * 150
     assert counters(pool) == (0, 0)
 
 
