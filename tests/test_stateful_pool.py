@@ -75,6 +75,18 @@ class Pool(RuleBasedStateMachine):
     def handler_changes_the_framing(self, number, framing):
         self.peer(number).script.append(lambda peer: self.world.reframe(peer, framing))
 
+    @rule(number=which, size=sizes)
+    def handler_reads(self, number, size):
+        self.peer(number).script.append(lambda peer: self.world.read(peer, size))
+
+    @rule(number=which, size=sizes)
+    def handler_asks_for_a_transfer(self, number, size):
+        self.peer(number).script.append(lambda peer: self.world.ask(peer, size))
+
+    @rule(number=which, size=sizes)
+    def on_writable_reads(self, number, size):
+        self.world.read_in_on_writable(self.peer(number), size)
+
     @rule(number=which, what=st.sampled_from(["disconnect", "fail", "close", "pause"]))
     def handler_ends_it_or_pauses(self, number, what):
         self.peer(number).script.append(getattr(self.world, what))

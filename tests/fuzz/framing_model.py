@@ -76,11 +76,16 @@ class Model:
         return bytes(self.offset) + (size - self.adjust).to_bytes(self.size, self.byteorder)
 
 
-def cut(model, stream, changes=()):
-    """(messages, what is left, whether it ended as too large). `changes`: {number of messages: the Model from there}.
-    For Raw: as if all came in one read."""
-    messages, begin, changes = [], 0, dict(changes)
+def cut(model, stream, changes=(), taken=()):
+    """(messages, what is left, whether it ended as too large). `changes`: {number of messages: the Model from there};
+    `taken`: {number of messages: bytes that the handler has read there by itself}. For Raw: as if all came in one
+    read."""
+    messages, begin, changes, taken = [], 0, dict(changes), dict(taken)
     while True:
+        by_handler = taken.get(len(messages), b"")
+        known = by_handler[: max(0, len(stream) - begin)]  # the handler may know more than we do yet
+        assert stream.startswith(known, begin), "read() gave other bytes than were next"
+        begin += len(by_handler)
         if model is None:
             found = (stream[begin:], len(stream) - begin) if begin < len(stream) else None
         else:

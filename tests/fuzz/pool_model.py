@@ -4,6 +4,7 @@ A World makes a pool and clients; its methods are the operations, of which the f
 Each notes what it does in a Peer, one for each connection, before it does it; `finish()` compares. The rules:
 
 - messages: those that the model cuts from the client's bytes; all of them, unless somebody ended the connection early
+- what a handler reads by itself, or asks for by req_len: the bytes that come next
 - output: every byte that a send accepted, in order; all of it, unless it was aborted, reset or stopped
 - on_connect and on_disconnect: once each; no hook after on_disconnect, none while another runs
 - counters: accepted == closed + connections, and the bytes and messages of both sides
@@ -15,7 +16,7 @@ import socket
 import tempfile
 import threading
 
-from fuzz.framing_model import TOO_LARGE, cut
+from fuzz.framing_model import TOO_LARGE, Model, cut
 from helpers import patient, reset, wait_until
 
 import tstpool
@@ -40,11 +41,14 @@ class Peer:
         self.framing = framing  # the Model in force
         self.first_framing = framing
         self.changes = {}  # number of messages: the Model from there
+        self.taken = {}  # number of messages: what the handler has read there
+        self.transfer = False  # the next message is what req_len asked for
         self.sent = bytearray()  # by the client
         self.received = bytearray()
         self.replies = bytearray()  # what the server's sends have accepted
         self.messages = []  # what the handler got
         self.script = []  # what the handler is to do, one for each message
+        self.room_script = []  # the same, one for each on_writable
         self.sock = None
         self.inside = False
         self.connects = self.disconnects = self.writables = self.asked = 0
@@ -75,11 +79,16 @@ class Handler(tstpool.TstHandler):
         peer = sock.user_data
         with self.alone(peer):
             peer.messages.append(bytes(data))
+            if peer.transfer:
+                self.world.transfer_is_over(peer)
             return peer.script.pop(0)(peer) if peer.script else None
 
     def on_writable(self, sock):
-        with self.alone(sock.user_data):
-            sock.user_data.writables += 1
+        peer = sock.user_data
+        with self.alone(peer):
+            peer.writables += 1
+            if peer.room_script:
+                peer.room_script.pop(0)(peer)
 
     def on_disconnect(self, sock, reason):
         peer = sock.user_data
@@ -290,6 +299,36 @@ class World:
 
     # -- in the handler only
 
+    def read(self, peer, n):
+        """Up to n bytes of what comes next, whatever the framing has seen of it."""
+        if kind_of(peer.framing) in (None, tstpool.Raw) or peer.transfer:
+            return  # where its messages end depends on the reads, or how much is in the transfer already
+        with peer.lock:
+            before = peer.taken.get(len(peer.messages), b"")
+            peer.taken[len(peer.messages)] = before + peer.sock.read(n)
+
+    def read_in_on_writable(self, peer, n):
+        peer.room_script.append(lambda peer: self.read(peer, n))
+        self.need_send(peer)
+
+    def ask(self, peer, n):
+        """The next n bytes come as one message, however the framing would cut them."""
+        if kind_of(peer.framing) in (None, tstpool.Raw) or n == 0:
+            return
+        with peer.lock:
+            recv = peer.sock.recv_data
+            if recv.s_len < n:
+                recv.resize(n)
+            recv.req_len = n
+            peer.transfer = True
+            peer.changes[len(peer.messages)] = Model(tstpool.Fixed, n, size=n)
+
+    def transfer_is_over(self, peer):
+        with peer.lock:
+            peer.sock.recv_data.req_len = 0
+            peer.transfer = False
+            peer.changes[len(peer.messages)] = peer.framing
+
     def reframe(self, peer, model):
         if kind_of(peer.framing) in (None, tstpool.Raw):
             return  # where its messages end depends on the reads
@@ -315,7 +354,7 @@ class World:
     # -- what must be true
 
     def is_too_large(self, peer):
-        return cut(peer.first_framing, bytes(peer.sent), peer.changes)[2]
+        return cut(peer.first_framing, bytes(peer.sent), peer.changes, peer.taken)[2]
 
     def check(self, peer):
         """At any time: nothing has come twice, or in another order."""
@@ -324,7 +363,7 @@ class World:
         # In this order: a change of framing that comes meanwhile counts for later messages only.
         got = list(peer.messages)
         changes = dict(peer.changes)
-        expected, _, _ = cut(peer.first_framing, bytes(peer.sent), changes)
+        expected, _, _ = cut(peer.first_framing, bytes(peer.sent), changes, peer.taken)
         if any(kind_of(model) in (None, tstpool.Raw) for model in [peer.first_framing, *changes.values()]):
             n = next(iter(changes), 0)  # up to there messages are known; then how the bytes come depends on the reads
             assert got[:n] == expected[: min(n, len(got))]
@@ -366,7 +405,7 @@ class World:
     def check_all(self):
         for peer in self.peers:
             self.check(peer)
-            expected, _, too_large = cut(peer.first_framing, bytes(peer.sent), peer.changes)
+            expected, _, too_large = cut(peer.first_framing, bytes(peer.sent), peer.changes, peer.taken)
             if not peer.input_cut:
                 assert b"".join(peer.messages) == b"".join(expected), "messages are missing"
                 assert isinstance(peer.reason, MessageTooLarge) == too_large

@@ -98,6 +98,12 @@ def server_operation(world, source, in_handler):
         return lambda peer: world.reply(peer, n)
     if choice < 6:
         return lambda peer: world.reply_framed(peer, n)
+    if choice == 15:  # what came to the operations when the corpus was there already
+        return {
+            1: lambda peer: world.read(peer, n),
+            2: lambda peer: world.ask(peer, n),
+            3: lambda peer: world.read_in_on_writable(peer, n),
+        }.get(source.below(4), lambda peer: None)
     if choice in (11, 12):
         later, passing = source.choose(FRAMINGS[1:]), source.choose(FRAMINGS[1:])
         return lambda peer: world.reframe(peer, later) if choice == 11 else world.reframe_twice(peer, passing, later)
@@ -109,5 +115,4 @@ def server_operation(world, source, in_handler):
         10: lambda peer: world.close(peer, abort=n % 2 == 1),
         13: world.disconnect,
         14: world.fail,
-        15: lambda peer: None,
     }[choice]
