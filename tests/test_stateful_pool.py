@@ -84,6 +84,10 @@ class Pool(RuleBasedStateMachine):
         self.peer(number).script.append(lambda peer: self.world.ask(peer, size))
 
     @rule(number=which, size=sizes)
+    def on_writable_asks_for_a_transfer(self, number, size):
+        self.world.ask_in_on_writable(self.peer(number), size)
+
+    @rule(number=which, size=sizes)
     def on_writable_reads(self, number, size):
         self.world.read_in_on_writable(self.peer(number), size)
 

@@ -86,6 +86,7 @@ def cut(model, stream, changes=(), taken=()):
         known = by_handler[: max(0, len(stream) - begin)]  # the handler may know more than we do yet
         assert stream.startswith(known, begin), "read() gave other bytes than were next"
         begin += len(by_handler)
+        model = changes.get(len(messages), model)
         if model is None:
             found = (stream[begin:], len(stream) - begin) if begin < len(stream) else None
         else:
@@ -96,7 +97,6 @@ def cut(model, stream, changes=(), taken=()):
             return messages, b"", True
         messages.append(found[0])
         begin += found[1]
-        model = changes.get(len(messages), model)
 
 
 # Where limits, sign bits and buffers end.

@@ -103,7 +103,8 @@ def server_operation(world, source, in_handler):
             1: lambda peer: world.read(peer, n),
             2: lambda peer: world.ask(peer, n),
             3: lambda peer: world.read_in_on_writable(peer, n),
-        }.get(source.below(4), lambda peer: None)
+            4: lambda peer: world.ask_in_on_writable(peer, n),
+        }.get(source.below(5), lambda peer: None)
     if choice in (11, 12):
         later, passing = source.choose(FRAMINGS[1:]), source.choose(FRAMINGS[1:])
         return lambda peer: world.reframe(peer, later) if choice == 11 else world.reframe_twice(peer, passing, later)
