@@ -79,7 +79,7 @@ def stays_open(client, seconds):
 
 
 class Trickle:
-    """Sends a byte, or the next `step` bytes of `data`, each `pause` seconds until the peer closes or the block ends."""
+    """Sends a byte, or `step` bytes of `data`, each `pause` seconds until the peer closes or the block ends."""
 
     def __init__(self, client, pause, data=None, step=1):
         self.client, self.pause, self.data, self.step = client, pause, data, step
