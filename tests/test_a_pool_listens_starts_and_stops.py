@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from contract_helpers import (
     round_trip,
     serve,
 )
+from downstream_handlers import Echo
 from helpers import (
     SANITIZER,
     connect,
@@ -541,3 +543,14 @@ def test_counters_begin_anew_with_each_start():
         stats = pool.stats()
         assert (stats.accepted, stats.added, stats.closed, stats.bytes_out) == (0, 1, 1, 5)
         assert pool.stop()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_shards_unless_told_otherwise(make_pool, compiled, workers):
+    """One under a GIL, for more would only wait for each other; one a core where handlers run at the same time."""
+    before = list(open_fds().values()).count("anon_inode:[eventpoll]")
+    make_pool(Echo() if compiled else handler(on_message=echo), workers=workers)
+    with_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    expected = 1 if with_gil and not compiled else min(workers, len(os.sched_getaffinity(0)))
+    assert list(open_fds().values()).count("anon_inode:[eventpoll]") - before == expected

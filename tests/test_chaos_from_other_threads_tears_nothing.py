@@ -221,7 +221,7 @@ def check_chaos(make_pool, seconds, disturbers=1, **options):
         f"{server.bursts} times out of descriptors ({stats.accept_errors} accepts failed), "
         f"{server.listeners} listeners that came and went, {len(pool.addresses)} that stayed"
     )
-    assert (stats.accepted, stats.connections) == (stats.closed, 0)
+    assert (stats.accepted, stats.connections, stats.bytes_queued) == (stats.closed, 0, 0)
     for _ in range(100):
         with connect(pool) as client:
             number = RECORD.unpack(recv_exact(client, RECORD.size))[1]

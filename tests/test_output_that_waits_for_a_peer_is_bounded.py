@@ -103,7 +103,8 @@ def test_without_auto_pause_the_handler_goes_on(make_pool, make_client):
 
 
 @every_trigger
-def test_on_writable_is_called_when_little_waits(make_pool, make_client, trigger):
+@pytest.mark.parametrize("auto_pause", [True, False])
+def test_on_writable_is_called_when_little_waits(make_pool, make_client, trigger, auto_pause):
     """A handler that stops at high water goes on by itself: 64 MiB to a reader, no more than some of it waiting."""
     size, sent, most = 64 * MOST, [0], [0]
 
@@ -114,7 +115,8 @@ def test_on_writable_is_called_when_little_waits(make_pool, make_client, trigger
             sent[0] += len(PIECE)
         most[0] = max(most[0], queued)
 
-    pool = make_pool(handler(on_message=lambda sock, data: send_more(sock), on_writable=send_more), trigger=trigger)
+    hooks = handler(on_message=lambda sock, data: send_more(sock), on_writable=send_more)
+    pool = make_pool(hooks, trigger=trigger, auto_pause=auto_pause)
     client = make_client(pool)
     client.sendall(b"go")
     assert len(recv_exact(client, size)) == size
@@ -345,6 +347,8 @@ def test_what_makes_no_sense_is_refused():
         {"high_water": -1},
         {"on_overflow": "panic"},
         {"max_total_queued": -1},
+        {"max_total_queued": 0},  # None is: no limit
+        {"high_water": 0, "low_water": 0, "max_queued": 0},
     ):
         with pytest.raises(ValueError):
             TstPool(**options)

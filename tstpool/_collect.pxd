@@ -221,7 +221,7 @@ cdef inline uint32_t collect_writable(tst_worker *worker, tst_connection *connec
     cdef uint32_t what = 0
     if pending & PEND_OUT and not connection.closing:
         connection.ask_writable = True
-        connection_transfer(connection, now)
+        connection_transfer(connection, now, True)
         connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now,
                          &worker.stats)
     if connection_take_relief(connection) and connection.tell_room and not connection.closing and not (
@@ -260,7 +260,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         what |= DO_CONNECT
         if pending & PEND_OUT and not connection.closing:      # asked for before on_connect: told after it
             connection.ask_writable = True
-            connection_transfer(connection, now)
+            connection_transfer(connection, now, True)
     else:
         what = collect_writable(worker, connection, pending, now)
         if what:

@@ -89,8 +89,10 @@ cdef struct tst_total:
 
 
 cdef enum:
+    PASSED_MESSAGE = 1         # the message at hand
+    PASSED_WRITABLE = 2        # that it may write
     PRESSURE_NONE = 0
-    PRESSURE_HIGH = 1          # more than high_water waits: no more messages are handed out meanwhile
+    PRESSURE_HIGH = 1          # more than high_water waits: no more messages are handed out meanwhile (auto_pause)
     PRESSURE_GONE = 2          # it has fallen to low_water since; the owner is to hear of it
 
 cdef enum:
@@ -170,7 +172,7 @@ cdef struct tst_connection:
     uint8_t windowed           # owner: the handler has been given `frame` and may read no further
     uint8_t too_large          # owner: the peer has announced, or sent, more than a message may have
     uint8_t has_read           # owner: the handler took some input with read() in this call
-    uint8_t passed_on          # owner: the compiled handler has passed on what is at hand: it is Python's
+    uint8_t passed_on          # owner: PASSED_* that the compiled handler has passed on to Python
     uint8_t heard              # owner: something has arrived
     uint8_t bulky              # owner: much arrived at once when something arrived last
     uint8_t unfinished         # owner: a message has begun to arrive, at since_tick
@@ -397,7 +399,7 @@ cdef inline void output_account(tst_connection *connection) noexcept nogil:
         add64(&limits.total.queued, <uint64_t>counts - connection.counted, RELAXED)
         connection.counted = counts
     if waits > limits.high_water:
-        if limits.auto_pause and load32(&connection.pressure, RELAXED) != PRESSURE_HIGH:
+        if load32(&connection.pressure, RELAXED) != PRESSURE_HIGH:
             store32(&connection.pressure, PRESSURE_HIGH, RELAXED)
     elif waits <= limits.low_water and load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:
         store32(&connection.pressure, PRESSURE_GONE, RELEASE)
@@ -562,9 +564,14 @@ cdef inline bint connection_is_paused(tst_connection *connection) noexcept nogil
     return load64(&connection.state, RELAXED) & STATE_PAUSED != 0
 
 
+cdef inline bint connection_is_pressed(tst_connection *connection) noexcept nogil:
+    """Its messages have to wait, because too much output does. Owner only."""
+    return load32(&connection.pressure, RELAXED) == PRESSURE_HIGH and connection.limits.auto_pause
+
+
 cdef inline bint connection_takes_messages(tst_connection *connection) noexcept nogil:
     """The handler may be called for input. Owner only."""
-    if connection.closing or connection.hold_input or load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:
+    if connection.closing or connection.hold_input or connection_is_pressed(connection):
         return False
     return not load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_CLOSE)
 

@@ -12,18 +12,19 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.object cimport PyObject, PyObject_GetItem
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.errno cimport EAGAIN, EBUSY, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN, EUSERS, errno
+from libc.errno cimport (
+    EAGAIN, EBUSY, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN, ETIMEDOUT, EUSERS, errno)
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED,
-    STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
-    connection_close_output, connection_id, connection_is, connection_mark, connection_recv, connection_send,
-    generation_of, output_drop, table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits,
-    tst_notified)
+    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE, PEND_CONNECT,
+    PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS,
+    TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
+    connection_recv, connection_send, connection_takes_messages, generation_of, output_drop, table_chunk, table_find,
+    table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
@@ -55,7 +56,7 @@ from tstpool._shard cimport (
     entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch,
     tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
-from tstpool._timer cimport TICK_BITS, tick_of
+from tstpool._timer cimport TICK_BITS, connection_output_is_overdue, tick_of
 from tstpool._turn cimport (
     ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN, TURN_SLOW,
     engine_shard_ended, shard_turn, shard_yield, slow_next, turn_elsewhere)
@@ -178,6 +179,14 @@ cdef size_t size_from(object value, str name) except? 0:
     return number
 
 
+cdef size_t limit_from(object value, str name) except? 0:
+    """A limit in bytes; 0 is the engine's word for None, no limit."""
+    cdef size_t limit = 0 if value is None else size_from(value, name)
+    if limit == 0 and value is not None:
+        raise ValueError(f"{name} must not be 0; None: no limit")
+    return limit
+
+
 cdef object positive(object value, str name):
     number = operator.index(value)
     if number <= 0 or number > 0x7fffffff:
@@ -292,7 +301,8 @@ cdef class Delimited(Framing):
     Messages that end with a delimiter: lines, for example.
 
     delimiter: 1 to 255 bytes. keep: hand it out with the message. max_message: bytes before the delimiter, 1 MiB unless
-    given.
+    given. send_message() and replies take messages without the delimiter and add it; what was kept goes back as it is
+    with send().
     """
 
     @cython.embedsignature(False)
@@ -317,7 +327,8 @@ cdef class LengthPrefixed(Framing):
     size: bytes in the length field: 1, 2, 3, 4 or 8. byteorder: "big" or "little". offset: bytes before the length
     field. adjust: what to add to its number to get the size of the body that follows it; -size if it counts itself.
     strip: hand out the body alone; else all from the first byte. max_message: bytes in the body, 1 MiB unless given.
-    send_message() writes zeros before the length field.
+    send_message() and replies take bodies and write what goes before them, with zeros before the length field; what was
+    not stripped goes back as it is with send().
     """
 
     @cython.embedsignature(False)
@@ -523,15 +534,18 @@ cdef class TstSocket:
         that have too much. ConnectionClosed when it ends before."""
         cdef pollfd watched
         cdef size_t waits, enough = self.pool.engine.limits.high_water
-        cdef bint gone, waited = False
+        cdef bint gone, overdue, waited = False
         watched.fd = <int><uint32_t>self.id
         watched.events = POLLOUT
         while True:
             spin_lock(&self.connection.lock)
             gone = self.connection.out_closed or not connection_is(self.connection, self.generation())
+            overdue = not gone and connection_output_is_overdue(self.connection, clock_now())
             waits = queue_size(&self.connection.out)
             spin_unlock(&self.connection.lock)
-            if gone:
+            if overdue and connection_abort(self.connection, self.generation(), ETIMEDOUT):
+                shard_ask(self.connection, self.generation(), PEND_CLOSE)      # all workers may be waiting like this
+            if gone or overdue:
                 raise ConnectionClosed("the socket was closed while a send waited for room")
             if waits <= enough and waited:
                 return 0
@@ -789,7 +803,8 @@ cdef class TstSocket:
     cdef bint sent_up_to(self, uint64_t goal) except -1:
         cdef bint gone, sent
         spin_lock(&self.connection.lock)
-        gone = not connection_is(self.connection, self.generation()) or load32(&self.connection.out_error, RELAXED) != 0
+        gone = (not connection_is(self.connection, self.generation()) or self.connection.aborted
+                or load32(&self.connection.out_error, RELAXED) != 0)
         sent = self.connection.out.sent >= goal
         spin_unlock(&self.connection.lock)
         if gone:
@@ -1088,7 +1103,8 @@ cdef class TstHandler:
 
     def on_writable(self, sock):
         """need_send() was asked for and the kernel takes output; a TstStat.SEND has been handed to it whole; or, of a
-        socket for which more than high_water had waited, no more than low_water still does."""
+        socket for which more than high_water had waited, no more than low_water still does. Of a TstNogilHandler it is
+        not called for the last of these: tst_need_send() asks for it."""
 
     def on_disconnect(self, sock, reason):
         """The connection is over; called once for each on_connect that accepted. reason: None when the peer or this
@@ -1361,7 +1377,8 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
     answered three times within about as long again is gone, with a TimeoutError as the reason. For connections that may
     be idle for ever; of listen() and connect(), while addsocket() leaves a socket's options as they are. None: off.
     high_water, low_water: bytes of output that wait for a peer: above high_water (64 KiB) its messages are not handed
-    out any more (auto_pause), and it is not read; at low_water (16 KiB) that goes on, and on_writable is called.
+    out any more, and it is not read, unless auto_pause is False; at low_water (16 KiB) that goes on, and on_writable is
+    called, of a TstHandler: a function or a TstNogilHandler asks with need_send().
     max_queued: with so many waiting (1 MiB) no more is taken; the message that goes beyond still is. on_overflow: what
     happens then: "raise": send() raises SendQueueFull; "block": it waits until there is room, except in the socket's
     own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the pool (256
@@ -1406,9 +1423,9 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         if on_overflow not in ("raise", "block", "close"):
             raise ValueError(f"on_overflow must be 'raise', 'block' or 'close': {on_overflow!r}")
         self.block_on_overflow = on_overflow == "block"
-        self.engine.total.most = 0 if max_total_queued is None else size_from(max_total_queued, "max_total_queued")
+        self.engine.total.most = limit_from(max_total_queued, "max_total_queued")
         self.output = (size_from(high_water, "high_water"), size_from(low_water, "low_water"),
-                       0 if max_queued is None else size_from(max_queued, "max_queued"),
+                       limit_from(max_queued, "max_queued"),
                        OVERFLOW_CLOSE if on_overflow == "close" else OVERFLOW_REFUSE, bool(auto_pause))
         if low_water > high_water or (max_queued is not None and high_water > max_queued):
             raise ValueError("low_water <= high_water <= max_queued must hold: "
@@ -1804,7 +1821,6 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
     def work(self, no, launch):
         """A worker thread's life. Not for users. `launch`: the start() that it belongs to; it may come too late."""
         cdef Worker worker
-        cdef bint last
         with WORKERS_END:
             if launch != self.launch:
                 return
@@ -1813,20 +1829,15 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
             worker = new_worker(self, no)
             worker.run()
         except BaseException as error:
+            if self.dead:
+                raise
             log(logging.CRITICAL, "worker %d of %s broke", no, self.name, exc_info=error)
             if worker is not None:     # nobody knows what it has left half done
                 worker_broke(worker, error)
             raise
         finally:
-            with WORKERS_END:
-                self.live_workers -= 1
-                last = self.live_workers == 0
-                if last:
-                    self.launch += 1
-            if last:
-                with self.mutex:
-                    gone = self.close_down()
-                let_sockets_go(gone)
+            if not self.dead:              # of a forked child no other thread is there, but what it held may be
+                worker_ends(self)
 
     cdef int begin_stop(self, uint64_t drain) except -1:
         """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
@@ -1965,6 +1976,7 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
             first = table_chunk(&self.engine.table, chunk)
             for i in range(TABLE_CHUNK if first != NULL else 0):
                 store32(&first[i].lock, 0, RELEASE)
+                first[i].closing = True        # who has forked may be its handler: no more messages are for that
                 if load64(&first[i].state, ACQUIRE) & STATE_OPEN:
                     close(first[i].fd)
                     store64(&first[i].state, <uint64_t>(generation_of(first[i].state) + 1) << 32, RELEASE)
@@ -2023,7 +2035,8 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         if not self.running:
             self.start()
         try:
-            ended = self.ended
+            with self.mutex:
+                ended = self.ended
             # In slices: a signal between CPython's last look for one and its wait would be noticed only with the next.
             while not ended.wait(0.1):
                 pass
@@ -2124,7 +2137,7 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         if isinstance(exclude, TstSocket):
             exclude = (exclude,)
         left_out = set() if exclude is None else set(exclude)
-        cdef bytes payload = bytes(contiguous(data))
+        cdef bytes payload = data if type(data) is bytes else bytes(contiguous(data))
         cdef tst_shared *shared = shared_new(PyBytes_AS_STRING(payload), <size_t>PyBytes_GET_SIZE(payload))
         cdef int reached = 0
         cdef ssize_t queued
@@ -2567,6 +2580,8 @@ cdef class Worker:
                 shard = NULL
             while shard != NULL:
                 shard = self.serve(shard, &taken_over)
+            if self.pool.dead:
+                return 0                   # a handler has forked, and this is the child
 
     cdef tst_shard *serve(self, tst_shard *shard, bint *taken_over) except? NULL:
         """Turns a shard until it is taken over by another worker, or has ended, or another shard needs us more.
@@ -2596,6 +2611,8 @@ cdef class Worker:
                 if stock_has_litter(&shard.stock):
                     drop_litter(&shard.stock)
                 self.run_batch(shard, batch)
+                if self.pool.dead:
+                    return NULL
                 if self.worker.accept_errno:
                     self.complain()
                 ran = True
@@ -2646,6 +2663,8 @@ cdef class Worker:
         with nogil:
             batch_detach(stuck, &self.worker.stats)
         self.run_batch(shard, stuck)
+        if self.pool.dead:
+            return NULL
         with nogil:
             batch_finish(self.worker, stuck, clock_now())
             kept = shard_leave_running(self.worker, shard)
@@ -2671,12 +2690,12 @@ cdef class Worker:
         if left != NULL:
             self.worker.left = NULL
             self.run_one(shard, left)
-            if not token_held(shard, self.worker.no):
+            if self.pool.dead or not token_held(shard, self.worker.no):
                 return 0
         for i in range(batch.n_entries):
             if not self.run_one(shard, &batch.entries[i]):
                 continue
-            if not token_held(shard, self.worker.no):
+            if self.pool.dead or not token_held(shard, self.worker.no):
                 return 0
             if self.worker.clock - flushed >= RUN_TIME:
                 with nogil:
@@ -2694,6 +2713,8 @@ cdef class Worker:
         try:
             self.run_entry(entry)
         except BaseException as error:
+            if self.pool.dead:
+                raise
             self.drop_entry(entry, error)
         finally:
             self.worker.current = NULL
@@ -2738,6 +2759,8 @@ cdef class Worker:
             due = connection_due(connection)
         elif connection.closing:
             due = connection_due(connection)
+        if self.pool.dead:
+            return 0
         if due & DO_DISCONNECT and self.disconnect(sock):
             entry.what = DO_RETIRE
         else:
@@ -2783,6 +2806,7 @@ cdef class Worker:
                 connection_begin_close(connection)
         connection.compiled = NULL if sock.state_handler is None else &source.compiled
         sock.active = binding
+        connection.passed_on = 0           # the handler that was there before has done it
         # Not a function or a compiled handler: there EPOLLOUT answers need_send or SEND, and nothing else.
         connection.tell_room = connection.compiled == NULL and source.on_writable is not None
         return 0
@@ -2834,10 +2858,10 @@ cdef class Worker:
         cdef uint64_t n = 0
         while connection_cut(connection):
             binding = self.binding_of(sock)
-            if connection.compiled != NULL and not connection.passed_on:
+            if connection.compiled != NULL and not connection.passed_on & PASSED_MESSAGE:
                 if not self.run_compiled_messages(sock):
                     break
-            connection.passed_on = False
+            connection.passed_on &= PASSED_WRITABLE
             store32(&connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
             if connection.framed and connection.too_large:
                 self.refuse(sock, binding)
@@ -2895,12 +2919,10 @@ cdef class Worker:
         """What on_message has returned: a reference that is ours, or NULL with an exception set."""
         cdef ssize_t queued
         if result == NULL:
-            worker_enter(self.worker)      # on_error may block too
             try:
                 tst_raise()
             except BaseException as error:
                 self.failed(sock, binding, error)
-            worker_leave(self.worker)
         elif result == <PyObject *>None:
             if connection_send(sock.connection) != NULL:
                 connection_apply(sock.connection, self.worker, TST_SUSPEND)
@@ -3066,6 +3088,9 @@ cdef class Worker:
         if whole or connection.has_read or connection.closing or connection.hold_input or (
                 connection_awaits_transfer(connection)):
             return True
+        if not connection_takes_messages(connection):      # it has paused the socket, say: it is to have it later
+            connection.message_ready = True
+            return False
         if connection.end_of_input:
             input_free(&connection.input)      # the handler has seen it and does not want it, and no more will come
             return True
@@ -3089,12 +3114,12 @@ cdef class Worker:
         cdef object hook = binding.function if binding.function is not None else binding.on_writable
         cdef int stat
         store32(&connection.events, _EPOLLOUT, RELAXED)
-        if connection.compiled != NULL and not connection.passed_on:
+        if connection.compiled != NULL and not connection.passed_on & PASSED_WRITABLE:
             stat = self.notify(sock, connection.compiled.writable)
             if stat != TST_RUN:
                 connection_apply(connection, self.worker, stat)
                 return 0
-        connection.passed_on = False
+        connection.passed_on &= PASSED_MESSAGE
         if hook is not None:
             self.apply(sock, binding, self.call(sock, binding, hook, NOTHING),
                        self.binding.function if self.binding.function is not None else self.binding.on_writable,
@@ -3139,6 +3164,7 @@ cdef class Worker:
     cdef int report(self, TstSocket sock) except -1:
         """on_slow and on_most_elapsed for a job that has ended."""
         cdef uint64_t elapsed = sock.connection.report
+        cdef bint began = self.begin_hook()
         sock.connection.report = 0
         try:
             if elapsed == self.worker.stats.most_elapsed and self.binding.on_most_elapsed is not None:
@@ -3147,7 +3173,20 @@ cdef class Worker:
                 self.binding.on_slow(sock, elapsed / 1e9)
         except BaseException as error:
             log(logging.ERROR, "on_slow raised", exc_info=error)
+        self.end_hook(began)
         return 0
+
+    cdef bint begin_hook(self) noexcept:
+        """A hook begins, within another one or by itself: it may block, and then the shard is to be taken over. True:
+        by itself, and end_hook is to say that it has ended."""
+        if self.worker.calls % 2:
+            return False
+        worker_enter(self.worker)
+        return True
+
+    cdef void end_hook(self, bint began) noexcept:
+        if began:
+            worker_leave(self.worker)
 
     cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1:
         """Does what a handler's return value says. `hook`: the pool's, for TstStat.RUN from a socket's own handler."""
@@ -3183,11 +3222,16 @@ cdef class Worker:
     cdef int failed(self, TstSocket sock, Binding binding, object error) except -1:
         """A hook raised: on_error, then the socket is disconnected, unless on_error says SUSPEND."""
         cdef object hook = binding.on_error if binding.function is None else self.binding.on_error
+        cdef bint began
+        if self.pool.dead:
+            raise error                    # in a forked child: it is for whoever forked
         verdict = None
+        began = self.begin_hook()
         try:
             verdict = hook(sock, error)
         except BaseException as second:
             log(logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
+        self.end_hook(began)
         if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
             return 0
         sock.reason = error
@@ -3317,6 +3361,20 @@ cdef int stop_for(TstPool pool, object fault) except -1:
     with cython.critical_section(pool):
         pool.fault = fault
     pool.begin_stop(0)
+    return 0
+
+
+cdef int worker_ends(TstPool pool) except -1:
+    """The last one of a run closes what is left."""
+    with WORKERS_END:
+        pool.live_workers -= 1
+        last = pool.live_workers == 0
+        if last:
+            pool.launch += 1
+    if last:
+        with pool.mutex:
+            gone = pool.close_down()
+        let_sockets_go(gone)
     return 0
 
 

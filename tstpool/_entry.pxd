@@ -7,13 +7,13 @@
 
 `_collect.pxd` makes the entries, `_run.pxd` and `_core.pyx` run their handlers.
 """
-from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, ENOBUFS, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PRESSURE_GONE, PRESSURE_HIGH, connection_is, connection_is_paused, connection_release,
+    PEND_CLOSE, PEND_IN, PRESSURE_GONE, connection_is, connection_is_paused, connection_release,
     connection_recv, connection_send, connection_takes_messages, connection_wants_input, output_account, output_drop,
-    tst_connection)
+    output_is_full, tst_connection)
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
     input_free, input_keep, input_reserve, tst_data)
@@ -24,8 +24,8 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_retire, connection_silence, flush_result, sys_control, sys_recv, sys_reset_on_close, sys_unread,
-    sys_writable)
+    connection_retire, connection_silence, flush_result, sys_control, sys_prepare, sys_recv, sys_reset_on_close,
+    sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, connection_ask_relief, entry_move,
@@ -183,8 +183,11 @@ cdef inline bint connection_cut(tst_connection *connection) noexcept nogil:
     Whole means: the transfer is complete (req_len > 0); or, with none asked for, that the framing has found a message,
     or that it never will (too_large); or, with no framing, that anything at all has arrived.
     """
-    if not connection_takes_messages(connection):
-        return False
+    return connection_takes_messages(connection) and connection_cut_next(connection)
+
+
+cdef inline bint connection_cut_next(tst_connection *connection) noexcept nogil:
+    """connection_cut for one that takes messages."""
     if tst_rarely(connection.body != NULL):
         return connection.message_ready
     if connection_awaits_transfer(connection):
@@ -234,7 +237,7 @@ cdef inline void connection_drop_output(tst_connection *connection) noexcept nog
     spin_lock(&connection.lock)
     if queue_size(&connection.out):        # the peer must not take what it has for the whole
         connection.aborted = True
-        sys_reset_on_close(connection.fd)
+        sys_reset_on_close(connection.fd, True)
     connection_cut_output(connection)
     spin_unlock(&connection.lock)
 
@@ -268,7 +271,7 @@ cdef inline bint connection_abort(tst_connection *connection, uint32_t generatio
             store32(&connection.out_error, <uint32_t>reason, RELAXED)
             add64(&connection.limits.total.overflow_closed, 1, RELAXED)
         connection.aborted = True
-        sys_reset_on_close(connection.fd)
+        sys_reset_on_close(connection.fd, True)
         connection_cut_output(connection)
     spin_unlock(&connection.lock)
     return ours
@@ -308,8 +311,11 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
 
 # -------------------------------------------------------------------------------------------------- output
 
-cdef inline int connection_transfer(tst_connection *connection, uint64_t now) noexcept nogil:
-    """Queues what the handler put into its send buffer (S12). Returns 1 when there was something, 0, or -errno."""
+cdef inline int connection_transfer(tst_connection *connection, uint64_t now, bint limited) noexcept nogil:
+    """Queues what the handler put into its send buffer (S12). Returns 1 when there was something, 0, or -errno.
+
+    `limited`: others may follow before it is sent. -ENOBUFS then, with nothing changed, when too much waits already.
+    """
     cdef tst_data *data = connection_send(connection)
     cdef size_t size
     cdef int result = 0
@@ -321,10 +327,13 @@ cdef inline int connection_transfer(tst_connection *connection, uint64_t now) no
         result = data_make(data)
         if result == 0:
             spin_lock(&connection.lock)
-            if not connection.out_closed:
+            if limited and output_is_full(connection, size, NULL):
+                result = -ENOBUFS
+            elif not connection.out_closed:
                 connection.out.burst = True
                 result = queue_append(&connection.out, data.s + data.req_pos + data.com_len, size)
                 connection.send_mark = connection.out.queued
+                output_account(connection)
             spin_unlock(&connection.lock)
         if result == 0:
             data.begin_time = now
@@ -388,22 +397,24 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     input_free(&connection.input)
     connection_drop_body(connection)
     connection_forget_frame(connection)
-    connection.close_noted = connection.unfinished = connection.heard = connection.aborted = False
+    connection.close_noted = connection.unfinished = connection.heard = False
+    connection.passed_on = 0
     connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
     connection.call_writable = connection.ask_writable = False
     connection.reason = 0
     spin_lock(&connection.lock)
-    connection.want_out = False
-    if connection.flushing:
-        output_account(connection)
-    else:
-        output_drop(connection)
+    connection_wait_for_flusher(connection)        # what it sends is the old one's
+    output_drop(connection)
+    if connection.aborted:                         # by somebody who took the new descriptor for the old one
+        sys_reset_on_close(connection.fd, False)
     sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
-    connection.registered = connection.want_room = connection.out_closed = False
+    connection.registered = connection.want_room = False
+    connection.out_closed = connection.out_drop = connection.aborted = False
     connection.armed = 0
     store32(&connection.out_error, 0, RELAXED)
     spin_unlock(&connection.lock)
     fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK)
+    sys_prepare(connection.fd)
     data = connection_recv(connection)
     if data != NULL:
         data_request(data, 0, 0)
@@ -421,10 +432,10 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
     if stat == STAT_RECONNECTED:
         connection_reconnect(connection)
     elif stat > STAT_SEND:
-        connection_transfer(connection, worker.clock)
+        connection_transfer(connection, worker.clock, False)
         connection_begin_close(connection)
     elif stat == STAT_SEND or connection_send(connection) != NULL:
-        queued = connection_transfer(connection, worker.clock)
+        queued = connection_transfer(connection, worker.clock, stat != STAT_SEND)
         if queued < 0:
             connection_break(connection, -queued)
         elif stat == STAT_SEND:
@@ -434,25 +445,21 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
                 count(&worker.stats.spins, 1)
 
 
-cdef inline bint connection_holds_messages(tst_connection *connection) noexcept nogil:
-    """There is input that its handler is to have later: it is paused, or too much output waits. Owner only."""
-    if connection.input.size == 0 and not (connection.body != NULL and connection.message_ready):
-        return False
-    return connection_is_paused(connection) or load32(&connection.pressure, RELAXED) == PRESSURE_HIGH
-
-
-cdef inline bint connection_is_over(tst_connection *connection) noexcept nogil:
-    """It is to be closed, because nothing more can arrive and its handler waits for nothing. Owner only."""
+cdef inline bint connection_is_over(tst_connection *connection, bint takes) noexcept nogil:
+    """It is to be closed, because nothing more can arrive and its handler waits for nothing. `takes`: what
+    connection_takes_messages has said; if it was no, what is there is for later. Owner only."""
     if not connection.end_of_input or connection.hold_input or connection.closing:
         return False
-    return not connection_holds_messages(connection)
+    return takes or not (connection.message_ready or connection.input.size)
 
 
 cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     """What is left to be done for a connection that has received and sent what it can. Owner only."""
-    if connection_cut(connection):
+    # One look decides both: another thread may pause it, resume it or relieve it in between.
+    cdef bint takes = connection_takes_messages(connection)
+    if takes and connection_cut_next(connection):
         return DO_INPUT
-    if connection_is_over(connection):
+    if connection_is_over(connection, takes):
         connection_begin_close(connection)
     if connection.closing and not connection.lingering and connection_drained(connection):
         return DO_DISCONNECT
@@ -603,7 +610,7 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
     Owner only."""
     if connection.lingering:
         return PEND_IN if connection.readable and connection.trigger == TRIGGER_EDGE else 0
-    if connection_is_over(connection):
+    if connection_is_over(connection, connection_takes_messages(connection)):
         return PEND_IN                     # it broke after connection_due had looked
     if waiting < 0 and not connection.closing and (not connection.end_of_input or connection.hold_input):
         return PEND_IN                     # read what had arrived before it broke, then end it, or hold it

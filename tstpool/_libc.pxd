@@ -59,8 +59,8 @@ cdef extern from "<sys/socket.h>" nogil:
 
     int SOCK_NONBLOCK
     int SOCK_CLOEXEC
-    int MSG_NOSIGNAL
     int MSG_DONTWAIT
+    int MSG_NOSIGNAL
     int SOL_SOCKET
     int SO_OOBINLINE
     int SHUT_RDWR

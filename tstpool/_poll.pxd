@@ -34,7 +34,7 @@ from tstpool._conn cimport (
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
+    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
     poll, pollfd, read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32, timerfd_settime,
@@ -77,7 +77,7 @@ cdef inline int sys_control(int epoll_fd, int operation, int fd, uint32_t mask, 
 cdef inline ssize_t sys_recv(int fd, void *buffer, size_t size) noexcept nogil:
     cdef ssize_t n
     while True:
-        n = recv(fd, buffer, size, 0)
+        n = recv(fd, buffer, size, MSG_DONTWAIT)
         if n >= 0:
             return n
         if errno != EINTR:
@@ -85,17 +85,18 @@ cdef inline ssize_t sys_recv(int fd, void *buffer, size_t size) noexcept nogil:
 
 
 cdef inline ssize_t sys_send(int fd, iovec *pieces, int n_pieces) noexcept nogil:
-    """Sends without ever raising SIGPIPE."""
+    """Sends without ever raising SIGPIPE, and never waits: the descriptor is another one's when a handler has put a
+    fresh connection under it (dup2) and not told us yet."""
     cdef msghdr message
     cdef ssize_t n
     while True:
         if n_pieces == 1:
-            n = send(fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL)
+            n = send(fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL | MSG_DONTWAIT)
         else:
             memset(&message, 0, sizeof(msghdr))
             message.msg_iov = pieces
             message.msg_iovlen = <size_t>n_pieces
-            n = sendmsg(fd, &message, MSG_NOSIGNAL)
+            n = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
         if n >= 0:
             return n
         if errno != EINTR:
@@ -134,10 +135,10 @@ cdef inline size_t sys_unread(int fd) noexcept nogil:
     return <size_t>n
 
 
-cdef inline void sys_reset_on_close(int fd) noexcept nogil:
-    """close() will tell the peer with a reset, and forget what the kernel has not sent yet."""
+cdef inline void sys_reset_on_close(int fd, bint yes) noexcept nogil:
+    """close() will tell the peer with a reset, and forget what the kernel has not sent yet; or, after all, not."""
     cdef linger now
-    now.l_onoff = 1
+    now.l_onoff = yes
     now.l_linger = 0
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
 
@@ -332,7 +333,7 @@ cdef inline void connection_deafened(tst_connection *connection, int reason) noe
     Lock held; somebody must look at it now."""
     if queue_size(&connection.out):        # the peer must not take what it has for the whole
         connection.aborted = True
-        sys_reset_on_close(connection.fd)
+        sys_reset_on_close(connection.fd, True)
     store32(&connection.out_error, <uint32_t>reason, RELAXED)
     connection.out_closed = connection.out_drop = True
     if not connection.flushing:            # else who is sending forgets the rest afterwards

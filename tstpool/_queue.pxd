@@ -251,7 +251,10 @@ cdef inline char *queue_room(tst_queue *queue, size_t size) noexcept nogil:
 
 cdef inline int queue_share(tst_queue *queue, tst_shared *shared) noexcept nogil:
     """Queues shared bytes behind the last, without copying them. 0, or -ENOMEM."""
-    cdef tst_chunk *chunk = <tst_chunk *>malloc(sizeof(tst_chunk))
+    cdef tst_chunk *chunk
+    if shared.size == 0:
+        return 0                           # a chunk of nothing would stay until something comes behind it
+    chunk = <tst_chunk *>malloc(sizeof(tst_chunk))
     if chunk == NULL:
         return -ENOMEM
     add32(&shared.users, 1, RELAXED)

@@ -15,7 +15,8 @@ is noticed and the shard taken over, exactly as with handlers in Python.
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
-    connection_recv, connection_send, connection_takes_messages, tst_compiled, tst_connection)
+    PASSED_MESSAGE, PASSED_WRITABLE, connection_recv, connection_send, connection_takes_messages, tst_compiled,
+    tst_connection)
 from tstpool._data cimport input_consume, tst_data
 from tstpool._entry cimport (
     STAT_RECONNECTED, STAT_RUN, connection_apply, connection_awaits_transfer, connection_cut, connection_due,
@@ -111,7 +112,8 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
             break
     connection.frame = frame
     input_consume(&connection.input, connection.input.size - left)
-    connection.passed_on = stat == STAT_RUN
+    if stat == STAT_RUN:
+        connection.passed_on |= PASSED_MESSAGE
     connection.too_large = found < 0
     connection.framed = connection.message_ready = found != 0
     return found != 0
@@ -124,7 +126,7 @@ cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint6
     cdef int stat = connection.compiled.received(connection.compiled.handler, connection.sock, bytes, size)
     store64(&worker.calls, worker.calls + 2, RELEASE)
     if stat == STAT_RUN:
-        connection.passed_on = True
+        connection.passed_on |= PASSED_MESSAGE
         return True
     n[0] += 1
     connection.message_ready = False
@@ -162,7 +164,7 @@ cdef inline bint run_writable(tst_engine *engine, tst_worker *worker, tst_connec
     stat = connection.compiled.writable(connection.compiled.handler, connection.sock)
     worker_leave(worker)
     if stat == STAT_RUN:
-        connection.passed_on = True
+        connection.passed_on |= PASSED_WRITABLE
         return True
     worker_job(engine, worker, connection, 1)
     connection_apply(connection, worker, stat)
@@ -173,11 +175,11 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
     """All that a compiled handler can do for one connection. True: the entry needs Python too."""
     cdef tst_connection *connection = entry.connection
     store32(<uint32_t *>&connection.thread_no, <uint32_t>worker.no, RELAXED)
-    if entry.what & DO_WRITABLE and not connection.closing and not connection.passed_on:
+    if entry.what & DO_WRITABLE and not connection.closing and not connection.passed_on & PASSED_WRITABLE:
         if run_writable(engine, worker, connection):
             return True
         entry.what &= ~<uint32_t>DO_WRITABLE
-    if connection.passed_on or run_messages(engine, worker, connection) or connection.report:
+    if connection.passed_on & PASSED_MESSAGE or run_messages(engine, worker, connection) or connection.report:
         return True
     if connection_due(connection) & DO_DISCONNECT:
         return True

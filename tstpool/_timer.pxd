@@ -182,6 +182,15 @@ cdef inline void deadline_add(int *kind, uint32_t *due, int this_kind, uint32_t 
         due[0] = since + limit
 
 
+cdef inline bint connection_output_is_overdue(const tst_connection *connection, uint64_t now) noexcept nogil:
+    """Its peer has taken nothing of what waits for longer than write_timeout. Lock held."""
+    cdef uint32_t due = 0
+    cdef int kind = DEADLINE_NONE
+    if connection.limits != NULL and connection.want_out:
+        deadline_add(&kind, &due, DEADLINE_OUTPUT, load32(&connection.output_tick, RELAXED), connection.limits.write)
+    return kind != DEADLINE_NONE and tick_before(due, tick_of(now))
+
+
 cdef inline int connection_deadline(const tst_connection *connection, bint waits, bint wants_input,
                                     uint32_t *due) noexcept nogil:
     """The nearest deadline, as DEADLINE_* and its tick. `waits`: output does; `wants_input`: we would read what came,

@@ -19,7 +19,8 @@ class TstStat(enum.IntEnum):
     """The handler has put a fresh connection under the same descriptor: forget the old one's bytes, go on.
 
     Send nothing in the call that does so. If it blocks in the middle and another worker takes over, what it has sent
-    goes out at once, to whichever connection is under the descriptor at that moment.
+    goes out at once, to whichever connection is under the descriptor at that moment. What another thread is sending
+    in that moment may do the same; what waits when the handler returns is dropped.
     """
     DISCONNECT = 4
     """Send what is queued, then close."""

@@ -173,6 +173,24 @@ cdef class Writing(Defaults):
         return TST_SUSPEND
 
 
+cdef class PassesOn(TstNogilHandler):
+    """Answers each message with much, asks for `writable`, and passes the message on to Python; counts its calls."""
+    cdef public int received_calls
+    cdef public int writable_calls
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        cdef char much[100000]
+        memset(much, b"r", sizeof(much))
+        self.received_calls += 1
+        tst_send(sock, much, sizeof(much))
+        tst_need_send(sock)
+        return TST_RUN
+
+    cdef TstStat writable(self, TstSocket sock) noexcept nogil:
+        self.writable_calls += 1
+        return TST_SUSPEND
+
+
 cdef class Commands(Counting):
     """The first byte of a message says what is done with it.
 

@@ -73,10 +73,10 @@ from cpython.object cimport PyObject
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN,
-    STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append,
-    connection_close_output, connection_id, connection_is, connection_mark, generation_of, table_chunk,
-    table_open, tst_compiled, tst_connection, tst_limits)
+    GONE, OVERFLOW_CLOSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT,
+    STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN,
+    connection_append, connection_close_output, connection_id, connection_is, connection_mark, generation_of,
+    table_chunk, table_open, tst_compiled, tst_connection, tst_limits)
 from tstpool._data cimport data_request, input_consume, tst_data
 from tstpool._entry cimport (
     STAT_DISCONNECT, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort, connection_apply,
@@ -559,10 +559,10 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
     while connection_cut(connection):
         if load32(&connection.rebind, RELAXED):
             adopt_binding(sock)
-        if connection.compiled != NULL and not connection.passed_on:
+        if connection.compiled != NULL and not connection.passed_on & PASSED_MESSAGE:
             if not run_messages(world.engine, worker, connection):
                 break
-        connection.passed_on = False
+        connection.passed_on &= PASSED_WRITABLE
         size = message_at_hand(connection, &bytes)
         copy = <char *>malloc(size + 1)
         if copy == NULL:
@@ -602,7 +602,7 @@ cdef void run_entry(tst_worker *worker, tst_entry *entry) noexcept nogil:
         connect(worker, sock)
     connection.report = 0
     if due & DO_WRITABLE and not connection.closing:
-        connection.passed_on = False
+        connection.passed_on &= PASSED_MESSAGE
         worker_enter(worker)
         on_writable(NULL, sock)
         worker_leave(worker)
