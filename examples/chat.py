@@ -2,28 +2,31 @@
 
 What is typed reaches everybody else's terminal, so nothing of it is trusted: lines have a limit, control characters are
 replaced, names are plain ASCII, and what comes from the room itself begins with an asterisk, which no name does. Who
-types faster than anybody reads is shut out, and so is who does not read.
+types faster than anybody reads is shut out, and so is who does not read. These limits are for a connection: how many
+of them one address may have, or make in a second, is for a firewall to say.
 
 Hooks of one socket never run at the same time, but those of different sockets do where there is no GIL: `lock` guards
-what they share. Nobody waits for a peer while holding it, because send() only queues.
+what they share. Nobody waits for a peer while holding it, because send() only queues. Who logs waits for the log, with
+the lock or without: where that may block, put logging's QueueHandler in between.
 """
 
 import argparse
 import contextlib
 import logging
 import re
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
 
 import tstpool
-from tstpool import ConnectionClosed, Delimited, MessageTooLarge, TstHandler, TstSocket, TstStat
+from tstpool import ConnectionClosed, Delimited, MessageTooLarge, SendQueueFull, TstHandler, TstSocket, TstStat
 
 LINE_MOST = 1000  # bytes
 UNSENT_MOST = 256 * 1024  # bytes that may wait for a member who does not read
 MEMBERS_MOST = 1000
 LINES_AT_ONCE = 50  # what a member may send in a burst ...
-LINES_A_SECOND = 10  # ... and in the long run
+LINES_A_SECOND = 10  # ... and in the long run; no more at once for a newcomer, or it would pay to come anew
 
 NAME = re.compile(r"(?!guest)[a-z][a-z0-9_-]{0,19}", re.ASCII | re.IGNORECASE)
 NAME_RULE = "a name is a letter, then up to 19 letters, digits, - or _; guest... is for those who have none"
@@ -37,8 +40,9 @@ HELP = """\
 
 
 def printable(line: bytes) -> str:
-    """The text of a line, fit for any terminal and any log: no control character, escape sequence or bad UTF-8."""
-    text = line.decode("utf-8", "replace").replace("\t", " ").strip()
+    """The text of a line, fit for any terminal and any log: no control character, escape sequence or bad UTF-8, nor
+    spaces in a row, after which the rest could look like a line of its own."""
+    text = " ".join(line.decode("utf-8", "replace").split())
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
@@ -46,8 +50,9 @@ def printable(line: bytes) -> str:
 class Member:
     sock: TstSocket
     name: str
-    credit: float = LINES_AT_ONCE  # lines; for its own hooks only, as is `counted`
+    credit: float = LINES_A_SECOND  # lines; for its own hooks only, as are the next two
     counted: float = field(default_factory=time.monotonic)
+    announced: bool = False
 
     def may_send(self) -> bool:
         """Counts one line. False: too many came too fast."""
@@ -57,11 +62,17 @@ class Member:
         return self.credit >= 0
 
     def tell(self, text: str) -> None:
-        """Queues a line for this member, who is disconnected when too much waits already."""
-        with contextlib.suppress(ConnectionClosed):  # then on_disconnect is on its way
+        """Queues a line for this member, who is disconnected when too much waits already. It raises nothing: that would
+        end the connection of whoever typed the line."""
+        try:
             if self.sock.send(text.encode() + b"\n") > UNSENT_MOST:
                 logging.info("%s does not read", self.name)
                 self.sock.close()
+        except ConnectionClosed:
+            pass  # on_disconnect is on its way
+        except SendQueueFull:  # the pool also limits what may wait for all members together
+            logging.info("%s does not read, and too much waits for all", self.name)
+            self.sock.close(abort=True)
 
 
 class Room(TstHandler):
@@ -82,7 +93,6 @@ class Room(TstHandler):
             self.members[member.name] = member
             logging.info("%s joined from %s", member.name, sock.peer)
             member.tell(f"* you are {member.name}; /help lists what you can do")
-            self.say(f"* {member.name} joined", but=member)
         return None
 
     def on_message(self, sock: TstSocket, data: bytes) -> TstStat | None:
@@ -92,6 +102,9 @@ class Room(TstHandler):
             if not member.may_send():
                 member.tell("* too many lines too fast")
                 return TstStat.DISCONNECT
+            if not member.announced:  # not earlier: to come and go, again and again, must not fill anybody's screen
+                member.announced = True
+                self.say(f"* {member.name} joined", but=member)
             if line.startswith("/"):
                 return self.obey(member, line)
             if line:
@@ -103,7 +116,8 @@ class Room(TstHandler):
         with self.lock:
             del self.members[member.name.lower()]
             logging.info("%s left", member.name)
-            self.say(f"* {member.name} left")
+            if member.announced:
+                self.say(f"* {member.name} left")
 
     def on_error(self, sock: TstSocket, exc: BaseException) -> TstStat | None:
         if not isinstance(exc, MessageTooLarge):
@@ -150,6 +164,8 @@ class Room(TstHandler):
         member.tell(f"[you to {other.name}] {text}")
 
     def say(self, text: str, but: Member | None = None) -> None:
+        """Tells everybody. The pool's broadcast() would leave out who has too much waiting; tell() makes them leave. As
+        the lock is held, everybody hears the same in the same order."""
         for member in self.members.values():
             if member is not but:
                 member.tell(text)
@@ -163,14 +179,16 @@ if __name__ == "__main__":
     parser.add_argument("--shards", type=int, help="how many of them poll and run hooks; more than 1 needs no GIL")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    print(f"chat on {options.host}:{options.port}; Ctrl-C ends it", flush=True)
-    tstpool.serve(
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as Ctrl-C does
+    pool = tstpool.TstPool(
         Room(),
-        options.host,
-        options.port,
         framing=Delimited(b"\n", max_message=LINE_MOST),
         workers=options.workers,
         shards=options.shards,
         first_byte_timeout=3600.0,  # who only listens is welcome
         idle_timeout=3600.0,
     )
+    host, port = pool.listen(options.host, options.port)
+    with contextlib.suppress(KeyboardInterrupt):
+        print(f"chat on {host}:{port}; Ctrl-C ends it", flush=True)
+        pool.serve_forever()

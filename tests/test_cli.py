@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from helpers import ROOT, connect, patient, recv_exact, run_python, wait_until
+from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, run_python, wait_until
 
 
 class Command:
@@ -113,6 +114,50 @@ def test_echo_listens_on_a_unix_socket(tmp_path):
             talk(client, b"hello")
         command.signal(signal.SIGINT)
         assert command.result() == 0
+
+
+def refuses(address):
+    try:
+        connect(address).close()
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:
+        pass  # the listener went while we were in its backlog
+    return False
+
+
+def stop_with_output_waiting(command, client, address):
+    """The client sends until the server waits for it to read. Returns when the server has begun to stop."""
+    while select.select([], [client], [], 0.5)[1]:
+        client.send(bytes(4096), socket.MSG_DONTWAIT)
+    command.signal(signal.SIGINT)
+    wait_until(lambda: refuses(address))
+
+
+def test_the_last_line_counts_what_was_sent_while_the_server_stopped(tmp_path):
+    """A unix socket's buffers are small, so that what waits then is a good part of it all."""
+    from tstpool._cli import show
+
+    address = f"unix:{tmp_path}/echo"
+    with Command("echo", "--host", address) as command:
+        command.wait_for("echo on ")
+        with connect(address) as client:
+            stop_with_output_waiting(command, client, address)
+            received = len(recv_until_eof(client))
+        assert command.result() == 0
+        assert f", {show.size(received)} out, " in command.lines[-1]
+
+
+def test_ctrl_c_while_the_server_stops_exits_with_130(tmp_path):
+    """The first one ends the server, and that is how it ends; this one cuts short what it was still doing."""
+    address = f"unix:{tmp_path}/echo"
+    with Command("echo", "--host", address) as command:
+        command.wait_for("echo on ")
+        with connect(address) as client:
+            stop_with_output_waiting(command, client, address)
+            command.signal(signal.SIGINT)
+            assert command.result() == 130
+        assert "Traceback" not in "\n".join(command.lines)
 
 
 def test_echo_on_a_port_in_use_says_so_in_one_line_and_exits_with_1():

@@ -2,7 +2,11 @@
 
 import contextlib
 import importlib.util
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -59,6 +63,26 @@ class Person:
 def room():
     with Example("chat.py") as room:
         yield room
+
+
+@pytest.fixture
+def chat(monkeypatch):
+    """The example as a module, whose limits a test may change."""
+    spec = importlib.util.spec_from_file_location("example_chat", ROOT / "examples" / "chat.py")
+    chat = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "example_chat", chat)  # dataclasses look there
+    spec.loader.exec_module(chat)
+    return chat
+
+
+def make_room(chat, make_pool, **options):
+    """A room in this process."""
+    return make_pool(chat.Room(), framing=Delimited(b"\n", max_message=chat.LINE_MOST), **options)
+
+
+def allow_any_number_of_lines(chat, monkeypatch):
+    for limit in ["LINES_AT_ONCE", "LINES_A_SECOND"]:
+        monkeypatch.setattr(chat, limit, 1 << 40)
 
 
 # ----------------------------------------------------------------------------------------- Debian's clients
@@ -189,8 +213,16 @@ def test_wrong_commands_are_answered(room):
             ann.wait_for("* /msg NAME TEXT")
         ann.say("/msg bob hello")
         ann.wait_for("* nobody is called that")
+
+
+def test_help_lists_the_commands(room):
+    with Person(room.addr, "ann") as ann:
         ann.say("/help")
         assert len(ann.lines_up_to("* anything else")) == 5
+
+
+def test_a_message_reaches_oneself_too_however_the_name_is_written(room):
+    with Person(room.addr, "ann") as ann:
         ann.say("/msg ANN to myself")
         ann.wait_for("[ann to you] to myself")
 
@@ -219,20 +251,29 @@ def is_harmless(text):
 
 
 def test_no_control_character_reaches_a_terminal_or_the_log(room):
-    with Tool("ncat", room.addr) as ann, Person(room.addr, "bob") as bob:
+    with Tool("ncat", room.addr) as ann:
         ann.wait_for("* you are guest")
         ann.type("/nick ann")
         ann.wait_for(" is now ann\n")
         for evil in EVIL:
-            for text in [evil, b"/msg ann " + evil, b"/nick " + evil, b"/nick bo" + evil, b"/" + evil, b"/msg " + evil]:
-                bob.say(text)
-        bob.say("/who")
-        bob.wait_for("* here: ")
-        bob.say("that was all")
-        ann.wait_for("<bob> that was all")
+            with Person(room.addr, "bob") as bob:
+                for before in [b"", b"/msg ann ", b"/nick ", b"/nick bo", b"/", b"/msg "]:
+                    bob.say(before + evil)
+                bob.say("that was all")
+                ann.wait_for("<bob> that was all")
+            ann.wait_for("* bob left")
         assert "owned" in ann.shown
         assert is_harmless(ann.shown.encode())
         assert is_harmless(room.output)
+
+
+def test_no_run_of_spaces_moves_the_rest_of_a_line_to_a_row_of_its_own(room):
+    """Where it would look like a line from the room."""
+    with Person(room.addr, "ann") as ann, Person(room.addr, "bob") as bob:
+        bob.say("so long" + " " * 66 + "\t\u3000\u00a0* ann left")
+        assert ann.wait_for("<bob>") == "<bob> so long * ann left"
+        bob.say("/msg  ann  so" + " " * 66 + "long")
+        assert ann.wait_for("[bob to you]") == "[bob to you] so long"
 
 
 def test_a_line_has_a_limit(room):
@@ -249,49 +290,72 @@ def test_a_line_has_a_limit(room):
 
 
 def test_who_types_too_fast_has_to_leave(room):
+    """As soon in a new connection as in an old one: to come again is no way round the limit."""
     with Person(room.addr, "ann") as ann, Person(room.addr, "bob") as bob:
         ann.say("\n".join(f"line {i}" for i in range(200)))
         lines = bob.lines_up_to("* ann left")
         said = [line for line in lines if line.startswith("<ann>")]
         assert said == [f"<ann> line {i}" for i in range(len(said))]
-        assert 45 <= len(said) < 200
+        assert 8 <= len(said) < 45
         bob.say("/who")
         assert bob.wait_for("* here: ") == "* here: bob"
 
 
-def test_who_does_not_read_has_to_leave(room):
-    """Others are not held up, and are not told to leave for having much to read."""
-    with Person(room.addr, "ann") as ann, Person(room.addr) as slow:
-        slow.say("/nick slow")
-        ann.wait_for("is now slow")
-        reading = threading.Thread(target=ann.lines_up_to, args=("* slow left",))
-        reading.start()
-        for _ in range(200):  # each newcomer may say so much at once, and U+FFFD is longer than what it stands for
-            with Person(room.addr) as talker:
-                for _ in range(20):
-                    talker.say(b"/msg slow " + b"\xff" * 980)
-                    talker.say(b"/msg ann " + b"\xff" * 980)
-                talker.say("/who")
-                talker.wait_for("* here: ")
-            if b"slow does not read" in room.output:
-                break
-        assert b"slow does not read" in room.output
-        slow.wait_for_end()
-        reading.join(patient(10))
-        ann.say("/who")
-        assert "slow" not in ann.wait_for("* here: ")
-        assert b"ann does not read" not in room.output
+def test_who_has_been_silent_for_long_may_say_more_at_once(chat, make_pool, monkeypatch):
+    addr = make_room(chat, make_pool).addresses[0]
+    with Person(addr, "ann") as ann, Person(addr, "bob") as bob:
+        monkeypatch.setattr(chat, "LINES_A_SECOND", 1 << 40)
+        ann.say("a long time has passed")
+        bob.wait_for("<ann> a long time has passed")
+        monkeypatch.setattr(chat, "LINES_A_SECOND", 0)
+        ann.say("\n".join(f"line {i}" for i in range(1, 100)))
+        said = [line for line in bob.lines_up_to("* ann left") if line.startswith("<ann>")]
+        assert said == [f"<ann> line {i}" for i in range(1, 50)]
+
+
+def test_who_comes_and_goes_without_a_word_is_not_mentioned(room):
+    with Person(room.addr, "ann") as ann:
+        for _ in range(200):
+            with Person(room.addr):
+                pass
+        with Person(room.addr) as bob:
+            bob.say("hello")
+            heard = ann.lines_up_to("hello")
+            assert heard == [f"* {bob.name} joined", f"<{bob.name}> hello"]
+        ann.wait_for(f"* {bob.name} left")
+
+
+@pytest.mark.parametrize("max_queued", [1 << 20, 1 << 17], ids=["limit of the room", "limit of the pool"])
+def test_who_does_not_read_has_to_leave(chat, make_pool, monkeypatch, max_queued):
+    """Others need not: neither ann, who has as much to read, nor bob, who says it. The pool also takes no more when too
+    much waits for all members together."""
+    allow_any_number_of_lines(chat, monkeypatch)
+    addr = make_room(chat, make_pool, max_queued=max_queued, linger_timeout=0.2).addresses[0]
+    with Person(addr) as slow, Person(addr, "ann") as ann, Person(addr, "bob") as bob:
+        names = slow.name
+        while slow.name in names:
+            for _ in range(20):
+                bob.say(b"\xff" * 1000)  # U+FFFD is longer than what it stands for
+            bob.say("is anybody gone?")
+            ann.wait_for("<bob> is anybody gone?")
+            ann.say("/who")
+            names = ann.wait_for("* here: ")
+        assert names == "* here: ann bob"
+        with contextlib.suppress(ConnectionResetError):
+            slow.wait_for_end()
 
 
 # ------------------------------------------------------------------------------------------------- threads
 
 
-def test_everybody_hears_the_same_in_the_same_order():
+def test_everybody_hears_the_same_in_the_same_order(chat, make_pool, monkeypatch):
     """Ten talk at once, on four threads where there is no GIL."""
     n_lines = 40
-    with Example("chat.py", "--shards", "4", "--workers", "4") as room, contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(Person(room.addr, f"listener{i}")) for i in range(3)]
-        talkers = [stack.enter_context(Person(room.addr, f"talker{i}")) for i in range(10)]
+    allow_any_number_of_lines(chat, monkeypatch)
+    addr = make_room(chat, make_pool, shards=4, workers=4).addresses[0]
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(Person(addr, f"listener{i}")) for i in range(3)]
+        talkers = [stack.enter_context(Person(addr, f"talker{i}")) for i in range(10)]
 
         def talk(person):
             for n in range(n_lines):
@@ -326,13 +390,9 @@ def test_it_ends_with_people_in_the_room(end_by):
             person.wait_for_end()
 
 
-def test_a_full_room_says_so(make_pool, monkeypatch):
-    spec = importlib.util.spec_from_file_location("example_chat", ROOT / "examples" / "chat.py")
-    chat = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "example_chat", chat)  # dataclasses look there
-    spec.loader.exec_module(chat)
+def test_a_full_room_says_so(chat, make_pool, monkeypatch):
     monkeypatch.setattr(chat, "MEMBERS_MOST", 2)
-    pool = make_pool(chat.Room(), framing=Delimited(b"\n", max_message=chat.LINE_MOST))
+    pool = make_room(chat, make_pool)
     with Person(pool.addresses[0]), Person(pool.addresses[0], "bob") as bob:
         with connect(pool) as third:
             assert third.makefile("rb").read() == b"* the room is full\n"
@@ -341,3 +401,21 @@ def test_a_full_room_says_so(make_pool, monkeypatch):
         wait_until(lambda: len(pool) == 1)
         with Person(pool.addresses[0], "bob"):
             pass
+
+
+def test_it_says_where_it_listens_only_if_it_does():
+    example = [sys.executable, str(ROOT / "examples" / "chat.py")]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = subprocess.run([*example, "--port", str(port)], capture_output=True, text=True, timeout=patient(60))
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert f"127.0.0.1:{port}" in done.stderr
+    with subprocess.Popen([*example, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(re.search(r" on 127.0.0.1:(\d+);", process.stdout.readline())[1])
+            with Person(("127.0.0.1", port), "ann"):
+                pass
+        finally:
+            process.terminate()
+        assert process.wait(patient(20)) == 0

@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import json
+import re
+import runpy
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -14,6 +17,8 @@ import pytest
 from example_helpers import FOREIGN, Example
 from helpers import ROOT, SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
 
+from tstpool import LengthPrefixed
+
 MESSAGE_MOST = 1 << 20
 STYLES = ["framing", "req_len"]
 
@@ -21,7 +26,8 @@ STYLES = ["framing", "req_len"]
 @pytest.fixture(params=STYLES)
 def rpc(request):
     with Example("rpc.py", "--style", request.param) as rpc:
-        assert f"rpc ({request.param}) on 127.0.0.1:{rpc.addr[1]}".encode() in rpc.output
+        said = f"rpc ({request.param}) on 127.0.0.1:{rpc.addr[1]};".encode()
+        wait_until(lambda: said in rpc.output, message=lambda: rpc.output)
         yield rpc
 
 
@@ -95,6 +101,8 @@ WRONG = [
     ('{"id": 1, "method": 5}', (None, -32600)),
     ('{"id": [1], "method": "add"}', (None, -32600)),
     ('{"id": "' + "x" * 101 + '", "method": "add"}', (None, -32600)),
+    ('{"id": true, "method": "add"}', (None, -32600)),
+    ('{"id": 1.5, "method": "add"}', (None, -32600)),
     ('{"id": 2, "method": "exit"}', (2, -32601)),
     ('{"id": 2, "method": "__class__"}', (2, -32601)),
     ('{"id": 3, "method": "add", "params": ["x"]}', (3, -32602)),
@@ -102,6 +110,9 @@ WRONG = [
     ('{"id": 3, "method": "add", "params": 7}', (3, -32602)),
     ('{"id": 3, "method": "upper", "params": []}', (3, -32602)),
     ('{"id": 3, "method": "upper", "params": [1]}', (3, -32602)),
+    ('{"id": 3, "method": "upper", "params": {"text": null}}', (3, -32602)),
+    ('{"id": 3, "method": "upper", "params": {"self": "x"}}', (3, -32602)),
+    ('{"id": 3, "method": "sleep", "params": ["1"]}', (3, -32602)),
     ('{"id": 3, "method": "sleep", "params": [-1]}', (3, -32602)),
     ('{"id": 3, "method": "sleep", "params": [NaN]}', (3, -32602)),
     ('{"id": 3, "method": "sleep", "params": [1e999]}', (3, -32602)),
@@ -116,6 +127,31 @@ def test_what_is_wrong_gets_an_error_for_a_reply(rpc):
     replies = twisted(rpc, messages)
     assert [error_of(reply) for reply in replies[::2]] == [error for _, error in WRONG]
     assert replies[1::2] == [result("next", 2)] * len(WRONG)
+
+
+def broken(kind, text):
+    raise {"type": TypeError, "value": ValueError, "key": KeyError}[kind](f"of no use: {text}")
+
+
+@pytest.mark.parametrize("kind", ["type", "value", "key"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_method_that_fails_is_not_blamed_on_the_client(make_pool, caplog, style, kind):
+    """It is told nothing of what happened; the log is, with the place, and can't be forged."""
+    example = runpy.run_path(str(ROOT / "examples" / "rpc.py"))
+    example["METHODS"]["broken"] = broken
+    if style == "framing":
+        pool = make_pool(example["Service"](), framing=LengthPrefixed(4))
+    else:
+        pool = make_pool(example["service"])
+    with connect(pool) as client:
+        reply = exchange(client, "broken", kind, "a secret\nforged")
+        assert reply["error"] == {"code": -32603, "message": "the method failed"}
+        assert talk(client, "add", 1) == 1
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "in broken" in caplog.text
+    assert r"a secret\nforged" in caplog.text
+    assert "\nforged" not in caplog.text
 
 
 def test_a_request_without_an_id_gets_no_reply(rpc):
@@ -139,14 +175,20 @@ def test_too_long_a_message_closes_its_connection_alone(rpc, size):
             reply = recv_until_eof(bad)
             assert json.loads(reply[4:]) == result(1, 1)
         assert talk(good, "add", 2) == 2
+        assert b"closed" not in rpc.output  # strangers must not fill the log
 
 
-def talk(sock, method, *params):
-    """One call over a socket."""
+def exchange(sock, method, *params):
+    """The reply to one call over a socket."""
     message = request(0, method, *params).encode()
     sock.sendall(struct.pack(">I", len(message)) + message)
     (size,) = struct.unpack(">I", recv_exact(sock, 4))
-    return json.loads(recv_exact(sock, size))["result"]
+    return json.loads(recv_exact(sock, size))
+
+
+def talk(sock, method, *params):
+    """The result of one call over a socket."""
+    return exchange(sock, method, *params)["result"]
 
 
 # ------------------------------------------------------------------------------------------ asyncio's streams
@@ -257,3 +299,22 @@ def test_it_ends_on_a_signal(style, end_by):
             client = stack.enter_context(connect(rpc.addr))
             assert talk(client, "add", 1) == 1
         wait_until(lambda: client.recv(1) == b"")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_it_says_where_it_listens_only_if_it_does(style):
+    example = [sys.executable, str(ROOT / "examples" / "rpc.py"), "--style", style]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = subprocess.run([*example, "--port", str(port)], capture_output=True, text=True, timeout=patient(60))
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert f"127.0.0.1:{port}" in done.stderr
+    with subprocess.Popen([*example, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(re.search(r" on 127.0.0.1:(\d+);", process.stdout.readline())[1])
+            with connect(("127.0.0.1", port)) as client:
+                assert talk(client, "add", 1) == 1
+        finally:
+            process.terminate()
+        assert process.wait(patient(20)) == 0

@@ -9,7 +9,7 @@ from contract_helpers import ServerProcess, round_trip
 from helpers import ROOT, connect
 
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 
 # These tests read the repository; a copy of the tree that a sanitizer's build is tested in has only a part of it.
 pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="not the whole repository")

@@ -12,7 +12,7 @@ SAFE_FIXTURES = {
     "make_pool",
     "make_client",
     "no_leaks",
-    "what_is_there_is_not_looked_through",
+    "cycles_of_others_are_gone",
     "tmp_path",
     "request",
 }

@@ -61,7 +61,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 1 something was wrong, 2 wrong use, 130 interrupted."""
+    """Run one command and return the exit code: 0 done, 1 something was wrong, 2 wrong use, 130 cut short by Ctrl-C.
+
+    The echo server is done when Ctrl-C ends it: 130 is for one that comes before it serves, or while it stops.
+    """
     options = make_parser().parse_args(arguments)
     try:
         from tstpool._cli import demo, echo

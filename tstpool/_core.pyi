@@ -126,7 +126,7 @@ class TstPool:
         framing: Framing | None = None,
         workers: int | None = None,
         copy: bool = True,
-        trigger: str = "level",
+        trigger: Literal["level", "oneshot", "edge"] = "level",
         max_recv_size: int = 4096,
         max_send_size: int = 4096,
         shards: int | None = None,
@@ -134,7 +134,7 @@ class TstPool:
         slow_handler: float = 0.1,
         name: str = "tstpool",
         max_connections: int | None = None,
-        when_full: str = "wait",
+        when_full: Literal["wait", "close"] = "wait",
         first_byte_timeout: float | None = 15.0,
         message_timeout: float | None = 60.0,
         idle_timeout: float | None = 75.0,
@@ -143,7 +143,7 @@ class TstPool:
         high_water: int = 65536,
         low_water: int = 16384,
         max_queued: int | None = 1048576,
-        on_overflow: str = "raise",
+        on_overflow: Literal["raise", "block", "close"] = "raise",
         auto_pause: bool = True,
         max_total_queued: int | None = 268435456,
         busy_poll: float = 0.0,
@@ -154,7 +154,7 @@ class TstPool:
     @property
     def workers(self) -> int: ...
     @property
-    def trigger(self) -> str: ...
+    def trigger(self) -> Literal["level", "oneshot", "edge"]: ...
     @property
     def addresses(self) -> list[tuple[str, int]]: ...
     @property

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from rich.console import RenderableType
 from rich.live import Live
@@ -114,7 +115,7 @@ class LogFailures(logging.Handler):
 class Demo:
     """One run: the pool, its clients, and what was found wrong."""
 
-    def __init__(self, seconds: float, workers: int | None, trigger: str) -> None:
+    def __init__(self, seconds: float, workers: int | None, trigger: Literal["level", "oneshot", "edge"]) -> None:
         self.seconds = seconds
         self.began = time.monotonic()
         self.failures: list[str] = []

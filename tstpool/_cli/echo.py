@@ -83,7 +83,6 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass
     finally:
-        stats = pool.stats()
         ended = pool.stop(drain=DRAIN)
-    console.print(summary(stats), soft_wrap=True)
+    console.print(summary(pool.stats()), soft_wrap=True)  # afterwards: what was queued has been sent meanwhile
     return 0 if ended else 1
