@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="--write-results even if the machine was not quiet")
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.set == "quick" else 5)
-    options.seconds = options.seconds or (2.0 if options.set == "full" else 0.7)
+    if options.rounds is None:
+        options.rounds = 3 if options.set == "quick" else 5
+    if options.seconds is None:
+        options.seconds = 2.0 if options.set == "full" else 0.7
     for name in options.only:
         if name not in peers.BY_NAME and name not in workloads.BY_NAME:
             parser.error(f"no peer or workload is called {name!r} ({known})")
@@ -90,11 +93,11 @@ def selection(options: argparse.Namespace) -> Plan:
 
 
 def schedule(plan: Plan, rounds: int) -> Iterator[tuple[Workload, int, Peer]]:
-    """Peers take turns, and each round begins with another one: nobody always follows the same neighbour's heat."""
+    """Peers take turns, in each round in another order, the same in each run: nobody always follows the same
+    neighbour's heat."""
     for workload, chosen in plan:
         for number in range(rounds):
-            first = number % len(chosen)
-            for peer in chosen[first:] + chosen[:first]:
+            for peer in random.Random(number).sample(chosen, len(chosen)):
                 yield workload, number, peer
 
 

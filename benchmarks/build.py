@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -21,11 +22,16 @@ def _current(target: Path, sources: Iterable[Path]) -> bool:
     return target.exists() and all(target.stat().st_mtime > source.stat().st_mtime for source in sources)
 
 
+def compiler() -> list[str]:
+    """The C compiler as a command: CC may have words of its own, as in "ccache gcc"."""
+    return shlex.split(os.environ.get("CC", "")) or ["cc"]
+
+
 def _cc(target: Path, *arguments: str) -> None:
     # Under a name of its own first: another process may be running, or building, the same thing.
     fresh = target.with_name(f"{target.name}.{os.getpid()}")
     try:
-        subprocess.run([os.environ.get("CC", "cc"), *arguments, "-o", str(fresh)], check=True)
+        subprocess.run([*compiler(), *arguments, "-o", str(fresh)], check=True)
         fresh.replace(target)
     finally:
         fresh.unlink(missing_ok=True)

@@ -43,16 +43,16 @@ def run_cases(passes: int) -> list[Path]:
 
 
 def ratios(files: list[Path]) -> Ratios:
-    """How many times as fast as the C loop: its time over the peer's, within each pass."""
+    """How many times as fast as the C loop: the peer's rate over its, within each pass."""
     found: Ratios = {}
     for file in files:
-        times: dict[str, dict[str, float]] = {}
+        rates: dict[str, dict[str, float]] = {}
         for case in json.loads(file.read_text())["benchmarks"]:
-            times.setdefault(case["group"], {})[case["name"]] = case["stats"]["median"]
-        for workload, by_peer in times.items():
-            for peer, seconds in by_peer.items():
+            rates.setdefault(case["group"], {})[case["name"]] = median(case["extra_info"]["messages_per_s"])
+        for workload, by_peer in rates.items():
+            for peer, rate in by_peer.items():
                 if peer != REFERENCE:
-                    found.setdefault(f"{workload}, {peer}", []).append(by_peer[REFERENCE] / seconds)
+                    found.setdefault(f"{workload}, {peer}", []).append(rate / by_peer[REFERENCE])
     return found
 
 

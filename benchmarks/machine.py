@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import build
+
 QUIET = 0.05  # more than this share of the machine busy with something else, and figures are not to be trusted
 
 
@@ -82,7 +84,7 @@ def _commit() -> str:
 
 def describe() -> dict[str, Any]:
     """The facts without which a figure says nothing."""
-    compiler = subprocess.run([os.environ.get("CC", "cc"), "--version"], capture_output=True, text=True).stdout
+    compiler = subprocess.run([*build.compiler(), "--version"], capture_output=True, text=True).stdout
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .build import program
-from .machine import CpuTimes
+from .machine import QUIET, CpuTimes
 from .peers import REPOSITORY, Peer
 from .workloads import Workload
 
 START_SECONDS = 15.0
+IN_FLIGHT_TOLERANCE = 0.1  # of the number of messages that should be
 HEAD_START = 0.3  # until the handlers that shall sleep do
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -214,6 +215,18 @@ def _our_cpu_seconds() -> float:
     return total
 
 
+def check_in_flight(sample: dict[str, Any], expected: int) -> None:
+    """Rate times mean latency is what was in flight. If that is not what should have been, some connections waited for
+    most of the time while others were served: the figures are those of fewer connections. Raises Failure."""
+    if max(sample["others"], sample["steal"]) > QUIET:
+        return  # what took the machine may have done that; the sample is known to be disturbed
+    latency = sample["latency_us"]["mean"] / 1e6
+    found = sample["messages_per_s"] * latency
+    # A message that is under way at the beginning or the end counts wholly or not at all: that is one latency.
+    if abs(found / expected - 1) > IN_FLIGHT_TOLERANCE + latency / sample["seconds"]:
+        raise Failure(f"rate x mean latency says that {found:.0f} messages were in flight, not {expected}")
+
+
 def measure(peer: Peer, workload: Workload, seconds: float, warm_up: float, cores: str) -> dict[str, Any]:
     """One sample, with how much of the machine others took meanwhile. Raises Failure."""
     server_cores, generator_cores = choose_cores(workload.cores or cores)
@@ -226,4 +239,6 @@ def measure(peer: Peer, workload: Workload, seconds: float, warm_up: float, core
     total = after.total - before.total
     result["others"] = round(max(0.0, after.busy - before.busy - ours) / total, 4)
     result["steal"] = round((after.steal - before.steal) / total, 4)
+    if "latency_us" in result:
+        check_in_flight(result, workload.connections * workload.depth)
     return result

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from . import peers, workloads
 from .machine import QUIET, one_line
-from .results import Figures, disturbed
+from .results import Figures, disturbed, trustworthy
 
 # Heading, and whether a narrow terminal shows it.
 COLUMNS = (
@@ -68,8 +68,17 @@ def _row(workload: str, peer: str, figures: Figures) -> list[str]:
     ]
 
 
-def _by_rate(rows: dict[str, Figures]) -> list[tuple[str, Figures]]:
-    return sorted(rows.items(), key=lambda item: -item[1].get("messages_per_s", 0))
+def _speed(figures: Figures) -> tuple[float, float]:
+    """What rows and bars are sorted by. Ratios are taken within a round: rates beside each other may say otherwise, but
+    mix in how fast the machine was at the time."""
+    ratio = figures.get("rate_ratio")
+    return (ratio[0] if ratio else 0.0, figures.get("messages_per_s", 0.0))
+
+
+def _fastest_first(rows: dict[str, Figures]) -> list[tuple[str, Figures]]:
+    known = list(peers.BY_NAME)
+    in_order = sorted(rows.items(), key=lambda row: known.index(row[0]) if row[0] in known else len(known))
+    return sorted(in_order, key=lambda row: _speed(row[1]), reverse=True)
 
 
 def warnings(document: dict[str, Any]) -> list[str]:
@@ -77,9 +86,14 @@ def warnings(document: dict[str, Any]) -> list[str]:
     found = []
     samples = document["samples"]
     if count := disturbed(samples):
+        so = (
+            "few enough for the medians to have dropped them."
+            if trustworthy(samples)
+            else "do not believe the figures; measure again when it is quiet."
+        )
         found.append(
             f"{count} of {len(samples)} measurements ran while something else used more than {QUIET:.0%} of the "
-            "machine: do not believe the figures; measure again when it is quiet."
+            f"machine: {so}"
         )
     steal = sum(s.get("steal", 0) for s in samples) / max(len(samples), 1)
     if steal > 0.02:
@@ -103,8 +117,9 @@ def method(document: dict[str, Any]) -> str:
     )
     return (
         f"Closed-loop load over loopback, every byte verified; {where}; {settings['rounds']} round(s) of "
-        f"{settings['seconds']:g} s (after {settings['warm_up']:g} s of warm-up), servers taking turns within a round, "
-        "a fresh process each time; ratios within a round, their median, lowest and highest"
+        f"{settings['seconds']:g} s (after {settings['warm_up']:g} s of warm-up), servers taking turns, each round "
+        "in another order, a fresh process each time; ratios within a round, their median, lowest and highest; "
+        "latencies: percentiles are medians over the rounds, the maximum is that of all rounds"
     )
 
 
@@ -122,7 +137,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         table = Table(title=_workload_title(workload), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i in shown:
             table.add_column(columns[i][0], justify="right" if i else "left", no_wrap=i > 0)
-        for peer, figures in _by_rate(rows):
+        for peer, figures in _fastest_first(rows):
             cells = _row(workload, peer, figures)
             table.add_row(*(cells[i] for i in shown), style="bold" if "tstpool" in _title(peer) else None)
         console.print(table)
@@ -153,7 +168,7 @@ def _charted(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, Figure
             if peer != known.reference and figures.get("rate_ratio") and "default" in peers.BY_NAME[peer].sets
         ]
         if bars and known.reference in rows:
-            panels.append((workload, sorted(bars, key=lambda bar: -bar[1]["rate_ratio"][0])))
+            panels.append((workload, _fastest_first(dict(bars))))
     return panels
 
 
@@ -270,7 +285,35 @@ def draw(document: dict[str, Any], path: Path) -> bool:
 def _markdown_table(workload: str, rows: dict[str, Figures]) -> list[str]:
     columns = _columns(workload)
     lines = ["| " + " | ".join(heading for heading, _ in columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    return lines + ["| " + " | ".join(_row(workload, peer, figures)) + " |" for peer, figures in _by_rate(rows)]
+    return lines + ["| " + " | ".join(_row(workload, peer, figures)) + " |" for peer, figures in _fastest_first(rows)]
+
+
+def _limits(document: dict[str, Any]) -> list[str]:
+    """How much of what a message costs tstpool is not tstpool's: a table of the charted workloads."""
+    rows = []
+    for workload, servers in document["summary"].items():
+        known = workloads.BY_NAME.get(workload)
+        least = known and known.charted and servers.get(known.reference, {}).get("kernel_us_per_message")
+        for peer, figures in _fastest_first(servers) if least else ():
+            user, kernel = figures.get("user_us_per_message"), figures.get("kernel_us_per_message")
+            if kernel is None or (peer != known.reference and not peer.startswith("tstpool")):
+                continue
+            cells = (f"{user:.2f}", f"{kernel:.2f}", f"{kernel / (user + kernel):.0%}", f"{kernel / least:.2f}")
+            rows.append("| " + " | ".join((_workload_title(workload), _title(peer), *cells)) + " |")
+    if not rows:
+        return []
+    return [
+        "## What limits it",
+        "",
+        "CPU time per message: the server's own code, and the kernel's, which receives, sends and wakes for it. The C "
+        "loop has next to no code of its own: what the kernel takes there is what the system calls cost. Where a "
+        "server's kernel time is like the C loop's, only its own code could be faster.",
+        "",
+        "| workload | server | own us/msg | kernel us/msg | kernel's share | kernel, beside the C loop's |",
+        "|---|---|--:|--:|--:|--:|",
+        *rows,
+        "",
+    ]
 
 
 def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> None:
@@ -293,6 +336,7 @@ def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> 
     ]
     if chart:
         lines += [f"![Messages per second relative to the C loop]({os.path.relpath(chart, path.parent)})", ""]
+    lines += _limits(document)
     for workload, rows in document["summary"].items():
         note = [_note(workload), ""] if _note(workload) else []
         lines += [f"## {_workload_title(workload)}", "", *note, *_markdown_table(workload, rows), ""]

@@ -2,7 +2,8 @@
 
 A ratio is taken within one round: the peer's figure over the reference's, a few seconds apart, so a machine that was
 slower in one round than in the next cancels out. The figure is the median of the rounds' ratios; the spread is the
-lowest and the highest of them.
+lowest and the highest of them. Percentiles of latencies are medians over the rounds too; the longest latency is the
+longest of all rounds.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ def _ratio(mine: dict[int, Sample], reference: dict[int, Sample], key: str, sub:
     return _spread(rounds) if rounds else None
 
 
-def _user_us(samples: Iterable[Sample]) -> float | None:
-    """User-mode CPU per message. Over all rounds together: the kernel's user/system split is too coarse for one."""
+def _split_us(samples: Iterable[Sample]) -> dict[str, float | None]:
+    """CPU per message in user mode and in the kernel. Over all rounds together: the split, the kernel's own, is too
+    coarse for one."""
     samples = list(samples)
-    user = sum(s["server"]["user_ticks"] for s in samples)
-    ticks = user + sum(s["server"]["system_ticks"] for s in samples)
-    cpu = sum(s["server"]["cpu_s"] for s in samples)
-    return round(cpu * 1e6 * user / ticks / sum(s["messages"] for s in samples), 4) if ticks else None
+    user, system = (sum(s["server"][key] for s in samples) for key in ("user_ticks", "system_ticks"))
+    each = sum(s["server"]["cpu_s"] for s in samples) * 1e6 / sum(s["messages"] for s in samples)
+    return {
+        f"{mode}_us_per_message": round(each * ticks / (user + system), 4) if user + system else None
+        for mode, ticks in (("user", user), ("kernel", system))
+    }
 
 
 def _figures(samples: list[Sample], workload: str, peer: str) -> Figures:
@@ -69,13 +73,14 @@ def _figures(samples: list[Sample], workload: str, peer: str) -> Figures:
 
 def _traffic(mine: dict[int, Sample], reference: dict[int, Sample]) -> Figures:
     good = list(mine.values())
+    latencies = {key: [s["latency_us"][key] for s in good] for key in good[0]["latency_us"]}
     return {
         "messages_per_s": round(median(s["messages_per_s"] for s in good)),
         "rate_ratio": _ratio(mine, reference, "messages_per_s"),
-        "latency_us": {key: round(median(s["latency_us"][key] for s in good), 1) for key in good[0]["latency_us"]},
+        "latency_us": {key: round((max if key == "max" else median)(x), 1) for key, x in latencies.items()},
         "p99_ratio": _ratio(mine, reference, "latency_us", "p99"),
         "cpu_us_per_message": round(median(s["server"]["cpu_us_per_message"] for s in good), 4),
-        "user_us_per_message": _user_us(good),
+        **_split_us(good),
         "cpu_ratio": _ratio(mine, reference, "server", "cpu_us_per_message"),
         "server_busy": round(median(s["server"]["busy"] for s in good), 3),
         "generator_busy": round(median(s["generator"]["busy"] for s in good), 3),
@@ -109,5 +114,6 @@ def save(path: Path, document: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
+    """With a summary made anew: that in the file may be of an older kind."""
     document: dict[str, Any] = json.loads(path.read_text())
-    return document
+    return document | {"summary": summarise(document["samples"])}

@@ -24,7 +24,7 @@ class Workload:
     size: int = 64  # bytes, without the length prefix
     framing: str = "none"  # or "length4": 4 bytes, big-endian, before each message
     spin: bool = False  # the generator polls instead of sleeping: see c/loadgen.c
-    driver: str = "loadgen"  # what applies the load: see COMMANDS in measure.py
+    driver: str = "loadgen"  # what applies the load: see DRIVERS in measure.py
     peers: tuple[str, ...] = ()  # whom it is for; empty: all that serve the framing
     reference: str = REFERENCE  # whom ratios are taken to
     cores: str = ""  # "shared": the server may use several cores, whatever --cores says

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import selectors
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both C programs, compiled as strictly as the compiler can."""
+    """All C programs, compiled as strictly as the compiler can."""
     where = tmp_path_factory.mktemp("bench")
     for source in SOURCES.glob("*.c"):
         command = ["cc", "-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread"]
@@ -78,6 +82,50 @@ def python_echo(change: Callable[[bytes, int], bytes | None]) -> Iterator[int]:
             yield listener.getsockname()[1]
         finally:
             thread.join(30)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def python_loop(rest: float = 0.0, neglected: int = -1) -> Iterator[int]:
+    """An echo server for many connections. Each turn of its loop accepts one of them, and then rests for so many
+    seconds. Connection number `neglected` gets nothing but its first reply until nobody else has said anything for half
+    a second."""
+
+    def serve() -> None:
+        served: dict[socket.socket, int] = {}  # in the order of their numbers
+        late: list[tuple[socket.socket, bytes]] = []
+        end = time.monotonic() + 30
+        with selectors.DefaultSelector() as ready, ExitStack() as clients, suppress(ConnectionError):
+            ready.register(listener, selectors.EVENT_READ)
+            while time.monotonic() < end:
+                events = ready.select(0.5)
+                while late and not events:
+                    client, data = late.pop()
+                    client.sendall(data)
+                for key, _ in events:
+                    if key.fileobj is listener:
+                        client = clients.enter_context(listener.accept()[0])
+                        ready.register(client, selectors.EVENT_READ, len(served))
+                        served[client] = 0
+                        time.sleep(rest)
+                        continue
+                    client = key.fileobj
+                    data = client.recv(65536)
+                    if not data:
+                        return  # the generator has seen enough and left
+                    if key.data == neglected and served[client]:
+                        late.append((client, data))
+                    else:
+                        client.sendall(data)
+                    served[client] += 1
+
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        thread = threading.Thread(target=serve, name="python-loop")
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            thread.join(40)
             assert not thread.is_alive()
 
 
@@ -169,6 +217,45 @@ def test_figures_are_consistent(programs: dict[str, Path]) -> None:
     assert server["cpu_us_per_message"] == pytest.approx(server["cpu_s"] * 1e6 / result["messages"], rel=1e-2)
 
 
+def test_clock_begins_when_all_connections_are_served(programs: dict[str, Path]) -> None:
+    with python_loop(rest=0.005) as port:  # it takes a second to accept them all
+        code, result = generate(programs, port, "-c", "200")
+    assert (code, result["ok"]) == (0, True)
+    assert result["messages_per_s"] * result["latency_us"]["mean"] / 1e6 == pytest.approx(200, rel=0.1)
+
+
+def test_neglected_connection_shows(programs: dict[str, Path]) -> None:
+    """In the longest latency, which is longer than the measurement; and in what was in flight."""
+    with python_loop(neglected=7) as port:
+        code, result = generate(programs, port, "-c", "10")
+    assert (code, result["ok"]) == (0, True)
+    assert result["latency_us"]["max"] > result["seconds"] * 1e6
+    assert result["latency_us"]["p50"] < 0.1e6
+    assert result["messages_per_s"] * result["latency_us"]["mean"] / 1e6 == pytest.approx(9, rel=0.1)
+
+
+def in_benchmarks(code: str, **variables: str) -> Any:
+    """What `code` prints as JSON, in a process of its own: the package is not on the tests' path."""
+    command, environment = [sys.executable, "-c", "import json\n" + code], ENVIRONMENT | variables
+    return json.loads(subprocess.check_output(command, cwd=REPOSITORY, text=True, env=environment, timeout=60))
+
+
+def test_runner_refuses_what_was_not_in_flight() -> None:
+    code = """if True:
+        from benchmarks.measure import Failure, check_in_flight
+        def answer(mean, seconds=0.7, others=0.0):
+            figures = {"messages_per_s": 100_000.0, "seconds": seconds, "latency_us": {"mean": mean}}
+            try:
+                return check_in_flight(figures | {"others": others, "steal": 0.0}, 1000)
+            except Failure as failure:
+                return str(failure)
+        # In a short time the ends may do as much; and so may whatever disturbs.
+        passing = [answer(10_000), answer(8_800, seconds=0.2), answer(8_800, others=0.3)]
+        print(json.dumps([passing, answer(8_800), answer(11_500)]))"""
+    complaint = "rate x mean latency says that {} messages were in flight, not 1000"
+    assert in_benchmarks(code) == [[None] * 3, complaint.format(880), complaint.format(1150)]
+
+
 @pytest.mark.parametrize("load", ["-s 64", "-s 64 -d 16", "-s 5000 --framing length4"])
 def test_generator_detects_one_corrupted_byte(programs: dict[str, Path], load: str) -> None:
     bad = 123_456  # where in the stream
@@ -200,7 +287,7 @@ def test_generator_detects_a_lost_reply(programs: dict[str, Path]) -> None:
     with python_echo(lambda data, offset: data if offset < 640 else b"") as port:
         code, result = generate(programs, port)
     assert code == 1
-    assert "had not come" in result["error"] or "no reply" in result["error"]
+    assert result["error"] == "no reply from the server for 5 s: 1 had not come"
 
 
 def test_generator_detects_bytes_too_many(programs: dict[str, Path]) -> None:
@@ -356,6 +443,15 @@ def peer(name: str) -> Iterator[tuple[int, list[str], int]]:
             process.kill()
 
 
+def has_the_agreed_backlog(port: int) -> bool:
+    """The socket that listens there. Where nothing can tell, it has."""
+    if shutil.which("ss") is None:
+        return True
+    limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    fields = subprocess.check_output(["ss", "-Hltn", f"sport = :{port}"], text=True, timeout=10).split()
+    return int(fields[2]) == min(4096, limit)
+
+
 others_libraries = pytest.mark.skipif(bool(SANITIZER), reason="other people's libraries under our sanitizers")
 
 
@@ -364,6 +460,7 @@ others_libraries = pytest.mark.skipif(bool(SANITIZER), reason="other people's li
 def test_each_peer_returns_every_byte(programs: dict[str, Path], name: str) -> None:
     """In messages of many sizes, so that each way of cutting and of putting together is taken."""
     with peer(name) as (port, framings, _):
+        assert has_the_agreed_backlog(port)
         for framing in framings:
             for load in ("-c 5 -s 1 -d 50", "-c 5 -s 5000 -d 20", "-c 2 -s 1048576 -d 2"):
                 options = ["-t", "0.1", "-w", "0", "--framing", framing, *load.split()]
@@ -396,11 +493,17 @@ def test_options_reach_the_pool(programs: dict[str, Path], handler: str) -> None
     assert len(threads) == 1 + 3  # the main thread is no worker
 
 
-def benchmark_file(path: Path, **seconds: float) -> Path:
-    """As pytest-benchmark writes it: how long each server took."""
+def benchmark_file(path: Path, **rates: float) -> Path:
+    """As pytest-benchmark writes it, with the rates that the cases add. The times are all the same: starting and ending
+    the generator is part of them, so they shall not count."""
     cases = [
-        {"group": "echo", "name": name.replace("_", "-"), "stats": {"median": median}}
-        for name, median in seconds.items()
+        {
+            "group": "echo",
+            "name": name.replace("_", "-"),
+            "stats": {"median": 1.0},
+            "extra_info": {"messages_per_s": [rate / 2, rate, rate]},
+        }
+        for name, rate in rates.items()
     ]
     path.write_text(json.dumps({"benchmarks": cases}))
     return path
@@ -419,18 +522,128 @@ def test_check_says_that_there_is_no_baseline(tmp_path: Path) -> None:
 
 
 def test_check_compares_ratios_and_not_times(tmp_path: Path) -> None:
-    then = benchmark_file(tmp_path / "then", c_level=1.0, tstpool=1.25)  # 0.8 of the C loop
+    then = benchmark_file(tmp_path / "then", c_level=1000, tstpool=800)  # 0.8 of the C loop
     assert check(tmp_path, "--store", "--measured", then).returncode == 0
-    slower_machine = benchmark_file(tmp_path / "machine", c_level=3.0, tstpool=3.75)
+    slower_machine = benchmark_file(tmp_path / "machine", c_level=300, tstpool=240)
     assert check(tmp_path, "--measured", slower_machine).returncode == 0
-    slower_server = benchmark_file(tmp_path / "server", c_level=1.0, tstpool=1.5)
+    slower_server = benchmark_file(tmp_path / "server", c_level=1200, tstpool=800)
     done = check(tmp_path, "--measured", slower_server)
     assert done.returncode == 1
     assert re.search(r"echo, tstpool +0\.80 +0\.67 +-17%  SLOWER", done.stdout)
     # One good pass of two is enough: the other may have been disturbed.
     assert check(tmp_path, "--measured", slower_server, then).returncode == 0
-    nothing = benchmark_file(tmp_path / "nothing", c_level=1.0)
+    nothing = benchmark_file(tmp_path / "nothing", c_level=1000)
     assert check(tmp_path, "--measured", nothing).returncode == 1
+
+
+@pytest.mark.parametrize("wrong", ["--rounds 0", "--rounds -1", "--seconds 0", "--seconds -1", "--warm-up -1"])
+def test_runner_refuses_nonsense(tmp_path: Path, wrong: str) -> None:
+    pytest.importorskip("rich")
+    command = [sys.executable, "-m", "benchmarks", "--only", "c-level", "--output", str(tmp_path), *wrong.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 2
+    assert "--rounds must be 1 or more" in done.stderr
+
+
+def test_compiler_may_be_a_command_of_several_words(tmp_path: Path) -> None:
+    code = f"""if True:
+        from pathlib import Path
+        from benchmarks import build, machine
+        build.BUILD = Path({str(tmp_path)!r})
+        print(json.dumps([str(build.program("broadcast")), machine.describe()["compiler"]]))"""
+    program, version = in_benchmarks(code, CC="env cc -g")
+    assert os.access(program, os.X_OK)
+    assert version == subprocess.check_output(["cc", "--version"], text=True).partition("\n")[0]
+
+
+def sample(peer: str, number: int, rate: float, **latency: float) -> dict[str, Any]:
+    """As measure() and take() make it."""
+    cpu = {"cpu_s": 0.5, "busy": 1.0, "cpu_us_per_message": 1e6 / rate, "user_ticks": 10, "system_ticks": 40}
+    figures = {"messages": 50_000, "messages_per_s": rate, "seconds": 0.5, "server": cpu, "generator": cpu}
+    names = {"workload": "echo-64B-c50", "peer": peer, "round": number, "others": 0.0, "steal": 0.0}
+    usual = {"mean": 1.0, "p50": 1.0, "p90": 1.0, "p99": 1.0, "p999": 1.0, "max": 1.0}
+    return figures | names | {"latency_us": usual | latency}
+
+
+def test_neighbours_change_from_round_to_round() -> None:
+    pytest.importorskip("rich")
+    code = """if True:
+        from benchmarks import peers, workloads
+        from benchmarks.__main__ import schedule
+        plan = [(workloads.WORKLOADS[0], list(peers.RAW))]
+        print(json.dumps([(number, peer.name) for _, number, peer in schedule(plan, 10)]))"""
+    order = [[name for number, name in in_benchmarks(code) if number == wanted] for wanted in range(10)]
+    assert all(len(names) == len({*names}) > 10 for names in order)
+    neighbours = Counter(pair for names in order for pair in itertools.pairwise(names))
+    assert max(neighbours.values()) <= 5
+
+
+def test_longest_latency_is_that_of_all_rounds() -> None:
+    samples = [sample("tstpool", number, 1e5, p99=latency, max=latency) for number, latency in enumerate([1, 9, 2])]
+    code = f"from benchmarks.results import summarise; print(json.dumps(summarise({samples})))"
+    latency = in_benchmarks(code)["echo-64B-c50"]["tstpool"]["latency_us"]
+    assert (latency["p99"], latency["max"]) == (2, 9)
+
+
+def report(tmp_path: Path, samples: list[dict[str, Any]]) -> str:
+    """The RESULTS.md that is made of them."""
+    pytest.importorskip("rich")
+    machine = in_benchmarks("from benchmarks.machine import describe; print(json.dumps(describe()))")
+    settings = {"rounds": 3, "seconds": 0.5, "warm_up": 0.1, "cores": "split"}
+    document = {"machine": machine, "settings": settings, "skipped": {}, "summary": {}, "samples": samples}
+    (tmp_path / "samples.json").write_text(json.dumps(document))
+    command = [sys.executable, "-m", "benchmarks", "--report", str(tmp_path / "samples.json")]
+    subprocess.run([*command, "--output", str(tmp_path)], cwd=REPOSITORY, env=ENVIRONMENT, timeout=60, check=True)
+    return (tmp_path / "RESULTS.md").read_text()
+
+
+def test_servers_are_sorted_by_ratio(tmp_path: Path) -> None:
+    """Here tstpool has the higher ratio in two of three rounds, uvloop the higher median of rates."""
+    rates = {"c-level": (100e3, 200e3, 300e3), "uvloop": (90e3, 180e3, 270e3), "tstpool": (99e3, 160e3, 297e3)}
+    samples = [sample(peer, number, rate) for peer, each in rates.items() for number, rate in enumerate(each)]
+    rows = re.findall(r"^\| (\w+)[^|]* \| ([\d,]+) \| ([\d.]+) ", report(tmp_path, samples), re.MULTILINE)
+    assert rows == [("C", "200,000", "1.00"), ("tstpool", "160,000", "0.99"), ("uvloop", "180,000", "0.90")]
+
+
+def test_report_says_what_the_kernel_takes(tmp_path: Path) -> None:
+    samples = [sample(peer, number, 1e5) for peer in ("c-level", "tstpool", "uvloop") for number in range(3)]
+    for one in samples[:3]:
+        one["server"] |= {"user_ticks": 0, "system_ticks": 50}
+    text = report(tmp_path, samples)
+    title = "64 B, 50 connections, one in flight"
+    assert f"| {title} | C epoll, level-triggered | 0.00 | 10.00 | 100% | 1.00 |" in text
+    assert f"| {title} | tstpool, handler object | 2.00 | 8.00 | 80% | 0.80 |" in text
+    assert f"| {title} | uvloop" not in text
+
+
+@pytest.mark.parametrize(("disturbed", "complains"), [(0, False), (1, False), (4, True)])
+def test_report_believes_what_the_runner_believes(tmp_path: Path, disturbed: int, complains: bool) -> None:
+    samples = [sample("c-level", number, 1e5) for number in range(10)]
+    for disturbed_one in samples[:disturbed]:
+        disturbed_one["others"] = 0.5
+    text = report(tmp_path, samples)
+    assert ("do not believe the figures" in text) == complains
+    assert (f"{disturbed} of 10 measurements ran while something else" in text) == (disturbed > 0)
+
+
+def test_cases_carry_the_rates_that_check_compares(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "-k", "c1-c-level"]
+    file = tmp_path / "measured.json"
+    done = subprocess.run(
+        [*command, f"--benchmark-json={file}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout
+    [case] = json.loads(file.read_text())["benchmarks"]
+    rates = case["extra_info"]["messages_per_s"]
+    assert len(rates) == case["stats"]["rounds"]
+    # 5,000 messages: by themselves they take less time than with all that is around them.
+    assert all(5000 / rate < case["stats"]["max"] for rate in rates)
 
 
 @others_libraries

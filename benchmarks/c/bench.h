@@ -161,13 +161,19 @@ static void print_cpu(const char *who, struct cpu a, struct cpu b, double elapse
 
 struct accounts { /* what end_measuring found */
     double elapsed;
+    double mean_us; /* of the latencies until then; not a number if there were none */
     struct cpu server, self;
 };
 
-/* The last turn's work is in the counts, so its time is too: call this right after it. */
+/* The last turn's work is in the counts, so its time is too: call this right after it.
+ *
+ * What is still under way is let come back, and its latencies recorded too, when it counts no more: the longest waits
+ * are those that the end interrupts. Only the mean is of what came before the end. Times the rate it is what was in
+ * flight (Little's law): when the product is less, somebody waited for most of the time. measure.py looks at that. */
 static struct accounts end_measuring(void) {
     struct accounts end = {.elapsed = (double)(now_ns() - begun.at) / 1e9};
 
+    end.mean_us = (double)latency_sum / (double)recorded / 1e3;
     end.server = cpu_of(begun.server_pid);
     end.self = cpu_of(getpid());
     return end;
@@ -175,12 +181,12 @@ static struct accounts end_measuring(void) {
 
 /* The part of the result that all have. The caller adds what is its own, and "}". */
 static void print_figures(const struct accounts *end, uint64_t messages) {
-    if (messages == 0 || recorded == 0)
+    if (messages == 0)
         fail(1, "not one message came back in %.1f s", end->elapsed);
     printf("{\"ok\": true, \"seconds\": %.6f, \"messages\": %llu, \"messages_per_s\": %.1f", end->elapsed,
            (unsigned long long)messages, (double)messages / end->elapsed);
-    printf(", \"latency_us\": {\"mean\": %.2f, \"p50\": %.2f, \"p90\": %.2f, \"p99\": %.2f",
-           (double)latency_sum / (double)recorded / 1e3, percentile_us(50), percentile_us(90), percentile_us(99));
+    printf(", \"latency_us\": {\"mean\": %.2f, \"p50\": %.2f, \"p90\": %.2f, \"p99\": %.2f", end->mean_us,
+           percentile_us(50), percentile_us(90), percentile_us(99));
     printf(", \"p999\": %.2f, \"max\": %.2f}", percentile_us(99.9), (double)slowest / 1e3);
     print_cpu("generator", begun.self, end->self, end->elapsed, messages);
     if (begun.server_pid)

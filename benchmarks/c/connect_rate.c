@@ -142,7 +142,7 @@ int main(int argc, char **argv) {
     end = end_measuring();
     counted = recorded;
 
-    stopping = true; /* the last replies must come too, but no longer count */
+    stopping = true; /* the last replies must come too: their latencies count, they themselves no longer */
     run_until(now_ns() + STALL_S * NS);
     if (connected > 0)
         fail(1, "%d replies had not come %d s after the end", connected, STALL_S);

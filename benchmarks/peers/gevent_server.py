@@ -13,7 +13,7 @@ def echo(client: Socket, address: tuple[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    server = StreamServer(("127.0.0.1", 0), echo, backlog=1024)
+    server = StreamServer(("127.0.0.1", 0), echo, backlog=4096)
     server.start()
     print(server.server_port, flush=True)
     server.serve_forever()

@@ -13,7 +13,7 @@ async def echo(stream: trio.SocketStream) -> None:
 
 async def main() -> None:
     async with trio.open_nursery() as nursery:
-        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=1024)
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=4096)
         print(listener.socket.getsockname()[1], flush=True)
         nursery.start_soon(trio.serve_listeners, echo, [listener])
 

@@ -21,5 +21,5 @@ class EchoOfLent(TstHandler):
 if __name__ == "__main__":
     lend = sys.argv[1:] == ["lend"]
     pool = TstPool(EchoOfLent() if lend else Echo(), framing=LengthPrefixed(4), copy=not lend)
-    print(pool.listen("127.0.0.1", 0)[1], flush=True)
+    print(pool.listen("127.0.0.1", 0, backlog=4096)[1], flush=True)
     pool.serve_forever()

@@ -9,5 +9,5 @@ def echo(sock: TstSocket) -> None:
 
 if __name__ == "__main__":
     pool = TstPool(echo)
-    print(pool.listen("127.0.0.1", 0)[1], flush=True)
+    print(pool.listen("127.0.0.1", 0, backlog=4096)[1], flush=True)
     pool.serve_forever()

@@ -1,4 +1,4 @@
-"""Echo with tstpool: a handler object, everything else by default."""
+"""Echo with tstpool: a handler object, everything else by default (but for the backlog, as all have it)."""
 
 from tstpool import TstHandler, TstPool, TstSocket
 
@@ -10,5 +10,5 @@ class Echo(TstHandler):
 
 if __name__ == "__main__":
     pool = TstPool(Echo())
-    print(pool.listen("127.0.0.1", 0)[1], flush=True)
+    print(pool.listen("127.0.0.1", 0, backlog=4096)[1], flush=True)
     pool.serve_forever()

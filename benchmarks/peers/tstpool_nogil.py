@@ -13,5 +13,5 @@ if __name__ == "__main__":
         if sys.argv[1:] == ["framed"]
         else TstPool(handlers.Echo())
     )
-    print(pool.listen("127.0.0.1", 0)[1], flush=True)
+    print(pool.listen("127.0.0.1", 0, backlog=4096)[1], flush=True)
     pool.serve_forever()

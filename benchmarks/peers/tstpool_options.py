@@ -44,5 +44,5 @@ if __name__ == "__main__":
         workers=options.workers,
         shards=options.shards,
     )
-    print(pool.listen("127.0.0.1", 0)[1], flush=True)
+    print(pool.listen("127.0.0.1", 0, backlog=4096)[1], flush=True)
     pool.serve_forever()

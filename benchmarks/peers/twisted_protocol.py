@@ -13,6 +13,6 @@ class Echo(Protocol):
 
 
 if __name__ == "__main__":
-    port = reactor.listenTCP(0, Factory.forProtocol(Echo), backlog=1024, interface="127.0.0.1")
+    port = reactor.listenTCP(0, Factory.forProtocol(Echo), backlog=4096, interface="127.0.0.1")
     print(port.getHost().port, flush=True)
     reactor.run()
