@@ -4,14 +4,17 @@ The judge is a real redis-server: both get the same bytes, and must answer with 
 """
 
 import contextlib
+import importlib.util
+import os
 import random
 import re
 import socket
 import subprocess
+import sys
 import threading
 
 import pytest
-from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, run_python, scaled, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_example import (
@@ -21,6 +24,7 @@ from kv_example import (
     WHY_MISSING,
     array,
     arrays,
+    built_site,
     cut,
     elements,
     inline,
@@ -101,6 +105,30 @@ CONVERSATIONS = {
         *((b"SET", b"a", b"8", b"EX", bad) for bad in (b"0", b"-1", b"x", b"", b"1.0", b"01", b"9223372036854775807")),
         *((b"SET", b"a", b"8", b"PX", bad) for bad in (b"0", b"-5", b"9223372036854775807", b"9223372036854775808")),
         (b"GET", b"a"),
+        (b"SET", b"a", b"9", b"PX", b"9223372030000000000"),  # with the time of day it is more than 64 bits
+        (b"SET", b"a", b"9", b"EX", b"9223372030000000"),
+        (b"SET", b"a", b"9", b"PX", b"9000000000000000000"),
+        (b"GET", b"a"),
+    ],
+    "times of day as options of set": [
+        (b"SET", b"a", b"1", b"EXAT", b"9000000000"),
+        (b"EXISTS", b"a"),
+        (b"SET", b"a", b"2", b"PXAT", b"9223372036854775807", b"GET"),
+        (b"GET", b"a"),
+        (b"SET", b"a", b"3", b"EXAT", b"10", b"EXAT", b"9000000000"),
+        (b"GET", b"a"),
+        (b"SET", b"a", b"4", b"exat", b"1"),
+        (b"GET", b"a"),
+        (b"SET", b"a", b"5", b"pxat", b"1", b"NX", b"GET"),
+        (b"EXISTS", b"a"),
+        *((b"SET", b"a", b"8", b"EXAT", bad) for bad in (b"0", b"-1", b"x", b"", b"9223372036854775")),
+        *((b"SET", b"a", b"8", b"EXAT", bad) for bad in (b"9223372036854776", b"9223372036854775808")),
+        *((b"SET", b"a", b"8", b"PXAT", bad) for bad in (b"0", b"-5", b"x", b"9223372036854775808")),
+        *((b"SET", b"a", b"8", b"EX", b"10", word, b"9000000000") for word in (b"PX", b"EXAT", b"PXAT", b"KEEPTTL")),
+        *((b"SET", b"a", b"8", word, b"9000000000", b"PX", b"10") for word in (b"EX", b"EXAT", b"PXAT", b"PX")),
+        (b"SET", b"a", b"8", b"PXAT", b"10", b"KEEPTTL"),
+        (b"SET", b"a", b"8", b"KEEPTTL", b"EXAT", b"10"),
+        (b"SET", b"a", b"8", b"EXAT"),
     ],
     "numbers": [
         (b"INCR", b"n"),
@@ -166,6 +194,8 @@ CONVERSATIONS = {
         (b"EXPIRE", b"a", b"300", b"or\r\nelse\r\n"),
         *((b"EXPIRE", b"a", bad) for bad in (b"x", b"", b"9223372036854775807", b"-9223372036854775807", b"1.5")),
         (b"PEXPIRE", b"a", b"9223372036854775807"),
+        (b"PEXPIRE", b"a", b"9223372030000000000"),
+        (b"EXPIRE", b"a", b"9223372030000000"),
         (b"PEXPIRE", b"a", b"500000"),
         (b"TTL", b"a"),
         (b"SET", b"a", b"1"),
@@ -231,10 +261,12 @@ CONVERSATIONS = {
         (b"CONFIG", b"GET", b"AppendOnly"),
         (b"CONFIG", b"GET", b"nosuch"),
         (b"CONFIG", b"GET", b"APPENDON[l]*", b"nosuch"),
+        *((b"CONFIG", b"GET", words + b"ppendonly") for words in (b"[Z-a]", b"[a-Z]", b"[B-a]", b"[z-A]", b"[A-b]")),
         (b"SELECT", b"0"),
         (b"SELECT", b"1"),
         (b"SELECT", b"-1"),
         (b"SELECT", b"x"),
+        *((b"SELECT", far) for far in (b"2147483647", b"2147483648", b"-2147483648", b"-2147483649", b"4294967296")),
         (b"SELECT",),
         (b"CLIENT", b"GETNAME"),
         (b"CLIENT", b"SETNAME", b"tester"),
@@ -246,6 +278,16 @@ CONVERSATIONS = {
         (b"HELLO", b"1"),
         (b"HELLO", b"4"),
         (b"HELLO", b"2", b"what"),
+        (b"AUTH",),
+        (b"AUTH", b"secret"),
+        (b"AUTH", b"default", b"secret"),
+        (b"AUTH", b"nobody", b"secret"),
+        (b"AUTH", b"Default", b"secret"),
+        (b"AUTH", b"default", b"secret", b"what"),
+        (b"HELLO", b"2", b"AUTH", b"nobody", b"secret", b"SETNAME", b"not set"),
+        (b"HELLO", b"2", b"AUTH", b"default"),
+        (b"HELLO", b"2", b"AUTH", b"default", b"secret", b"what"),
+        (b"CLIENT", b"GETNAME"),
     ],
     "the nulls and maps of RESP3": [
         (b"HELLO", b"3"),
@@ -290,7 +332,10 @@ def fed_exactly(pieces):
     module = probe()
     client = module.Client(module.Server())
     for piece in pieces:
-        if client.feed(piece) == module.CLOSE:
+        outcome = client.feed(piece)
+        while outcome == module.PAUSED:  # the clock says that it was much work
+            outcome = client.again()
+        if outcome == module.CLOSE:
             break
     return client.take()
 
@@ -432,6 +477,18 @@ def test_what_redis_lets_pass_passes(name, kv, redis_server):
     assert fed_exactly(cut(stream, range(len(stream)))) == ours
 
 
+@pytest.mark.parametrize(
+    "line", [b"POST / HTTP/1.1\r\n", b"post\n", b"hOsT: x\r\n", array(b"POST"), b"MULTI\r\nHost: x\n"]
+)
+def test_what_a_browser_sends_for_a_web_page_runs_nothing(line, kv, redis_server):
+    """The page chooses the body of the request, but not the lines in front of it."""
+    stream = line + b"Host: x\r\nContent-Length: 11\r\n\r\nSET web 1\r\n"
+    ours, theirs = talk(kv, [stream]), talk(redis_server, [stream])
+    assert ours.removeprefix(b"+OK\r\n") == theirs.removeprefix(b"+OK\r\n") == b""  # that of MULTI
+    for address in (kv, redis_server):
+        assert talk(address, [array(b"EXISTS", b"web") + array(b"QUIT")]) == b":0\r\n+OK\r\n"
+
+
 # ------------------------------------------------------------------------------------- Redis's own programs
 
 
@@ -484,6 +541,19 @@ def test_redis_benchmark_works(kv, depth):
     assert "WARNING" not in done.stderr and "rror" not in done.stderr
 
 
+def test_the_benchmark_measures_no_redis_but_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])  # it adds the repository
+    monkeypatch.delenv("LD_PRELOAD", raising=False)  # see PLAIN_ENVIRONMENT
+    spec = importlib.util.spec_from_file_location("kv_bench", SOURCE / "bench.py")
+    bench = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kv_bench", bench)
+    spec.loader.exec_module(bench)
+    with bench.redis(os.sched_getaffinity(0), bench.free_port()) as server:
+        assert bench.process_that_answers(server.port) == server.process.pid
+        with pytest.raises(SystemExit), bench.redis(os.sched_getaffinity(0), server.port):
+            pass
+
+
 # ------------------------------------------------------------------------------------ the client of PyPI
 
 
@@ -495,7 +565,9 @@ def redis_client(address, **options):
         yield client
 
 
-@pytest.mark.parametrize("options", [{}, {"protocol": 2}, {"protocol": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"protocol": 2}, {"protocol": 3}, {"protocol": 3, "password": "secret"}], ids=str
+)
 def test_the_redis_client_works_unchanged(kv, options):
     with redis_client(kv, client_name="tester", **options) as client:
         assert client.ping() is True
@@ -605,6 +677,19 @@ def test_memory_that_is_full_is_refused_in_redis_words_and_freed_by_del():
         assert recv_exact(client, 40_000 + 19) == b":1\r\n+OK\r\n$40000\r\n" + b"x" * 40_000 + b"\r\n"
 
 
+def test_no_maxmemory_is_no_limit_and_too_little_of_it_is_refused_at_the_start():
+    with running_tstkv("--maxmemory", "0") as address, running_redis("--maxmemory", "0") as redis_address:
+        requests = [(b"SET", b"a", b"x" * 1_000_000), (b"CONFIG", b"GET", b"maxmemory"), (b"QUIT",)]
+        ours = talk(address, [arrays(requests)])
+        assert ours == talk(redis_address, [arrays(requests)])
+        assert ours == b"+OK\r\n*2\r\n$9\r\nmaxmemory\r\n$1\r\n0\r\n+OK\r\n"
+        assert b"\r\nmaxmemory:0\r\n" in talk(address, [b"INFO\r\nQUIT\r\n"])
+    for amount in ("1", "1023", "99999999999gb"):
+        arguments = ("-m", "tstkv", "--port", "0", "--maxmemory", amount)
+        done = run_python(*arguments, env={"PYTHONPATH": f"{built_site()}:{ROOT}"}, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("tstkv: maxmemory may be 0")
+
+
 def test_one_client_more_than_maxclients_is_told_so_and_a_place_is_free_again_after_a_close():
     with running_tstkv("--maxclients", "2") as address:
 
@@ -620,6 +705,81 @@ def test_one_client_more_than_maxclients_is_told_so_and_a_place_is_free_again_af
             with connect(address) as third:
                 assert recv_until_eof(third) == b"-ERR max number of clients reached\r\n"
         wait_until(answers)
+
+
+FEW_DESCRIPTORS = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+import tstkv.__main__ as main
+main.parse_arguments.__defaults__ = (["--port", "0", "--maxclients", "40"],)
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("soft", "hard", "n"), [(64, 256, 40), (64, 64, 32)])
+def test_as_many_clients_as_it_says_have_descriptors_and_the_next_is_told_so(soft, hard, n, capfd):
+    with (
+        running_tstkv(script=FEW_DESCRIPTORS.format(soft=soft, hard=hard)) as address,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(connect(address)) for _ in range(n)]
+        for client in clients:
+            client.sendall(array(b"PING"))
+            assert recv_exact(client, 7) == b"+PONG\r\n"
+        with connect(address) as refused:
+            assert recv_until_eof(refused) == b"-ERR max number of clients reached\r\n"
+        clients[0].sendall(array(b"CONFIG", b"GET", b"maxclients"))
+        assert recv_exact(clients[0], 29) == b"*2\r\n$10\r\nmaxclients\r\n$2\r\n%d\r\n" % n
+    assert ("descriptors" in capfd.readouterr().err) == (n < 40)
+
+
+STANDSTILL = """
+import socket, threading, time
+import tstpool
+from tstkv import KeyValueHandler
+
+def reply(client, last):
+    received = b""
+    while not received.endswith(last):
+        piece = client.recv(65536)
+        assert piece
+        received += piece
+
+def ask():
+    global longest_call
+    while not ended:
+        begin = time.monotonic()
+        handler.stats()
+        longest_call = max(longest_call, time.monotonic() - begin)
+        time.sleep(0.001)
+
+handler, ended, longest_call, longest_gap = KeyValueHandler(), False, 0.0, 0.0
+with tstpool.TstPool(handler, workers=1, shards=1, idle_timeout=None) as pool:
+    with socket.create_connection(pool.listen("127.0.0.1", 0)) as client:
+        for begin in range(0, 300000, 2500):
+            words = b"".join(b" %d %d" % (i, i) for i in range(begin, begin + 2500))
+            client.sendall(b"MSET" + words + b"\\r\\n")
+            reply(client, b"+OK\\r\\n")
+        asker = threading.Thread(target=ask)
+        asker.start()
+        client.sendall(b"MULTI\\r\\n" + b"KEYS *x*y\\r\\n" * 16 + b"EXEC\\r\\n")
+        other = threading.Thread(target=reply, args=(client, b"*16\\r\\n" + b"*0\\r\\n" * 16))
+        other.start()
+        while other.is_alive():
+            begin = time.monotonic()
+            time.sleep(0.001)
+            longest_gap = max(longest_gap, time.monotonic() - begin)
+        ended = True
+        asker.join()
+print(longest_call, longest_gap)
+"""
+
+
+def test_who_asks_for_stats_during_a_long_command_waits_without_stopping_the_interpreter():
+    done = run_python("-c", STANDSTILL, env={"PYTHONPATH": f"{built_site()}:{ROOT}"})
+    longest_call, longest_gap = map(float, done.stdout.split())
+    assert longest_call > 0.03  # it did wait
+    assert longest_gap < longest_call / 2
 
 
 def test_requests_of_who_does_not_read_wait_and_all_are_answered_once_it_reads(kv):
@@ -640,6 +800,24 @@ def test_requests_of_who_does_not_read_wait_and_all_are_answered_once_it_reads(k
         assert recv_exact(slow, 4) == b":1\r\n"
         slow.sendall(array(b"FLUSHALL"))
         assert recv_exact(slow, 5) == b"+OK\r\n"
+
+
+def test_others_are_served_while_a_client_has_sent_much_work(kv):
+    n = 1000
+    with connect(kv, timeout=30) as busy, connect(kv) as other:
+        words = (word for i in range(40_000) for word in (b"%d" % i, b""))
+        busy.sendall(array(b"MSET", *words))
+        assert recv_exact(busy, 5) == b"+OK\r\n"
+        busy.sendall(b"KEYS x\r\n" * n + b"SET after 1\r\n")
+        served = 0
+        other.sendall(array(b"EXISTS", b"after"))
+        while recv_exact(other, 4) == b":0\r\n":
+            served += 1
+            other.sendall(array(b"EXISTS", b"after"))
+        assert served > 2
+        assert recv_exact(busy, 4 * n + 5) == b"*0\r\n" * n + b"+OK\r\n"
+        busy.sendall(array(b"FLUSHALL"))
+        assert recv_exact(busy, 5) == b"+OK\r\n"
 
 
 def test_what_a_client_had_sent_before_it_left_is_done_although_nobody_reads_the_replies(kv):
@@ -705,6 +883,11 @@ def test_it_serves_on_a_unix_socket(tmp_path_factory):
         client.connect(str(path))
         client.sendall(b"PING\r\n")
         assert recv_exact(client, 7) == b"+PONG\r\n"
+
+
+def test_what_is_installed_has_types():
+    """They are right: `make lint`."""
+    assert {"_kv.pyi", "py.typed"} <= {path.name for path in (built_site() / "tstkv").iterdir()}
 
 
 def test_the_repository_says_how_to_run_it():

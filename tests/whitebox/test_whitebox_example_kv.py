@@ -26,6 +26,8 @@ def fed(client, pieces):
     outcome = probe().MORE
     for piece in pieces:
         outcome = client.feed(piece)
+        while outcome == probe().PAUSED:  # the clock says that it was much work
+            outcome = client.again()
         if outcome == probe().CLOSE:
             break
     return outcome
@@ -88,10 +90,49 @@ def test_a_pattern_matches_what_redis_says(kv, pattern, text, matches):
     assert kv.glob(pattern.upper(), text, True) is matches
 
 
+def test_the_ends_of_a_range_are_ordered_before_their_case_is_forgotten(kv):
+    assert kv.glob(b"[C-a]", b"b", True) is False
+    assert kv.glob(b"[a-C]", b"B", True) is False
+    assert kv.glob(b"[A-C]", b"b", True) is kv.glob(b"[c-a]", b"B", True) is True
+
+
 def test_a_pattern_of_many_stars_takes_no_exponential_time(kv):
     begin = time.thread_time()
     assert kv.glob(b"*a" * 200 + b"b", b"a" * 5000) is False
     assert time.thread_time() - begin < patient(5)
+
+
+def test_what_a_pattern_may_take_is_limited(kv):
+    assert kv.glob(b"*ab", b"aab" * 5, steps=1000) is True
+    assert kv.glob(b"*ab", b"aab" * 5, steps=10) is False
+
+
+def test_keys_and_config_get_end_soon_whatever_the_pattern_and_the_keys(kv):
+    server = kv.Server(argument=1 << 24, request=1 << 25)
+    client = kv.Client(server)
+    assert fed(client, [array(b"SET", b"a" * (8 << 20), b"1") + array(b"SET", b"short", b"2")]) == kv.MORE
+    assert client.take() == b"+OK\r\n" * 2
+    begin = time.thread_time()
+    assert fed(client, [array(b"KEYS", b"*" + b"a" * 1022 + b"b")]) == kv.MORE
+    assert client.take() == b"-ERR pattern takes too long\r\n"
+    assert time.thread_time() - begin < patient(1)
+    assert fed(client, [array(b"KEYS", b"*o*t")]) == kv.MORE  # goes through the long one from end to end
+    assert client.take() == b"*1\r\n$5\r\nshort\r\n"
+    begin = time.thread_time()
+    assert fed(client, [array(b"CONFIG", b"GET", *[b"*[" + b"x" * 1000 + b"]"] * 10_000, b"save")]) == kv.MORE
+    assert client.take() == b"*0\r\n"
+    assert time.thread_time() - begin < patient(1)
+
+
+def test_keys_finds_all_of_many_with_a_pattern_that_is_not_simple(kv):
+    client = kv.Client(kv.Server())
+    for begin in range(0, 50_000, 10_000):
+        words = [word for i in range(begin, begin + 10_000) for word in (b"user:session:%08d:x" % i, b"")]
+        assert fed(client, [array(b"MSET", *words)]) == kv.MORE
+        client.take()
+    assert fed(client, [array(b"KEYS", b"*[0-9][0-9][0-9]5*[a-z]")]) == kv.MORE
+    expected = sum(bool(re.search(b"[0-9]{3}5", b"%08d" % i)) for i in range(50_000))
+    assert client.take().startswith(b"*%d\r\n" % expected)
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -232,6 +273,44 @@ def test_memory_of_expired_keys_is_given_to_new_ones(kv):
     assert table.set(b"new", bytes(1000), now=11)
 
 
+def test_memory_of_expired_keys_is_given_to_new_ones_while_the_table_grows(kv):
+    table, i = kv.Table(maxmemory=2 << 20), 0
+    while table.capacity < 16_384:
+        assert table.set(b"%d" % i, bytes(100), expires=10)
+        i += 1
+    assert table.growing  # nearly all of them are in the old slots
+    assert not table.prepare(1, 1 << 20, now=10)
+    assert table.prepare(1, 1 << 20, now=10 + 60_000)
+    assert table.set(b"new", bytes(1 << 20), now=10 + 60_000)
+    assert table.get(b"new", now=10 + 60_000) == bytes(1 << 20)
+    for key in range(i):
+        assert table.get(b"%d" % key, now=10 + 60_000) is None
+    assert len(table) == 1 and table.n_expiring == 0
+
+
+def test_keys_that_are_over_while_others_are_not_are_found_when_memory_runs_out(kv):
+    """However far apart they are; and no key goes that is not over."""
+    table, i = kv.Table(maxmemory=12 << 20), 0
+    while table.set(b"%d" % i, bytes(100), expires=10 if i % 7 == 0 else 10**9):
+        i += 1
+    assert i > 40_000
+    assert table.prepare(1, 200_000, now=11 + 60_000)
+    for key in range(i):
+        assert (table.get(b"%d" % key, now=11) is not None) == (key % 7 != 0)
+
+
+def test_a_write_for_which_there_is_no_memory_is_refused_quickly(kv):
+    table, i = kv.Table(maxmemory=16 << 20), 0
+    while table.set(b"%d" % i, b"", expires=10**9):
+        i += 1
+    assert i > 100_000
+    begin = time.thread_time()
+    for now in range(2, 1002):
+        assert not table.prepare(1, 1 << 20, now=now)
+    assert time.thread_time() - begin < patient(0.3)
+    assert len(table) == i
+
+
 # ------------------------------------------------------------------------------------ requests in pieces, limits
 
 
@@ -332,6 +411,39 @@ def test_all_clients_together_may_have_only_so_much_unread(kv):
     assert clients[0].take() == b"$-1\r\n"
 
 
+def test_who_holds_little_is_not_closed_for_what_others_hold(kv):
+    server = kv.Server(argument=100_000, request=200_000, requests=500_000)
+    clients = [kv.Client(server) for _ in range(5)]
+    for client, size in zip(clients, (99_000, 99_000, 99_000, 50_000, 50_000), strict=True):
+        assert client.feed(b"*2\r\n$3\r\nGET\r\n$100000\r\n" + b"x" * size) == kv.MORE
+    assert server.requests_memory > 500_000
+    client = kv.Client(server)
+    assert client.feed(b"*1\r\n$4\r\nPI") == kv.MORE
+    assert client.feed(b"NG\r\n") == kv.MORE
+    assert client.take() == b"+PONG\r\n"
+    assert clients[-1].feed(b"x" * 20_000) == kv.CLOSE  # that would no longer be little
+
+
+def test_a_client_that_is_closed_holds_nothing_although_it_has_not_gone_yet(kv):
+    server = kv.Server(argument=100_000, request=200_000, output=100_000, output_pause=1000)
+    client = kv.Client(server)
+    assert client.feed(b"MULTI\n" + array(b"SET", b"a", b"x" * 90_000)) == kv.MORE
+    assert server.requests_memory > 90_000
+    assert client.feed(b"*1\r\n$x\r\n") == kv.CLOSE
+    assert server.requests_memory == 0
+    client = kv.Client(server)
+    assert client.feed(b"*2\r\n$4\r\nECHO\r\n$90000\r\n" + b"x" * 89_000) == kv.MORE
+    assert server.requests_memory > 89_000
+    client.refuses = True
+    assert client.feed(b"x" * 1000 + b"\r\n") == kv.CLOSE
+    assert server.requests_memory == 0
+    assert client.feed(b"x" * 1000) == client.again() == kv.CLOSE
+    client = kv.Client(server)
+    assert client.feed(array(b"ECHO", b"x" * 2000)) == client.feed(array(b"ECHO", b"x" * 90_000)) == kv.PAUSED
+    client.end()
+    assert server.requests_memory == 0
+
+
 def test_requests_of_who_does_not_read_wait(kv):
     server = kv.Server(output_pause=10_000)
     client = kv.Client(server)
@@ -395,12 +507,89 @@ def test_requests_that_waited_are_run_when_the_client_has_gone(kv):
     assert other.take() == b"$1\r\n1\r\n"
 
 
+def test_much_work_is_done_a_little_at_a_time_and_others_are_served_in_between(kv):
+    server = kv.Server()
+    client, other = kv.Client(server), kv.Client(server)
+    assert fed(client, [array(b"MSET", *(b"%d" % i for i in range(40_000)))]) == kv.MORE
+    assert client.take() == b"+OK\r\n"
+    outcome, n, turns, longest = client.feed(b"KEYS x\n" * 1000 + b"INCR n\n"), 0, 0, 0
+    while outcome == kv.PAUSED:
+        assert other.feed(b"EXISTS n\n") == kv.MORE
+        assert other.take() == b":0\r\n"
+        n += len(replies(client.take()))
+        begin = time.thread_time()
+        outcome = client.again()
+        longest = max(longest, time.thread_time() - begin)
+        turns += 1
+    assert outcome == kv.MORE and client.unread == 0
+    assert n + len(replies(client.take())) == 1001
+    assert turns > 2 and longest < patient(0.1)
+
+
+def test_a_client_that_has_gone_leaves_no_work_for_hours(kv):
+    for requests in (b"KEYS x\n" * 150_000, b"INCR n\n" * 2_000_000, b"MULTI\n" + b"KEYS x\n" * 150_000 + b"EXEC\n"):
+        server = kv.Server(output_pause=1, request=1 << 24)
+        client = kv.Client(server)
+        assert client.feed(array(b"MSET", *(b"%d" % i for i in range(20_000)))) == kv.PAUSED
+        assert client.feed(requests) == kv.PAUSED
+        begin = time.thread_time()
+        client.end()
+        assert time.thread_time() - begin < patient(0.1)
+        other = kv.Client(server)
+        other.feed(b"INCR n\n")
+        assert 1 <= int(other.take()[1:]) < 2_000_000
+
+
+def test_a_backlog_may_be_cut_anywhere_between_two_turns(kv):
+    """Whole requests, and those that come in pieces, longer and shorter than what is run before the clock is seen."""
+    chance = random.Random(3)
+    requests = [array(b"ECHO", b"x" * chance.choice([1, 100, 60_000, 66_000, 200_000])) for _ in range(60)]
+    requests += [b"ECHO " + b"y" * 60_000 + b"\r\n", array(b"MGET", *[b"k"] * 30_000), array(b"ECHO", b"z" * 900_000)]
+    chance.shuffle(requests)
+    stream = b"".join(requests)
+    expected = kv.Client(kv.Server())
+    assert fed(expected, [stream]) == kv.MORE
+    expected = expected.take()
+    for _ in range(scaled(20, minimum=3)):
+        client = kv.Client(kv.Server(output_pause=1, request=1 << 25))
+        assert client.feed(b"PING\n") == kv.PAUSED
+        for piece in cut(stream, [chance.randrange(len(stream)) for _ in range(chance.randrange(5))]):
+            client.feed(piece)
+            for _ in range(chance.randrange(3)):
+                client.again()
+        while client.again() == kv.PAUSED:
+            pass
+        assert client.take() == b"+PONG\r\n" + expected
+        assert client.unread == 0
+
+
+def test_a_transaction_takes_few_commands_that_take_long(kv):
+    client = kv.Client(kv.Server())
+    assert fed(client, [b"MULTI\n" + b"KEYS x\n" * 16 + b"SET a 1\n" * 100 + b"EXEC\n"]) == kv.MORE
+    assert client.take() == b"+OK\r\n" + b"+QUEUED\r\n" * 116 + b"*116\r\n" + b"*0\r\n" * 16 + b"+OK\r\n" * 100
+    assert fed(client, [b"MULTI\n" + b"KEYS x\n" * 17 + b"EXEC\n" + b"MULTI\nKEYS x\nEXEC\n"]) == kv.MORE
+    last = replies(client.take())[17:]
+    assert last[0].startswith(b"-ERR too many commands")
+    assert last[1].startswith(b"-EXECABORT") and last[2:] == [b"+OK\r\n", b"+QUEUED\r\n", b"*1\r\n*0\r\n"]
+
+
 def test_what_multi_queues_is_limited_too(kv):
     client = kv.Client(server := kv.Server(request=100_000, argument=10_000))
     assert client.feed(array(b"MULTI")) == kv.MORE
     outcomes = [client.feed(array(b"SET", b"a", b"v" * 10_000)) for _ in range(11)]
     assert outcomes[0] == kv.MORE and outcomes[-1] == kv.CLOSE
     del client
+    assert server.requests_memory == 0
+
+
+def test_a_transaction_that_memory_does_not_suffice_for_ends_the_connection(kv):
+    """Its reply has begun with the number of replies that it consists of."""
+    client = kv.Client(server := kv.Server())
+    assert client.feed(b"MULTI\nSET a 1\nMGET" + b" a" * 20 + b"\nSET a 2\n") == kv.MORE
+    assert client.take() == b"+OK\r\n" + b"+QUEUED\r\n" * 3
+    kv.fail_realloc(1)
+    assert client.feed(b"EXEC\nPING\n") == kv.CLOSE
+    assert client.take() == b"*3\r\n+OK\r\n"
     assert server.requests_memory == 0
 
 

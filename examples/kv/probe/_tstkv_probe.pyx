@@ -15,7 +15,27 @@ from tstkv._table cimport (
     table_free, table_hash, table_init, table_next, table_prepare, table_remove, table_set, table_sweep)
 from tstkv._text cimport INTEGER_MOST, integer_to_text, text_to_integer
 
+cdef extern from * nogil:
+    """
+    #include <stdlib.h>
+
+    static size_t probe_reallocs_left;         /* until one fails; 0: none does */
+
+    static void *probe_realloc(void *memory, size_t size) {
+        return probe_reallocs_left && --probe_reallocs_left == 0 ? NULL : realloc(memory, size);
+    }
+
+    #define realloc probe_realloc
+    """
+    size_t probe_reallocs_left
+
 MORE, PAUSED, CLOSE = SERVE_MORE, SERVE_PAUSED, SERVE_CLOSE
+
+
+def fail_realloc(size_t n):
+    """The layers get no memory when they next grow something, or, with n, when they do it for the n-th time."""
+    global probe_reallocs_left
+    probe_reallocs_left = n
 
 
 def siphash(bytes key, bytes data):
@@ -24,8 +44,8 @@ def siphash(bytes key, bytes data):
     return sip_hash(words, data, len(data))
 
 
-def glob(bytes pattern, bytes text, bint any_case=False):
-    return bool(glob_matches(pattern, len(pattern), text, len(text), any_case))
+def glob(bytes pattern, bytes text, bint any_case=False, uint64_t steps=1 << 60):
+    return bool(glob_matches(pattern, len(pattern), text, len(text), any_case, &steps))
 
 
 def to_integer(bytes text):

@@ -2,21 +2,24 @@
 """The commands that are about the connection and the server: what clients ask before they ask for keys."""
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.string cimport memcpy, strlen
+from libc.string cimport memcmp, memcpy, strlen
 
 from tstkv._call cimport (
-    CALL_CLOSE, CALL_DONE, COMMAND_FAST, COMMAND_GROWS, COMMAND_READS, COMMAND_WRITES, NAME_MOST, argument,
-    argument_integer, argument_is, argument_size, kv_call, kv_command, kv_server, n_arguments, reply_wrong_number)
+    CALL_CLOSE, CALL_DONE, CALL_LONG, COMMAND_FAST, COMMAND_GROWS, COMMAND_READS, COMMAND_WRITES, NAME_MOST, argument,
+    argument_integer, argument_is, argument_size, kv_call, kv_command, kv_server, n_arguments, reply_syntax,
+    reply_wrong_number)
 from tstkv._glob cimport glob_is_too_long, glob_matches
 from tstkv._reply cimport (
     kv_reply, reply_array, reply_bulk, reply_bulk_text, reply_error, reply_integer, reply_lines, reply_map, reply_null,
     reply_null_array, reply_ok, reply_peer_text, reply_set, reply_text)
+from tstkv._table cimport NO_MAXMEMORY
 from tstkv._text cimport text_to_integer, word_of
 
 cdef enum:
     NUMBER_ROOM = 24
     INFO_ROOM = 1024
     SETTINGS = 7               # that CONFIG GET knows
+    SETTINGS_STEPS = 1 << 22   # that it may take to compare their names
 
 
 cdef extern from * nogil:
@@ -57,6 +60,8 @@ cdef inline int command_select(kv_call *call) noexcept nogil:
         return CALL_DONE
     if number == 0:
         reply_ok(call.reply)
+    elif not -2147483648 <= number <= 2147483647:
+        reply_error(call.reply, "value is out of range, value must between -2147483648 and 2147483647")
     else:
         reply_error(call.reply, "DB index is out of range")
     return CALL_DONE
@@ -103,18 +108,43 @@ cdef inline int client_id(kv_call *call) noexcept nogil:
     return CALL_DONE
 
 
+cdef inline bint user_exists(kv_call *call, size_t i) noexcept nogil:
+    """Argument `i` is the one user that a Redis without passwords has. Any password is right for it. False: the client
+    has been told."""
+    if argument_size(call, i) == 7 and memcmp(argument(call, i), "default", 7) == 0:
+        return True
+    reply_text(call.reply, "-WRONGPASS invalid username-password pair or user is disabled.\r\n")
+    return False
+
+
+cdef inline int command_auth(kv_call *call) noexcept nogil:
+    if n_arguments(call) > 3:
+        reply_syntax(call)
+    elif n_arguments(call) == 2:
+        reply_error(call.reply, "AUTH <password> called without any password configured for the default user. "
+                    "Are you sure your configuration is correct?")
+    elif user_exists(call, 1):
+        reply_ok(call.reply)
+    return CALL_DONE
+
+
 cdef inline bint hello_options(kv_call *call) noexcept nogil:
     """False: the client has been told what is wrong."""
     cdef size_t i = 2
     while i < n_arguments(call):
-        if not argument_is(call, i, "setname") or i + 1 == n_arguments(call):
+        if argument_is(call, i, "auth") and i + 2 < n_arguments(call):
+            if not user_exists(call, i + 1):
+                return False
+            i += 3
+        elif argument_is(call, i, "setname") and i + 1 < n_arguments(call):
+            if not client_name(call, i + 1):
+                return False
+            i += 2
+        else:
             reply_text(call.reply, "-ERR Syntax error in HELLO option '")
             reply_peer_text(call.reply, argument(call, i), argument_size(call, i))
             reply_text(call.reply, "'\r\n")
             return False
-        if not client_name(call, i + 1):
-            return False
-        i += 2
     return True
 
 
@@ -155,6 +185,11 @@ cdef inline int never_called(kv_call *call) noexcept nogil:
 
 # ----------------------------------------------------------------------------------------------- the server
 
+cdef inline uint64_t maxmemory_shown(kv_server *server) noexcept nogil:
+    """0: there is no limit."""
+    return 0 if server.table.maxmemory == NO_MAXMEMORY else server.table.maxmemory
+
+
 cdef inline void info_text(kv_call *call, char *text) noexcept nogil:
     """Writes INFO_ROOM bytes at most."""
     cdef kv_server *server = call.server
@@ -169,7 +204,7 @@ cdef inline void info_text(kv_call *call, char *text) noexcept nogil:
         KV_REDIS_VERSION, KV_VERSION, <unsigned long long>((call.now - server.started) // 1000),
         <unsigned long long>server.n_clients, <unsigned long long>server.limits.clients,
         <unsigned long long>server.table.used, <unsigned long long>server.requests_memory,
-        <unsigned long long>server.table.maxmemory, <unsigned long long>server.n_connections,
+        <unsigned long long>maxmemory_shown(server), <unsigned long long>server.n_connections,
         <unsigned long long>server.n_calls, <unsigned long long>server.table.n_expired)
 
 
@@ -183,7 +218,7 @@ cdef inline int command_info(kv_call *call) noexcept nogil:
         snprintf(text + size, 128, "db0:keys=%llu,expires=%llu,avg_ttl=0\r\n",
                  <unsigned long long>call.server.table.count, <unsigned long long>call.server.table.n_expiring)
     reply_lines(call.reply, text)
-    return CALL_DONE
+    return CALL_LONG
 
 
 cdef inline const char *setting(kv_server *server, int i, char *number, const char **value) noexcept nogil:
@@ -202,18 +237,18 @@ cdef inline const char *setting(kv_server *server, int i, char *number, const ch
     if i == 3:
         value[0] = "noeviction"
         return "maxmemory-policy"
-    amount = (server.table.maxmemory if i == 4 else server.limits.clients if i == 5 else server.limits.argument)
+    amount = (maxmemory_shown(server) if i == 4 else server.limits.clients if i == 5 else server.limits.argument)
     snprintf(number, NUMBER_ROOM, "%llu", <unsigned long long>amount)
     return "maxmemory" if i == 4 else "maxclients" if i == 5 else "proto-max-bulk-len"
 
 
-cdef inline size_t setting_asked_for(kv_call *call, const char *name) noexcept nogil:
+cdef inline size_t setting_asked_for(kv_call *call, const char *name, uint64_t *steps) noexcept nogil:
     """The argument of CONFIG GET that `name` matches, or 0."""
     cdef size_t i
     for i in range(2, n_arguments(call)):
         if glob_is_too_long(argument(call, i), argument_size(call, i)):
             continue                           # no setting has such a name
-        if glob_matches(argument(call, i), argument_size(call, i), name, strlen(name), True):
+        if glob_matches(argument(call, i), argument_size(call, i), name, strlen(name), True, steps):
             return i
     return 0
 
@@ -222,22 +257,24 @@ cdef inline int config_get(kv_call *call) noexcept nogil:
     cdef char number[NUMBER_ROOM]
     cdef const char *value = NULL
     cdef const char *name
-    cdef size_t n = 0, asked
+    cdef uint64_t steps = SETTINGS_STEPS
+    cdef size_t asked[SETTINGS]
+    cdef size_t n = 0
     cdef int i
     for i in range(SETTINGS):
-        n += setting_asked_for(call, setting(call.server, i, number, &value)) != 0
+        asked[i] = setting_asked_for(call, setting(call.server, i, number, &value), &steps)
+        n += asked[i] != 0
     reply_map(call.reply, n)
     for i in range(SETTINGS):
-        name = setting(call.server, i, number, &value)
-        asked = setting_asked_for(call, name)
-        if asked == 0:
+        if asked[i] == 0:
             continue
-        if argument_is(call, asked, name):
-            reply_bulk(call.reply, argument(call, asked), argument_size(call, asked))      # as it was spelt
+        name = setting(call.server, i, number, &value)
+        if argument_is(call, asked[i], name):
+            reply_bulk(call.reply, argument(call, asked[i]), argument_size(call, asked[i]))    # as it was spelt
         else:
             reply_bulk_text(call.reply, name)
         reply_bulk_text(call.reply, value)
-    return CALL_DONE
+    return CALL_LONG
 
 
 # --------------------------------------------------------------------------------------- the commands themselves
@@ -286,7 +323,7 @@ cdef inline int command_command(kv_call *call) noexcept nogil:
     for i in range(call.server.n_commands):
         if call.server.commands[i].parent == 0:
             reply_command(call.reply, &call.server.commands[i])
-    return CALL_DONE
+    return CALL_LONG
 
 
 cdef inline int command_count(kv_call *call) noexcept nogil:
@@ -317,4 +354,4 @@ cdef inline int command_about(kv_call *call) noexcept nogil:
                 break
         else:
             reply_null_array(call.reply)
-    return CALL_DONE
+    return CALL_LONG

@@ -1,8 +1,8 @@
 # cython: language_level=3
 """What a command works with: the server, the client who sent it, its arguments, and where the reply goes."""
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 
-from tstkv._libc cimport CLOCK_MONOTONIC, clock_gettime, pthread_mutex_t, timespec
+from tstkv._libc cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, clockid_t, pthread_mutex_t, timespec
 from tstkv._reply cimport kv_reply, reply_error, reply_text
 from tstkv._resp cimport kv_request
 from tstkv._table cimport kv_table
@@ -16,6 +16,7 @@ cdef enum:
 cdef enum:
     CALL_DONE = 0
     CALL_CLOSE = 1             # close the connection once the replies have been sent
+    CALL_LONG = 2              # done; it may have taken long
 
 # What a command is; COMMAND tells clients.
 cdef enum:
@@ -24,6 +25,7 @@ cdef enum:
     COMMAND_GROWS = 4          # needs memory, and is refused when there is none
     COMMAND_FAST = 8
     COMMAND_AT_ONCE = 16       # runs inside MULTI too, instead of being queued
+    COMMAND_LONG = 32          # a few bytes of it make much work; it returns CALL_LONG
 
 
 cdef struct kv_call            # below
@@ -74,6 +76,7 @@ cdef struct kv_queued:
     bint open                  # MULTI was sent
     bint spoiled               # one of them was refused, so that EXEC will be
     size_t n
+    size_t n_long              # of which are COMMAND_LONG
     char *bytes                # owned; NULL: none
     size_t size
     size_t capacity
@@ -108,10 +111,20 @@ cdef struct kv_call:
     int64_t now                # milliseconds on the monotonic clock
 
 
-cdef inline int64_t now_milliseconds() noexcept nogil:
+cdef inline int64_t clock_milliseconds(clockid_t clock) noexcept nogil:
     cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
+    clock_gettime(clock, &now)
     return <int64_t>now.tv_sec * 1000 + now.tv_nsec // 1000000
+
+
+cdef inline int64_t now_milliseconds() noexcept nogil:
+    return clock_milliseconds(CLOCK_MONOTONIC)
+
+
+cdef inline bint time_fits(int64_t now, int64_t milliseconds) noexcept nogil:
+    """False: so far from now there is no 64-bit time, neither on our clock nor on that of the day, which is Redis's."""
+    return milliseconds <= INT64_MAX // 2 or (
+        milliseconds <= INT64_MAX - now and milliseconds <= INT64_MAX - clock_milliseconds(CLOCK_REALTIME))
 
 
 # ------------------------------------------------------------------------------------------------ arguments

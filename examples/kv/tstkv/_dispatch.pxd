@@ -1,15 +1,17 @@
 # cython: language_level=3
 """The list of commands, and how a request finds its own."""
 from libc.stdint cimport uint64_t
+from libc.stdlib cimport abort
 from libc.string cimport memset, strlen
 
 from tstkv._admin cimport (
-    client_getname, client_id, client_setinfo, client_setname, command_about, command_command, command_count,
-    command_docs, command_echo, command_hello, command_info, command_ping, command_quit, command_select, config_get,
-    never_called)
+    client_getname, client_id, client_setinfo, client_setname, command_about, command_auth, command_command,
+    command_count, command_docs, command_echo, command_hello, command_info, command_ping, command_quit, command_select,
+    config_get, never_called)
 from tstkv._call cimport (
-    CALL_DONE, COMMAND_AT_ONCE, COMMAND_FAST, COMMAND_GROWS, COMMAND_READS, COMMAND_WRITES, argument, argument_size,
-    kv_call, kv_command, kv_function, kv_queued, kv_server, n_arguments, reply_wrong_number)
+    CALL_CLOSE, CALL_DONE, CALL_LONG, COMMAND_AT_ONCE, COMMAND_FAST, COMMAND_GROWS, COMMAND_LONG, COMMAND_READS,
+    COMMAND_WRITES, COMMANDS_MOST, argument, argument_is, argument_size, kv_call, kv_command, kv_function, kv_queued,
+    kv_server, n_arguments, reply_wrong_number)
 from tstkv._keys cimport (
     command_dbsize, command_decr, command_decrby, command_del, command_exists, command_expire, command_flush,
     command_get, command_incr, command_incrby, command_keys, command_mget, command_mset, command_pexpire, command_pttl,
@@ -24,8 +26,8 @@ cdef enum:
     QUOTED_MOST = 128          # bytes of a client's words in an error
 
 cdef enum:
-    READS = COMMAND_READS
     READS_FAST = COMMAND_READS | COMMAND_FAST
+    READS_LONG = COMMAND_READS | COMMAND_LONG
     WRITES = COMMAND_WRITES
     WRITES_FAST = COMMAND_WRITES | COMMAND_FAST
     GROWS = COMMAND_WRITES | COMMAND_GROWS
@@ -39,6 +41,8 @@ cdef inline kv_command *add(kv_server *server, const char *name, int arity, int 
     cdef kv_command *command = &server.commands[server.n_commands]
     cdef size_t size = strlen(name), before = 0
     cdef int i
+    if server.n_commands == COMMANDS_MOST:
+        abort()                            # the list below is longer than its room
     while before < size and name[before] != c'|':
         before += 1
     command.name, command.arity, command.flags, command.function = name, arity, flags, function
@@ -78,28 +82,29 @@ cdef inline void commands_init(kv_server *server) noexcept nogil:
     add_keyed(server, "pexpire", -3, WRITES_FAST, command_pexpire, 1, 1)
     add_keyed(server, "pttl", 2, READS_FAST, command_pttl, 1, 1)
     add(server, "echo", 2, COMMAND_FAST, command_echo)
-    add(server, "keys", 2, READS, command_keys)
+    add(server, "keys", 2, READS_LONG, command_keys)
     add(server, "dbsize", 1, READS_FAST, command_dbsize)
     add(server, "flushdb", -1, WRITES, command_flush)
     add(server, "flushall", -1, WRITES, command_flush)
     add(server, "select", 2, COMMAND_FAST, command_select)
     add(server, "hello", -1, COMMAND_FAST, command_hello)
+    add(server, "auth", -2, COMMAND_FAST, command_auth)
     add(server, "quit", -1, AT_ONCE, command_quit)
     add(server, "multi", 1, AT_ONCE, command_multi)
     add(server, "exec", 1, AT_ONCE, command_exec)
     add(server, "discard", 1, AT_ONCE, command_discard)
-    add(server, "info", -1, 0, command_info)
+    add(server, "info", -1, COMMAND_LONG, command_info)
     add(server, "config", -2, 0, never_called)
-    add(server, "config|get", -3, 0, config_get)
+    add(server, "config|get", -3, COMMAND_LONG, config_get)
     add(server, "client", -2, 0, never_called)
     add(server, "client|setname", 3, 0, client_setname)
     add(server, "client|getname", 2, 0, client_getname)
     add(server, "client|setinfo", 4, 0, client_setinfo)
     add(server, "client|id", 2, 0, client_id)
-    add(server, "command", -1, 0, command_command)
+    add(server, "command", -1, COMMAND_LONG, command_command)
     add(server, "command|count", 2, 0, command_count)
     add(server, "command|docs", -2, 0, command_docs)
-    add(server, "command|info", -2, 0, command_about)
+    add(server, "command|info", -2, COMMAND_LONG, command_about)
 
 
 cdef inline kv_command *find(kv_server *server, uint64_t parent, uint64_t word) noexcept nogil:
@@ -162,12 +167,20 @@ cdef inline bint arity_is_right(kv_call *call) noexcept nogil:
     return n_arguments(call) == <size_t>arity
 
 
+cdef inline bint is_http(kv_call *call) noexcept nogil:
+    """These begin lines of HTTP, and no command. Who sends them is a browser, on behalf of a page that has put commands
+    into the body of a request."""
+    return argument_is(call, 0, "post") or argument_is(call, 0, "host:")
+
+
 cdef inline bint find_command(kv_call *call) noexcept nogil:
-    """Finds the request's command. False: none takes so many arguments, or none has the name; the client was told."""
+    """Finds the request's command. False: none takes so many arguments, or none has the name; the client was told,
+    unless it speaks HTTP."""
     cdef uint64_t word = word_of(argument(call, 0), argument_size(call, 0))
     call.command = find(call.server, 0, word)
     if kv_rarely(call.command == NULL):
-        reply_unknown(call)
+        if not is_http(call):
+            reply_unknown(call)
         return False
     if kv_rarely(call.command.has_children and n_arguments(call) > 1):
         call.command = find(call.server, word, word_of(argument(call, 1), argument_size(call, 1)))
@@ -184,15 +197,15 @@ cdef inline int dispatch(kv_call *call) noexcept nogil:
     """Runs the request, which has at least one argument. Returns what the command returns."""
     if kv_rarely(not find_command(call)):
         call.client.queued.spoiled = call.client.queued.open
-        return CALL_DONE
+        return CALL_CLOSE if is_http(call) else CALL_DONE      # without a word, as Redis does it
     if kv_rarely(call.client.queued.open) and not call.command.flags & COMMAND_AT_ONCE:
         return queue_call(call)
     call.server.n_calls += 1
     return call.command.function(call)
 
 
-cdef inline void run_queued(kv_call *call, kv_queued *queued) noexcept nogil:
-    """Runs what MULTI has queued; each was found to be right then."""
+cdef inline bint run_queued(kv_call *call, kv_queued *queued) noexcept nogil:
+    """Runs what MULTI has queued; each was found to be right then. False: there was no memory for all of them."""
     cdef size_t at = 0, used = 0
     while at < queued.size and resp_parse(call.request, queued.bytes + at, queued.size - at,
                                           call.server.limits.argument, call.server.line, &used) == RESP_WHOLE:
@@ -201,12 +214,14 @@ cdef inline void run_queued(kv_call *call, kv_queued *queued) noexcept nogil:
             call.command.function(call)
         request_reset(call.request)
         at += used
+    return at == queued.size
 
 
 cdef inline int command_exec(kv_call *call) noexcept nogil:
     cdef kv_queued queued = call.client.queued
     cdef kv_request request
     cdef kv_call inner = call[0]
+    cdef bint done
     if not exec_is_allowed(call):
         return CALL_DONE
     memset(&call.client.queued, 0, sizeof(kv_queued))
@@ -214,7 +229,7 @@ cdef inline int command_exec(kv_call *call) noexcept nogil:
     request_init(&request)
     inner.request = &request
     reply_array(call.reply, queued.n)
-    run_queued(&inner, &queued)
+    done = run_queued(&inner, &queued)
     request_free(&request)
     queued_forget(&queued)
-    return CALL_DONE
+    return CALL_LONG if done else CALL_CLOSE   # fewer replies than were announced: nobody could tell whose they are

@@ -2,15 +2,22 @@
 """Glob patterns as Redis has them: `*`, `?`, `[abc]`, `[^a-z]`, and a backslash before what is meant literally.
 
 Everything but `*` matches exactly one byte. So when a match fails, only the last `*` need take one byte more; what an
-earlier one took can stay. No recursion, then, and at most size of pattern times size of text steps.
+earlier one took can stay. No recursion, then, and at most size of pattern times size of text steps. That may still be
+very many; so they are counted, and have a limit.
 """
+from libc.stdint cimport uint64_t
 from libc.string cimport memchr
 
 from tstkv._text cimport lower
 
 
-cdef inline bint in_range(char first, char last, char byte) noexcept nogil:
-    return first <= byte <= last if first <= last else last <= byte <= first
+cdef inline bint in_range(signed char first, signed char last, signed char byte, bint any_case) noexcept nogil:
+    """The order of the two is one of bytes, also where their case does not count, as in Redis."""
+    if first > last:
+        first, last = last, first
+    if any_case:
+        return <signed char>lower(first) <= <signed char>lower(byte) <= <signed char>lower(last)
+    return first <= byte <= last
 
 
 cdef enum:
@@ -26,7 +33,6 @@ cdef inline size_t glob_set(const char *pattern, size_t size, char byte, bint an
 
     One that is not closed reaches to the end. Bytes are signed here, as they are in Redis on most machines.
     """
-    cdef signed char first, last
     cdef size_t i = 1
     cdef bint inverted = i < size and pattern[i] == c'^'
     cdef bint found = False
@@ -36,10 +42,7 @@ cdef inline size_t glob_set(const char *pattern, size_t size, char byte, bint an
             i += 1
             found |= pattern[i] == byte
         elif i + 2 < size and pattern[i + 1] == c'-':
-            first, last = <signed char>pattern[i], <signed char>pattern[i + 2]
-            if any_case:
-                first, last = <signed char>lower(first), <signed char>lower(last)
-            found |= in_range(first, last, lower(byte) if any_case else byte)
+            found |= in_range(<signed char>pattern[i], <signed char>pattern[i + 2], <signed char>byte, any_case)
             i += 2
         else:
             found |= lower(pattern[i]) == lower(byte) if any_case else pattern[i] == byte
@@ -63,7 +66,8 @@ cdef inline size_t glob_one(const char *pattern, size_t size, char byte, bint an
 
 
 cdef inline bint glob_matches(const char *pattern, size_t pattern_size, const char *text, size_t text_size,
-                              bint any_case) noexcept nogil:
+                              bint any_case, uint64_t *steps) noexcept nogil:
+    """Takes what it has looked at, bytes of the pattern, from `steps`. Once that is 0 nothing matches."""
     cdef size_t at = 0, i = 0, used
     cdef size_t retry_at = 0, retry_i = 0  # behind the last `*`, and the byte from which what follows it is tried
     cdef bint matches, star = False
@@ -76,6 +80,10 @@ cdef inline bint glob_matches(const char *pattern, size_t pattern_size, const ch
             continue
         if at < pattern_size:
             used = glob_one(pattern + at, pattern_size - at, text[i], any_case, &matches)
+            if used >= steps[0]:
+                steps[0] = 0
+                return False
+            steps[0] -= used
             if matches:
                 at += used
                 i += 1

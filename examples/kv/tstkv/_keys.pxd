@@ -3,15 +3,19 @@
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint64_t
 
 from tstkv._call cimport (
-    CALL_DONE, argument, argument_integer, argument_is, argument_size, kv_call, n_arguments, reply_no_memory,
-    reply_syntax, reply_wrong_number, reply_wrong_time)
+    CALL_DONE, CALL_LONG, argument, argument_integer, argument_is, argument_size, clock_milliseconds, kv_call,
+    n_arguments, reply_no_memory, reply_syntax, reply_wrong_number, reply_wrong_time, time_fits)
 from tstkv._glob cimport glob_is_too_long, glob_matches
+from tstkv._libc cimport CLOCK_REALTIME
 from tstkv._reply cimport (
     reply_array, reply_bulk, reply_error, reply_integer, reply_null, reply_ok, reply_peer_end, reply_text)
 from tstkv._table cimport (
     entry_expire, entry_key, entry_value, kv_entry, kv_slot, memory_for, room_for, table_clear, table_find, table_hash,
     table_next, table_prepare, table_remove, table_set)
 from tstkv._text cimport INTEGER_MOST, integer_to_text, text_to_integer
+
+cdef enum:
+    KEYS_STEPS = 1 << 24       # that KEYS may take to compare, and two more for each byte of memory that is used
 
 
 cdef inline kv_slot *find_key(kv_call *call, size_t i, uint64_t *hash) noexcept nogil:
@@ -44,31 +48,49 @@ cdef inline int command_mget(kv_call *call) noexcept nogil:
     return CALL_DONE
 
 
+# In what the time is given.
+cdef enum:
+    NO_TIME = 0
+    SECONDS = 1                # from now on, as all but the last two
+    MILLISECONDS = 2
+    SECONDS_OF_DAY = 3         # since 1970
+    MILLISECONDS_OF_DAY = 4
+
+
 # What SET may be told beside key and value.
 cdef struct kv_set_options:
     bint only_new              # NX
     bint only_old              # XX
     bint keep_ttl
     bint get
-    size_t seconds             # the argument with the number of seconds; 0: none
-    size_t milliseconds
+    int unit                   # of the time, or NO_TIME
+    size_t time                # the argument with it
+
+
+cdef inline int set_unit(kv_call *call, size_t i) noexcept nogil:
+    """What time the option that is argument `i` stands before."""
+    if argument_is(call, i, "ex"):
+        return SECONDS
+    if argument_is(call, i, "px"):
+        return MILLISECONDS
+    if argument_is(call, i, "exat"):
+        return SECONDS_OF_DAY
+    return MILLISECONDS_OF_DAY if argument_is(call, i, "pxat") else NO_TIME
 
 
 cdef inline bint set_option(kv_call *call, size_t i, kv_set_options *options) noexcept nogil:
     """Reads the option that is argument `i`. False: there is no such option, or not beside those before it."""
-    cdef bint has_next = i + 1 < n_arguments(call)
+    cdef int unit = set_unit(call, i)
     if argument_is(call, i, "nx") and not options.only_old:
         options.only_new = True
     elif argument_is(call, i, "xx") and not options.only_new:
         options.only_old = True
     elif argument_is(call, i, "get"):
         options.get = True
-    elif argument_is(call, i, "keepttl") and not options.seconds and not options.milliseconds:
+    elif argument_is(call, i, "keepttl") and options.unit == NO_TIME:
         options.keep_ttl = True
-    elif argument_is(call, i, "ex") and has_next and not options.keep_ttl and not options.milliseconds:
-        options.seconds = i + 1
-    elif argument_is(call, i, "px") and has_next and not options.keep_ttl and not options.seconds:
-        options.milliseconds = i + 1
+    elif unit and i + 1 < n_arguments(call) and not options.keep_ttl and options.unit in (NO_TIME, unit):
+        options.unit, options.time = unit, i + 1
     else:
         return False
     return True
@@ -78,12 +100,12 @@ cdef inline bint set_options(kv_call *call, kv_set_options *options) noexcept no
     """False: something is wrong with them, and the client has been told."""
     cdef size_t i = 3
     options.only_new = options.only_old = options.keep_ttl = options.get = False
-    options.seconds = options.milliseconds = 0
+    options.unit, options.time = NO_TIME, 0
     while i < n_arguments(call):
         if not set_option(call, i, options):
             reply_syntax(call)
             return False
-        i = max(i, max(options.seconds, options.milliseconds)) + 1
+        i = max(i, options.time) + 1
     return True
 
 
@@ -96,15 +118,29 @@ cdef inline bint in_milliseconds(int64_t *seconds) noexcept nogil:
     return True
 
 
+cdef inline int64_t from_time_of_day(kv_call *call, int64_t milliseconds) noexcept nogil:
+    """The same time on our clock, at least 1: it may have passed."""
+    cdef int64_t left = milliseconds - clock_milliseconds(CLOCK_REALTIME)
+    if left <= -call.now:
+        return 1
+    return call.now + min(left, INT64_MAX - call.now)
+
+
 cdef inline bint set_expires(kv_call *call, const kv_set_options *options, int64_t *expires) noexcept nogil:
     """When the key is to end; 0: never. False: that is no time, and the client has been told."""
-    cdef size_t i = options.seconds or options.milliseconds
+    cdef bint in_seconds = options.unit in (SECONDS, SECONDS_OF_DAY)
     expires[0] = 0
-    if i == 0:
+    if options.unit == NO_TIME:
         return True
-    if not argument_integer(call, i, expires):
+    if not argument_integer(call, options.time, expires):
         return False
-    if expires[0] <= 0 or (options.seconds and not in_milliseconds(expires)) or expires[0] > INT64_MAX - call.now:
+    if expires[0] <= 0 or (in_seconds and not in_milliseconds(expires)):
+        reply_wrong_time(call)
+        return False
+    if options.unit in (SECONDS_OF_DAY, MILLISECONDS_OF_DAY):
+        expires[0] = from_time_of_day(call, expires[0])
+        return True
+    if not time_fits(call.now, expires[0]):
         reply_wrong_time(call)
         return False
     expires[0] += call.now
@@ -162,7 +198,7 @@ cdef inline int command_mset(kv_call *call) noexcept nogil:
     if n_arguments(call) % 2 == 0:
         reply_wrong_number(call)
         return CALL_DONE
-    # All or nothing: the memory for all of them is made sure of first.
+    # All or nothing, as far as maxmemory goes: there is enough for all of them, or nothing is set.
     for i in range(1, n_arguments(call), 2):
         memory += memory_for(room_for(argument_size(call, i), argument_size(call, i + 1)))
     if table_prepare(&call.server.table, n_arguments(call) // 2, memory, call.now) < 0:
@@ -254,24 +290,39 @@ cdef inline int command_exists(kv_call *call) noexcept nogil:
     return CALL_DONE
 
 
-cdef inline int command_keys(kv_call *call) noexcept nogil:
-    """Goes through the table twice: the reply begins with how many there are."""
+cdef inline kv_entry *next_matching(kv_call *call, size_t *i, uint64_t *steps) noexcept nogil:
+    """The next entry, from the slot `i` on, whose key matches the first argument; or NULL."""
     cdef const char *pattern = argument(call, 1)
-    cdef size_t size = argument_size(call, 1), i, n = 0
+    cdef size_t size = argument_size(call, 1)
     cdef bint all_keys = size == 1 and pattern[0] == c'*'
     cdef kv_entry *entry = NULL
-    if glob_is_too_long(pattern, size):
+    while table_next(&call.server.table, i, call.now, &entry):
+        if entry != NULL and (
+                all_keys or glob_matches(pattern, size, entry_key(entry), entry.key_size, False, steps)):
+            return entry
+    return NULL
+
+
+cdef inline int command_keys(kv_call *call) noexcept nogil:
+    """Goes through the table twice: the reply begins with how many there are."""
+    cdef uint64_t most = KEYS_STEPS + 2 * call.server.table.used, steps = most
+    cdef size_t i = 0, n = 0
+    cdef kv_entry *entry
+    if glob_is_too_long(argument(call, 1), argument_size(call, 1)):
         reply_error(call.reply, "pattern is too long")
         return CALL_DONE
-    i = 0
-    while table_next(&call.server.table, &i, call.now, &entry):
-        n += entry != NULL and (all_keys or glob_matches(pattern, size, entry_key(entry), entry.key_size, False))
+    while next_matching(call, &i, &steps) != NULL:
+        n += 1
+    if steps == 0:
+        reply_error(call.reply, "pattern takes too long")
+        return CALL_LONG
     reply_array(call.reply, n)
-    i = 0
-    while table_next(&call.server.table, &i, call.now, &entry):
-        if entry != NULL and (all_keys or glob_matches(pattern, size, entry_key(entry), entry.key_size, False)):
-            reply_bulk(call.reply, entry_key(entry), entry.key_size)
-    return CALL_DONE
+    i, steps = 0, most
+    while True:
+        entry = next_matching(call, &i, &steps)
+        if entry == NULL:
+            return CALL_LONG
+        reply_bulk(call.reply, entry_key(entry), entry.key_size)
 
 
 cdef inline int command_dbsize(kv_call *call) noexcept nogil:
@@ -345,7 +396,7 @@ cdef inline int expire_in(kv_call *call, bint seconds) noexcept nogil:
     cdef kv_slot *slot
     if not expire_options(call, &options) or not argument_integer(call, 2, &expires):
         return CALL_DONE
-    if (seconds and not in_milliseconds(&expires)) or expires > INT64_MAX - call.now:
+    if (seconds and not in_milliseconds(&expires)) or not time_fits(call.now, expires):
         reply_wrong_time(call)
         return CALL_DONE
     expires += call.now

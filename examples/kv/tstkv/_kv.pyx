@@ -9,12 +9,35 @@ from tstkv._libc cimport pthread_mutex_lock, pthread_mutex_unlock
 from tstkv._serve cimport (
     SERVE_CLOSE, SERVE_PAUSED, client_begin, client_forget, serve_again, serve_chunk, serve_end, server_free,
     server_init)
+from tstkv._table cimport MAXMEMORY_LEAST, NO_MAXMEMORY
 from tstpool cimport (
     TST_DISCONNECT, TST_SUSPEND, TstNogilHandler, TstSocket, TstStat, tst_need_send, tst_send)
 
 cdef enum:
     ARGUMENT_MOST = 1 << 29    # Redis's own default; offsets in a request have 32 bits
     REQUEST_MOST = 1 << 30
+
+
+cdef struct kv_stats:
+    uint64_t keys
+    uint64_t used_memory
+    uint64_t clients
+    uint64_t connections
+    uint64_t commands
+    uint64_t expired_keys
+
+
+cdef kv_stats server_stats(kv_server *server) noexcept nogil:
+    cdef kv_stats stats
+    pthread_mutex_lock(&server.mutex)
+    stats.keys = server.table.count
+    stats.used_memory = server.table.used
+    stats.clients = server.n_clients
+    stats.connections = server.n_connections
+    stats.commands = server.n_calls
+    stats.expired_keys = server.table.n_expired
+    pthread_mutex_unlock(&server.mutex)
+    return stats
 
 
 cdef ssize_t send_to(void *sock, const char *bytes, size_t size) noexcept nogil:
@@ -30,9 +53,10 @@ cdef TstStat apply(TstSocket sock, int outcome) noexcept nogil:
 cdef class KeyValueHandler(TstNogilHandler):
     """Serves a table of its own to all connections of the pools that it is given to. Bytes, all but maxclients:
 
-    maxmemory: what keys and values may take together. maxclients: connections at a time. max_argument: the longest key
-    or value. max_request: what one client may have sent that is not run yet. max_requests: the same of all clients.
-    max_output: replies of one client that wait until it reads them. output_pause: from which on its requests wait too.
+    maxmemory: what keys and values may take together; 0: all there is. maxclients: connections at a time. max_argument:
+    the longest key or value. max_request: what one client may have sent that is not run yet. max_requests: the same of
+    all clients. max_output: replies of one client that wait until it reads them. output_pause: from which on its
+    requests wait too.
     """
     cdef kv_server server
     cdef bint ready
@@ -42,6 +66,8 @@ cdef class KeyValueHandler(TstNogilHandler):
         cdef uint64_t hash_key[2]
         if not 0 < max_argument <= ARGUMENT_MOST or not max_argument <= max_request <= REQUEST_MOST:
             raise ValueError(f"max_argument may be 1 to {ARGUMENT_MOST}, max_request that to {REQUEST_MOST}")
+        if maxmemory != 0 and not MAXMEMORY_LEAST <= maxmemory <= NO_MAXMEMORY:
+            raise ValueError(f"maxmemory may be 0, for no limit, or {MAXMEMORY_LEAST} to {NO_MAXMEMORY}")
         self.server.limits.argument = max_argument
         self.server.limits.request = max_request
         self.server.limits.requests = max_requests
@@ -51,7 +77,7 @@ cdef class KeyValueHandler(TstNogilHandler):
         for i in range(2):
             hash_key[i] = int.from_bytes(os.urandom(8), "little")
         self.ready = True
-        if server_init(&self.server, maxmemory, hash_key) < 0:
+        if server_init(&self.server, maxmemory or NO_MAXMEMORY, hash_key) < 0:
             raise MemoryError()
         self.state_size = sizeof(kv_client)
 
@@ -95,15 +121,8 @@ cdef class KeyValueHandler(TstNogilHandler):
 
     def stats(self):
         """{"keys", "used_memory", "clients", "connections", "commands", "expired_keys"}: as INFO gives them."""
-        pthread_mutex_lock(&self.server.mutex)
-        try:
-            return {
-                "keys": self.server.table.count,
-                "used_memory": self.server.table.used,
-                "clients": self.server.n_clients,
-                "connections": self.server.n_connections,
-                "commands": self.server.n_calls,
-                "expired_keys": self.server.table.n_expired,
-            }
-        finally:
-            pthread_mutex_unlock(&self.server.mutex)
+        cdef kv_stats stats
+        # Who holds the mutex may take long. And while we do, no code of Python may run: a finalizer could come here.
+        with nogil:
+            stats = server_stats(&self.server)
+        return stats                           # as a dict

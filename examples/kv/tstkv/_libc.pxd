@@ -10,6 +10,7 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
 
     clockid_t CLOCK_MONOTONIC
+    clockid_t CLOCK_REALTIME
     int clock_gettime(clockid_t clock, timespec *now)
 
 

@@ -1,24 +1,25 @@
 # cython: language_level=3
 """MULTI, EXEC, DISCARD: requests that wait until they are run together.
 
-A chunk of requests is run without anybody in between, and EXEC is one request, so that nothing more is needed to make
-them one. Queued requests are kept as they were sent, and parsed anew by EXEC.
+A request is run without anybody in between, and EXEC is one request, so that nothing more is needed to make them one.
+Queued requests are kept as they were sent, and parsed anew by EXEC.
 """
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
-from tstkv._call cimport CALL_CLOSE, CALL_DONE, kv_call, kv_queued
+from tstkv._call cimport CALL_CLOSE, CALL_DONE, COMMAND_LONG, kv_call, kv_queued
 from tstkv._reply cimport reply_error, reply_ok, reply_text
 
 cdef enum:
     QUEUED_LEAST = 256         # bytes
+    LONG_MOST = 16             # commands of a transaction that may take long: nobody else is served meanwhile
 
 
 cdef inline void queued_forget(kv_queued *queued) noexcept nogil:
     free(queued.bytes)
     queued.bytes = NULL
     queued.open = queued.spoiled = False
-    queued.n = queued.size = queued.capacity = 0
+    queued.n = queued.n_long = queued.size = queued.capacity = 0
 
 
 cdef inline bint queued_add(kv_queued *queued, const char *bytes, size_t size, size_t most) noexcept nogil:
@@ -42,6 +43,12 @@ cdef inline bint queued_add(kv_queued *queued, const char *bytes, size_t size, s
 
 cdef inline int queue_call(kv_call *call) noexcept nogil:
     """Keeps the request for EXEC."""
+    if call.command.flags & COMMAND_LONG:
+        if call.client.queued.n_long == LONG_MOST:
+            call.client.queued.spoiled = True
+            reply_error(call.reply, "too many commands that take long in one transaction")
+            return CALL_DONE
+        call.client.queued.n_long += 1
     if not queued_add(&call.client.queued, call.bytes, call.size, call.server.limits.request):
         return CALL_CLOSE
     reply_text(call.reply, "+QUEUED\r\n")

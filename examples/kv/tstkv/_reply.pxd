@@ -15,6 +15,7 @@ from tstkv._text cimport integer_to_text
 
 cdef enum:
     REPLY_ROOM = 65536         # bytes in the buffer
+    REPLY_SMALL = 4096         # bytes that are copied sooner than it is asked whether anybody gets them
     HEADER_MOST = 23           # bytes in a reply's first line: a sign, an integer and its end
 
 
@@ -79,10 +80,21 @@ cdef inline char *reply_reserve(kv_reply *reply, size_t size) noexcept nogil:
     return reply.bytes + reply.size
 
 
-cdef inline void reply_bytes(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
+cdef inline void reply_large(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
+    """Copies nothing that nobody will get."""
+    if reply.too_much or reply.gone:
+        return
     if size > REPLY_ROOM:
         reply_flush(reply)
         reply_pass(reply, bytes, size)
+        return
+    memcpy(reply_reserve(reply, size), bytes, size)
+    reply.size += size
+
+
+cdef inline void reply_bytes(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
+    if size > REPLY_SMALL:
+        reply_large(reply, bytes, size)
         return
     memcpy(reply_reserve(reply, size), bytes, size)
     reply.size += size

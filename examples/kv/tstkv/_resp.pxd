@@ -63,6 +63,11 @@ cdef inline size_t request_memory(kv_request *request) noexcept nogil:
     return request.room * sizeof(kv_span) if request.spans != request.few else 0
 
 
+cdef inline size_t request_seen(kv_request *request) noexcept nogil:
+    """Bytes at its beginning that are known to be no whole request."""
+    return request.at + request.searched + (request.argument_size if request.has_size else 0)
+
+
 cdef inline void request_reset(kv_request *request) noexcept nogil:
     """Forgets the request: the next bytes begin another one."""
     request.n = request.missing = 0

@@ -10,13 +10,17 @@ collected and sent once, at the end of the chunk.
 What one client can make us hold has these limits (kv_limits):
 
     argument        longer: an error as Redis words it, and the connection is closed
-    request         more unread, or more since MULTI: closed. The buffers are at most twice as large
+    request         more unread, or more since MULTI: closed. The buffers are at most four times as large
     output_pause    more replies waiting: its next requests stay unread until it has read the replies (SERVE_PAUSED)
     output          more, by one command: closed
-    requests        more unread by all clients together: who needs more memory then is closed
+    requests        more unread by all clients together: who then needs more memory is closed, unless that is little
+                    (CLIENT_SMALL), for those who hold the most are others
+
+Nobody else is served meanwhile. So who has sent much work is interrupted after RUN_MOST, and goes on when others have
+had their turn (SERVE_PAUSED too).
 """
 from libc.errno cimport ENOMEM
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 
@@ -28,16 +32,19 @@ from tstkv._reply cimport (
     kv_reply, kv_send, reply_begin, reply_flush, reply_free, reply_init, reply_peer_text, reply_text)
 from tstkv._resp cimport (
     LINE_MOST, RESP_BROKEN, RESP_PARTIAL, RESP_WHOLE, kv_request, request_free, request_init, request_memory,
-    request_reset, resp_parse)
+    request_reset, request_seen, resp_parse)
 from tstkv._table cimport table_free, table_init
 
 cdef enum:
     UNREAD_LEAST = 1024        # bytes in a buffer
+    CLIENT_SMALL = 65536       # bytes that a client may have in any case
+    RUN_MOST = 10              # milliseconds for requests of one client, beside what the last of them needs
+    RUN_STEP = 65536           # bytes of a backlog that are run before the clock is looked at
 
 # What is to be done with the connection now.
 cdef enum:
     SERVE_MORE = 0             # wait for more requests
-    SERVE_PAUSED = 1           # call serve_again once its replies have been sent
+    SERVE_PAUSED = 1           # call serve_again once its replies have been sent and others have been served
     SERVE_CLOSE = 2            # close it when what is queued has been sent
 
 
@@ -74,16 +81,24 @@ cdef inline bint client_begin(kv_server *server, kv_client *client) noexcept nog
     return True
 
 
-cdef inline void client_forget(kv_server *server, kv_client *client) noexcept nogil:
-    """Frees what the client holds; also of one that never began."""
+cdef inline void client_close(kv_server *server, kv_client *client) noexcept nogil:
+    """Nothing more of it is run, so that nothing that it has sent is needed; also of one that never began."""
+    client.closed = True
+    client.waits = False
     if client.id:
         request_reset(&client.request)
         request_free(&client.request)
     queued_forget(&client.queued)
     free(client.unread)
     client.unread = NULL
+    client.begin = client.end = client.capacity = 0
     server.requests_memory -= client.memory
     client.memory = 0
+
+
+cdef inline void client_forget(kv_server *server, kv_client *client) noexcept nogil:
+    """The last that is done with a client."""
+    client_close(server, client)
     server.n_clients -= client.counted
     client.counted = False
 
@@ -131,11 +146,12 @@ cdef inline void unread_took(kv_client *client, size_t size) noexcept nogil:
 
 
 cdef inline bint client_account(kv_server *server, kv_client *client) noexcept nogil:
-    """Enters what the client holds now. False: all of them together hold too much."""
+    """Enters what the client holds now. False: all of them together hold too much, and it has made that worse."""
     cdef size_t before = client.memory
     client.memory = client.capacity + client.queued.capacity + request_memory(&client.request)
     server.requests_memory += client.memory - before
-    return client.memory <= before or server.requests_memory <= server.limits.requests
+    return client.memory <= before or client.memory <= CLIENT_SMALL or (
+        server.requests_memory <= server.limits.requests)
 
 
 # ------------------------------------------------------------------------------------------------- requests
@@ -155,8 +171,9 @@ cdef inline int run(kv_server *server, kv_client *client, const char *bytes, siz
     cdef kv_call call
     cdef size_t used = 0
     cdef int found, result
+    cdef int64_t begin = now_milliseconds()
     call.server, call.client, call.reply, call.request = server, client, &server.reply, &client.request
-    call.now = now_milliseconds()
+    call.now = begin
     done[0] = 0
     while done[0] < size:
         if kv_rarely(server.reply.waiting >= server.limits.output_pause):
@@ -172,16 +189,28 @@ cdef inline int run(kv_server *server, kv_client *client, const char *bytes, siz
         result = dispatch(&call) if client.request.n else CALL_DONE
         request_reset(&client.request)
         done[0] += used
-        if kv_rarely(result == CALL_CLOSE or server.reply.too_much):
-            return SERVE_CLOSE
+        if kv_rarely(result != CALL_DONE or server.reply.too_much):
+            if result == CALL_CLOSE or server.reply.too_much:
+                return SERVE_CLOSE
+            call.now = now_milliseconds()
+            if call.now - begin >= RUN_MOST and done[0] < size:
+                return SERVE_PAUSED
     return SERVE_MORE
 
 
 cdef inline int run_unread(kv_server *server, kv_client *client) noexcept nogil:
-    cdef size_t done = 0
-    cdef int outcome = run(server, client, client.unread + client.begin, client.end - client.begin, &done)
-    unread_took(client, done)
-    return outcome
+    """Runs what is unread, or only its beginning: it may be a lot of work."""
+    cdef int64_t begin = now_milliseconds()
+    cdef size_t size, done = 0
+    cdef int outcome
+    while True:
+        size = min(request_seen(&client.request) + RUN_STEP, client.end - client.begin)
+        outcome = run(server, client, client.unread + client.begin, size, &done)
+        unread_took(client, done)
+        if outcome != SERVE_MORE or size - done == client.end - client.begin:
+            return outcome
+        if now_milliseconds() - begin >= RUN_MOST:
+            return SERVE_PAUSED
 
 
 cdef inline int run_chunk(kv_server *server, kv_client *client, const char *bytes, size_t size) noexcept nogil:
@@ -205,7 +234,8 @@ cdef inline int finish(kv_server *server, kv_client *client, int outcome) noexce
     elif outcome == SERVE_MORE and server.reply.waiting >= server.limits.output_pause:
         outcome = SERVE_PAUSED
     client.waits = outcome == SERVE_PAUSED
-    client.closed = outcome == SERVE_CLOSE
+    if outcome == SERVE_CLOSE:
+        client_close(server, client)
     return outcome
 
 
@@ -230,11 +260,12 @@ cdef inline int serve_again(kv_server *server, kv_client *client, kv_send send, 
 
 
 cdef inline ssize_t send_nowhere(void *client, const char *bytes, size_t size) noexcept nogil:
-    return 0
+    return -1
 
 
 cdef inline void serve_end(kv_server *server, kv_client *client) noexcept nogil:
-    """The client is gone. What it had sent is run, as if it had been run when it came; nobody gets the replies."""
+    """The client is gone. What it had sent is run, as if it had been run when it came; nobody gets the replies. What is
+    too much work for one turn is not run: there is no other turn."""
     if client.waits and not client.closed:
         serve_again(server, client, send_nowhere, NULL)
-    client.closed = True
+    client_close(server, client)

@@ -14,13 +14,14 @@ behind, so that no search in it ends early.
     1. count <= three quarters of capacity, the entries in `old` included.
     2. `old` is empty before the next growth: that comes after capacity * 3/8 insertions, moving takes
        capacity / 2 / MOVE_STEP of them.
-    3. used <= maxmemory, whatever clients do. `used` counts slots, entries, and what malloc adds to them.
+    3. used <= maxmemory, whatever clients do; that is MAXMEMORY_LEAST or more. `used` counts slots, entries, and what
+       malloc adds to them.
 
 Times are milliseconds on the monotonic clock. What has expired is removed when somebody asks for it, and by
-table_sweep, a little at each insertion.
+table_sweep, a little at each insertion, and as much as is needed when memory runs out.
 """
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
@@ -31,8 +32,18 @@ cdef enum:
     CAPACITY_LEAST = 16        # slots
     MOVE_STEP = 8              # slots of `old` looked at for each insertion
     SWEEP_STEP = 4             # slots looked at for expired entries at each insertion ...
-    SWEEP_FULL = 4096          # ... and when memory has run out
+    SWEEP_FULL = 4096          # ... and, at least, when memory has run out
+    SWEEP_LEAST = 1000         # milliseconds until all slots are looked at again in vain
+    SWEEP_MOST = 60000         # ... and when that is done although no entry was to end so soon
     MALLOC_EXTRA = 16          # bytes that malloc needs beside what was asked for
+    MAXMEMORY_LEAST = 1024
+
+
+cdef extern from * nogil:
+    """
+    #define NO_MAXMEMORY (UINT64_C(1) << 63)
+    """
+    const uint64_t NO_MAXMEMORY            # more than there can be
 
 
 cdef struct kv_entry:
@@ -55,7 +66,9 @@ cdef struct kv_table:
     size_t moved               # slots of `old` that have been emptied
     size_t count               # entries, the expired ones that nobody has noticed yet included
     size_t n_expiring          # of which have an `expires`
-    size_t swept               # where table_sweep goes on
+    size_t swept               # where table_sweep goes on: a slot of `slots` or, behind those, of `old`
+    int64_t soonest            # when the first of the entries that table_sweep has left ends
+    int64_t swept_until        # all slots were looked at, and before this time it is not worth while again
     uint64_t used              # bytes
     uint64_t maxmemory
     uint64_t n_expired         # entries removed because their time was over
@@ -216,16 +229,26 @@ cdef inline void table_move(kv_table *table, size_t steps) noexcept nogil:
             table.old = NULL
 
 
+cdef inline size_t all_slots(const kv_table *table) noexcept nogil:
+    return table.capacity + (table.old_capacity if table.old != NULL else 0)
+
+
 cdef inline void table_sweep(kv_table *table, size_t steps, int64_t now) noexcept nogil:
     """Looks at some more slots for entries whose time is over."""
-    cdef kv_entry *entry
+    cdef kv_slot *slot
     while steps and table.n_expiring:
-        table.swept &= table.capacity - 1
-        entry = table.slots[table.swept].entry
-        if entry != NULL and entry_is_over(entry, now):
-            table_remove(table, &table.slots[table.swept])     # another one may stand there now
+        if table.swept >= all_slots(table):
+            table.swept = 0
+        if table.swept < table.capacity:
+            slot = &table.slots[table.swept]
+        else:
+            slot = &table.old[table.swept - table.capacity]
+        if slot.entry != NULL and slot.entry != gone() and entry_is_over(slot.entry, now):
+            table_remove(table, slot)          # another one may stand there now
             table.n_expired += 1
         else:
+            if slot.entry != NULL and slot.entry != gone() and slot.entry.expires:
+                table.soonest = min(table.soonest, slot.entry.expires)
             table.swept += 1
         steps -= 1
 
@@ -236,6 +259,29 @@ cdef inline size_t capacity_for(kv_table *table, size_t more) noexcept nogil:
     while table.count + more > capacity // 4 * 3:
         capacity *= 2
     return capacity
+
+
+cdef inline bint table_is_short(kv_table *table, size_t more, uint64_t memory) noexcept nogil:
+    """There is no room for `more` further entries that need `memory`."""
+    cdef size_t capacity = capacity_for(table, more)
+    cdef uint64_t slots = capacity * sizeof(kv_slot) if capacity > table.capacity else 0
+    return table.used + slots + memory > table.maxmemory
+
+
+cdef inline bint table_squeeze(kv_table *table, size_t more, uint64_t memory, int64_t now) noexcept nogil:
+    """Removes entries whose time is over until there is room. False: there are not enough of them. As long as none is
+    known to be over by then, it looks at a few slots only, so that it takes little to refuse a request."""
+    cdef bint at_all = now >= table.swept_until
+    cdef size_t left = all_slots(table) + table.n_expiring if at_all else SWEEP_FULL
+    table.soonest = INT64_MAX
+    while left and table.n_expiring and table_is_short(table, more, memory):
+        table_sweep(table, min(left, <size_t>SWEEP_FULL), now)
+        left -= min(left, <size_t>SWEEP_FULL)
+    if not table_is_short(table, more, memory):
+        return True
+    if at_all:
+        table.swept_until = max(now + SWEEP_LEAST, min(table.soonest, now + SWEEP_MOST))
+    return False
 
 
 cdef inline int table_grow(kv_table *table, size_t capacity) noexcept nogil:
@@ -258,10 +304,10 @@ cdef inline int table_prepare(kv_table *table, size_t more, uint64_t memory, int
     table_move(table, MOVE_STEP)
     table_sweep(table, SWEEP_STEP, now)
     if kv_rarely(table.used + slots + memory > table.maxmemory):
-        table_sweep(table, SWEEP_FULL, now)
-        if table.used + slots + memory > table.maxmemory:
+        if not table_squeeze(table, more, memory, now):
             return -ENOMEM
-    return table_grow(table, capacity) if slots else 0
+        capacity = capacity_for(table, more)               # fewer keys may need no more slots
+    return table_grow(table, capacity) if capacity > table.capacity else 0
 
 
 cdef inline kv_entry *table_set(kv_table *table, uint64_t hash, kv_slot *slot, const char *key, size_t key_size,
