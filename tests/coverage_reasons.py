@@ -57,7 +57,6 @@ REASONS = {
         ],
         "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
         "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
-        "tstpool/_entry.pxd connection_reconnect": ["output_account(connection)"],
         "tstpool/_entry.pxd connection_wait_for_flusher": [
             "spin_unlock(&connection.lock)",
             "sched_yield()",
