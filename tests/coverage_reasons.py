@@ -57,6 +57,8 @@ REASONS = {
         ],
         "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
         "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
+        "tstpool/_core.pyx Worker.resume": ["return NULL"],
+        "tstpool/_entry.pxd connection_reconnect": ["sys_reset_on_close(connection.fd, False)"],
         "tstpool/_entry.pxd connection_wait_for_flusher": [
             "spin_unlock(&connection.lock)",
             "sched_yield()",
