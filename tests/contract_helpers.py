@@ -161,6 +161,17 @@ class Gate:
         self._open.set()
 
 
+def blocking(gate):
+    """on_message that echoes, and for b"block" waits at the gate first."""
+
+    def answer(sock, data):
+        if data == b"block":
+            gate.wait()
+        sock.send(data)
+
+    return answer
+
+
 def in_threads(*functions, timeout=30):
     """Run all at once, each on a thread; returns their results, re-raises the first exception."""
     results, errors = [None] * len(functions), []

@@ -11,6 +11,7 @@ from contract_helpers import (
     TRIGGERS,
     Gate,
     ServerProcess,
+    blocking,
     echo,
     every_style,
     every_trigger,
@@ -21,15 +22,6 @@ from contract_helpers import (
     serve,
 )
 from helpers import PATIENCE, SANITIZER, connect, patient, process_cpu_seconds, recv_exact, scaled, wait_until
-
-
-def blocking(gate):
-    def answer(sock, data):
-        if data == b"block":
-            gate.wait()
-        sock.send(data)
-
-    return answer
 
 
 @every_style

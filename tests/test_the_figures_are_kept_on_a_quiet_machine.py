@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from contract_helpers import Gate, ServerProcess, faults, handler, round_trip
+from contract_helpers import Gate, ServerProcess, blocking, faults, handler, round_trip
 from helpers import RunningPool, connect, process_cpu_seconds, recv_exact, recv_until_eof, run_python, wait_until
 from test_a_system_call_that_fails_costs_no_more_than_it_must import SERVER as SERVER_THAT_ARMS_LATE
 from test_accepting_goes_on_after_any_failure import SERVER as SERVER_WITH_FEW_DESCRIPTORS
@@ -56,13 +56,7 @@ def test_ten_seconds_of_a_signal_storm():
 def test_a_second_with_all_workers_blocked_takes_no_cpu():
     """B12: less than 5 % of it, while a thousand messages wait; then all are answered."""
     with Gate() as gate, contextlib.ExitStack() as stack:
-
-        def on_message(sock, data):
-            if data == b"block":
-                gate.wait()
-            sock.send(data)
-
-        pool = stack.enter_context(RunningPool(handler(on_message=on_message), workers=4))
+        pool = stack.enter_context(RunningPool(handler(on_message=blocking(gate)), workers=4))
         clients = [stack.enter_context(connect(pool)) for _ in range(1004)]
         wait_until(lambda: len(pool) == 1004)
         for client in clients[:4]:
@@ -83,13 +77,7 @@ def test_a_second_with_all_workers_blocked_takes_no_cpu():
 def test_five_seconds_in_a_handler_are_not_felt_by_others():
     """B14: the 99th of a hundred round trips of four others, in turns with and without it."""
     with Gate() as gate, contextlib.ExitStack() as stack:
-
-        def on_message(sock, data):
-            if data == b"block":
-                gate.wait()
-            sock.send(data)
-
-        pool = stack.enter_context(RunningPool(handler(on_message=on_message), workers=4, slow_handler=0.1))
+        pool = stack.enter_context(RunningPool(handler(on_message=blocking(gate)), workers=4, slow_handler=0.1))
         others = [stack.enter_context(connect(pool)) for _ in range(4)]
 
         def percentile():
