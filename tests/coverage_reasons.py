@@ -48,7 +48,7 @@ REASONS = {
             "sub32(&home.open, 1, RELEASE)",
             "return True",
         ],
-        "tstpool/_collect.pxd collect_event": ["count(&worker.stats.stale_events, 1)", "return"],
+        "tstpool/_collect.pxd collect_event": ["count_stale(&worker.stats, connection)", "return"],
         "tstpool/_core.pyx TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
         "tstpool/_core.pyx wait_ended": ["return True", "return ended.is_set()"],
         "tstpool/_core.pyx Worker.make_body": ["return 0"],

@@ -9,9 +9,26 @@ import subprocess
 import time
 
 import pytest
-from contract_helpers import TRIGGERS, Gate, echo, every_trigger, exchange, handler, in_threads, round_trip
+from contract_helpers import (
+    TRIGGERS,
+    Gate,
+    echo,
+    every_trigger,
+    exchange,
+    handler,
+    in_threads,
+    open_sockets,
+    round_trip,
+)
 from helpers import SANITIZER, connect, patient, process_cpu_seconds, recv_exact, wait_until
-from network_helpers import FarNetwork, configure, drop_everything, in_a_network_of_its_own
+from network_helpers import (
+    FarNetwork,
+    configure,
+    drop_every_fifth_packet,
+    drop_everything,
+    in_a_network_of_its_own,
+    packets_dropped,
+)
 
 from tstpool import TstPool, TstSockType
 
@@ -133,6 +150,34 @@ def test_a_link_that_drops_packets(make_pool, trigger):
 
     def check(client, data):
         assert exchange(client, data) == data
+
+    in_a_network_of_its_own(talk)
+
+
+@pytest.mark.slow
+@every_trigger
+def test_a_link_that_loses_every_fifth_packet(make_pool, trigger):
+    """B64: messages, acknowledgements, farewells; all of it arrives, in order, and each connection has one end, a clean
+    one."""
+
+    def talk():
+        pool, ends = ended(make_pool, trigger=trigger, workers=2)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(pool, 60)) for _ in range(8)]
+            open_sockets(pool, len(clients))
+            drop_every_fifth_packet()
+            data = os.urandom(60_000)
+            in_threads(*(lambda client=client: check(client, data) for client in clients))
+        wait_until(lambda: len(ends) == len(clients), 30)
+        assert [reason for _, reason in ends] == [None] * len(clients)
+        dropped = packets_dropped()
+        print(f"{dropped} packets were lost")
+        assert dropped > 20
+        pool.stop()
+
+    def check(client, data):
+        for size in (1, 100, 5000, len(data)):
+            assert exchange(client, data[:size]) == data[:size]
 
     in_a_network_of_its_own(talk)
 

@@ -2,13 +2,18 @@
 the same cases with more patience, as two suites may share two cores there."""
 
 import contextlib
+import json
 import select
+import shutil
 import signal
+import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 from contract_helpers import Gate, ServerProcess, blocking, faults, handler, round_trip
-from helpers import RunningPool, connect, process_cpu_seconds, recv_exact, recv_until_eof, run_python, wait_until
+from helpers import ROOT, RunningPool, connect, process_cpu_seconds, recv_exact, recv_until_eof, run_python, wait_until
 from test_a_system_call_that_fails_costs_no_more_than_it_must import SERVER as SERVER_THAT_ARMS_LATE
 from test_accepting_goes_on_after_any_failure import SERVER as SERVER_WITH_FEW_DESCRIPTORS
 from test_accepting_goes_on_after_any_failure import STORM
@@ -72,6 +77,53 @@ def test_a_second_with_all_workers_blocked_takes_no_cpu():
         assert [recv_exact(client, 5) for client in clients] == [b"block"] * 4 + [b"hello"] * 1000
     print(f"{used * 100:.1f} % of a core")
     assert used < 0.05
+
+
+FLOOD = """
+import socket, sys
+client = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+print(flush=True)
+while True:
+    client.sendall(bytes(1 << 20))
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_fifty_peers_beside_one_that_streams(tmp_path):
+    """B13: the 99th of a hundred round trips takes five times as long at most; in turns with and without it."""
+    program = tmp_path / "loadgen"
+    source = ROOT / "benchmarks" / "c" / "loadgen.c"
+    subprocess.run(["cc", "-O2", "-std=c11", "-pthread", "-o", program, source], check=True)
+    flooded = [0]
+
+    def answer(sock, data):
+        if any(data[:8]):
+            return data
+        flooded[0] += len(data)  # zeros are the flood's
+
+    def percentile(port):
+        command = [program, "-p", str(port), "-c", "50", "-s", "64", "-t", "2", "--framing", "length4"]
+        result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        assert result["ok"], result
+        return result["latency_us"]["p99"]
+
+    with RunningPool(handler(on_message=answer), workers=1, framing=None) as pool:
+        port = pool.addresses[0][1]
+        ratios = []
+        for _ in range(3):
+            free = percentile(port)
+            with subprocess.Popen([sys.executable, "-c", FLOOD, str(port)], stdout=subprocess.PIPE) as flood:
+                try:
+                    flood.stdout.readline()
+                    before = flooded[0]
+                    beside = percentile(port)
+                    rate = (flooded[0] - before) / (1 << 20) / 2.5
+                finally:
+                    flood.kill()
+            print(f"p99 {free} us without, {beside} us beside a flood of {rate:.0f} MiB/s")
+            assert flooded[0] > before
+            ratios.append(beside / free)
+    assert statistics.median(ratios) <= 5
 
 
 def test_five_seconds_in_a_handler_are_not_felt_by_others():

@@ -10,8 +10,8 @@ from libc.string cimport memcpy
 
 from tstpool._conn cimport (
     ACQUIRED, GONE, PEND_ANY, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE,
-    STATE_DEAD, STATE_OWNED, STATE_QUEUED, TYPE_LISTEN, TYPE_SUB, connection_acquire, connection_is, connection_release,
-    connection_take_relief, generation_of, slot_of, table_open, table_slot, tst_connection)
+    STATE_DEAD, STATE_OPEN, STATE_OWNED, STATE_QUEUED, TYPE_LISTEN, TYPE_SUB, connection_acquire, connection_is,
+    connection_release, connection_take_relief, generation_of, slot_of, table_open, table_slot, tst_connection)
 from tstpool._entry cimport (
     connection_begin_close, connection_due, connection_expire, connection_has_room, connection_keep_input,
     connection_linger, connection_may_reset, connection_sent, connection_transfer, connection_wants_body, take_input)
@@ -27,11 +27,11 @@ from tstpool._shard cimport (
     BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING, SCRATCH_FULL, batch_add,
     connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
-from tstpool._timer cimport connection_deadline, tick_before, tick_of
+from tstpool._timer cimport DEADLINE_LINGER, connection_deadline, tick_before, tick_of
 
 cdef enum:
-    ACCEPTS_PER_TURN = 16                  # so that a flood of clients does not starve the clients that are there
-    ACCEPT_PAUSE = 100000000               # nanoseconds to wait after the process ran out of descriptors or memory
+    ENTRIES_SPARE = 16                     # of a batch, for clients that are accepted
+    FULL_LOOK = 100000000                  # nanoseconds between two looks whether there is room for one more again
 
 
 # ------------------------------------------------------------------------------------------------- connect
@@ -88,9 +88,10 @@ cdef inline bint engine_is_full(tst_engine *engine) noexcept nogil:
     return n >= <uint64_t>engine.max_connections + load32(&engine.n_listeners, RELAXED)
 
 
-cdef inline void accept_pause(tst_worker *worker, tst_shard *shard, int reason, uint64_t now) noexcept nogil:
+cdef inline void accept_pause(tst_engine *engine, tst_worker *worker, tst_shard *shard, int reason,
+                              uint64_t now) noexcept nogil:
     """No more for a while."""
-    shard.accept_again = now + ACCEPT_PAUSE
+    shard.accept_again = now + (FULL_LOOK if shard.full else engine.accept_pause)
     worker.accept_errno = reason
     count(&worker.stats.accept_pauses, 1)
     listeners_silence(shard)
@@ -105,13 +106,13 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
     cdef uint64_t id
     cdef int fd, _n, failures = 0
     cdef bint full
-    for _n in range(ACCEPTS_PER_TURN):
+    for _n in range(engine.accepts_per_turn):
         if batch.n_entries == BATCH_ENTRIES:
             return
         full = engine_is_full(engine)
         if full and not engine.close_excess:
             shard.full = True
-            accept_pause(worker, shard, EUSERS, now)   # no call has failed: complain() has its own words for this one
+            accept_pause(engine, worker, shard, EUSERS, now)   # no call has failed: complain() has its own words
             return
         size = sizeof(address)
         address.ss_family = 0
@@ -123,8 +124,9 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
             worker.accept_errno = -fd      # to be logged
             failures += 1
             # That client is gone (ECONNABORTED ...), and the next one is not; unless it goes on like that.
-            if (fd == -EMFILE or fd == -ENFILE or fd == -ENOBUFS or fd == -ENOMEM or failures == ACCEPTS_PER_TURN):
-                accept_pause(worker, shard, -fd, now)
+            if (fd == -EMFILE or fd == -ENFILE or fd == -ENOBUFS or fd == -ENOMEM
+                    or failures == engine.accepts_per_turn):
+                accept_pause(engine, worker, shard, -fd, now)
                 return
             continue
         if full:
@@ -175,7 +177,7 @@ cdef inline void listeners_resume(tst_engine *engine, tst_shard *shard, uint64_t
     cdef int result
     if not accepting_may_resume(engine, shard, now):
         if shard.full and now >= shard.accept_again:
-            shard.accept_again = now + ACCEPT_PAUSE    # look again: who goes in another shard does not wake this one
+            shard.accept_again = now + FULL_LOOK       # again: who goes in another shard does not wake this one
         return
     shard.full = False
     shard.accept_again = 0
@@ -184,12 +186,12 @@ cdef inline void listeners_resume(tst_engine *engine, tst_shard *shard, uint64_t
         result = connection_arm(listener, True, NULL)
         spin_unlock(&listener.lock)
         if result < 0:
-            shard.accept_again = now + ACCEPT_PAUSE    # nobody else would try again
+            shard.accept_again = now + engine.accept_pause     # nobody else would try again
         listener = listener.timer_next
 
 
-cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_connection *listener,
-                                  uint64_t pending, uint64_t now) noexcept nogil:
+cdef inline void listener_request(tst_engine *engine, tst_worker *worker, tst_shard *shard,
+                                  tst_connection *listener, uint64_t pending, uint64_t now) noexcept nogil:
     """A listener is new, or is to go. Owned."""
     cdef int result
     cdef tst_connection **place = &shard.listeners
@@ -209,7 +211,7 @@ cdef inline void listener_request(tst_worker *worker, tst_shard *shard, tst_conn
         result = connection_arm(listener, True, NULL)
         spin_unlock(&listener.lock)
         if result < 0:                         # /proc/sys/fs/epoll/max_user_watches is used up, for instance
-            accept_pause(worker, shard, -result, now)
+            accept_pause(engine, worker, shard, -result, now)
 
 
 # ------------------------------------------------------------------------------------------------- collect
@@ -291,7 +293,7 @@ cdef inline void collect_lingering(tst_worker *worker, tst_shard *shard, tst_bat
         connection.has_timer = False
         connection_deadline(connection, False, True, &due)
         if not over and not tick_before(tick_of(now), due):
-            count(&worker.stats.deadline_closed, 1)
+            count(&worker.stats.deadline_closed[DEADLINE_LINGER], 1)
             over = True
     entry = batch_add(batch, connection, 0)
     if over:
@@ -307,6 +309,14 @@ cdef inline void shard_woken(tst_shard *shard, uint64_t id) noexcept nogil:
         sys_drain(shard.event_fd)
 
 
+cdef inline void count_stale(tst_stats *stats, tst_connection *connection) noexcept nogil:
+    """An event came too late. `connection`: who has its descriptor's slot now; NULL: nobody ever had."""
+    if connection != NULL and load64(&connection.state, ACQUIRE) & STATE_OPEN:
+        count(&stats.stale_reused, 1)
+    else:
+        count(&stats.stale_gone, 1)
+
+
 cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                uint64_t id, uint32_t events, uint64_t now) noexcept nogil:
     """Resolves one event to its connection and acquires it; an event of a connection that is gone is counted and
@@ -320,7 +330,7 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
         return
     connection = table_slot(&engine.table, slot_of(id))
     if connection == NULL or not connection_is(connection, generation):
-        count(&worker.stats.stale_events, 1)
+        count_stale(&worker.stats, connection)
         return
     if connection.type == TYPE_LISTEN:
         accept_burst(engine, worker, shard, batch, connection, now)
@@ -337,7 +347,7 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
             collect_connection(engine, worker, shard, batch, connection, pending, events, now)
             return
         if got == GONE:
-            count(&worker.stats.stale_events, 1)
+            count_stale(&worker.stats, connection)
             return
         if leave_to_owner(connection, generation, events, &worker.stats):
             return
@@ -383,7 +393,7 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
         connection_ask_relief(connection, generation)
         return                 # its owner sees the pending bits when it releases
     if connection.type == TYPE_LISTEN:
-        listener_request(worker, shard, connection, pending, now)
+        listener_request(engine, worker, shard, connection, pending, now)
     else:
         collect_connection(engine, worker, shard, batch, connection, pending, 0, now)
 
@@ -422,5 +432,5 @@ cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard
 
 
 cdef inline bint batch_has_room(tst_batch *batch) noexcept nogil:
-    return (batch.n_entries + ACCEPTS_PER_TURN <= BATCH_ENTRIES
-            and batch.scratch_used < SCRATCH_FULL)
+    return (batch.n_entries + ENTRIES_SPARE <= BATCH_ENTRIES
+            and batch.scratch_used < batch.scratch_size // SCRATCH_FULL)

@@ -86,6 +86,7 @@ cdef struct tst_total:
     uint64_t most              # 0: no limit
     uint64_t overflow_closed   # atomic: connections that were closed for having too much
     uint64_t overflow_refused  # atomic: how often more was not taken
+    uint64_t pressed           # atomic: how often a connection came to have more than high_water waiting
 
 
 cdef enum:
@@ -96,8 +97,9 @@ cdef enum:
     PRESSURE_GONE = 2          # it has fallen to low_water since; the owner is to hear of it
 
 cdef enum:
-    OVERFLOW_REFUSE = 0        # send() fails, or waits
+    OVERFLOW_REFUSE = 0        # send() fails
     OVERFLOW_CLOSE = 1         # the connection ends
+    OVERFLOW_BLOCK = 2         # send() waits, if it may
 
 
 # How much output of a connection may wait, and how many ticks of the pool's clock it may be without something; 0: no
@@ -401,6 +403,7 @@ cdef inline void output_account(tst_connection *connection) noexcept nogil:
     if waits > limits.high_water:
         if load32(&connection.pressure, RELAXED) != PRESSURE_HIGH:
             store32(&connection.pressure, PRESSURE_HIGH, RELAXED)
+            add64(&limits.total.pressed, 1, RELAXED)
     elif waits <= limits.low_water and load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:
         store32(&connection.pressure, PRESSURE_GONE, RELEASE)
 

@@ -81,6 +81,7 @@ cdef class TstSocket:
     cdef TstNogilHandler state_handler     # whose `release` is called with it
     cdef tst_connection *connection        # shared: the slot; holds another connection once the generation differs
     cdef TstPool pool                      # keeps the table alive
+    cdef const tst_limits *limits          # borrowed from the pool
     cdef int type_number                   # TstSockType
     cdef tst_address peer_address
     cdef str peer_path                     # "unix:..." of a socket that was connected here, else None
@@ -92,7 +93,7 @@ cdef class TstSocket:
     cdef TstData send_transfer
     cdef object reason                     # owner: the exception that ends it
     cdef object __weakref__
-    cdef long long _abi_reserve[2]         # as in TstPool
+    cdef long long _abi_reserve[1]         # as in TstPool
 
     cdef uint32_t generation(self) noexcept nogil
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
@@ -173,9 +174,7 @@ cdef class TstPool:
     cdef tst_engine *engine                # owned
     cdef Binding binding                   # of the pool's handler, None until it is known
     cdef bint copy                         # on_message gets bytes, not a view
-    cdef bint block_on_overflow
-    cdef tuple output                      # high_water, low_water, max_queued, OVERFLOW_*, auto_pause
-    cdef dict timeouts                     # name -> seconds or None: what listeners are not told otherwise
+    cdef dict limits                       # name -> as it was given: what listeners are not told otherwise
     cdef list framings                     # the pool's, then its listeners'; connections borrow them
     cdef dict hooks                        # setEvent...: hook name -> function
     cdef bint opened                       # shards have their descriptors
@@ -198,11 +197,11 @@ cdef class TstPool:
     cdef object __weakref__
     cdef int keepalive                     # seconds, 0: off
     cdef bint stop_asked                   # under the mutex: see stop_later()
-    cdef long long _abi_reserve[5]         # growth comes out of it, so that what cimports us need not be compiled anew
+    cdef long long _abi_reserve[6]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1
-    cdef tst_limits *limits_from(self, dict timeouts) except NULL
+    cdef tst_limits *limits_from(self, dict given) except NULL
     cdef object add_listener(self, object listener, Framing framing, tst_limits *limits)
     cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing)
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept

@@ -148,6 +148,10 @@ class TstPool:
         max_total_queued: int | None = 268435456,
         busy_poll: float = 0.0,
         keepalive: int | None = None,
+        accepts_per_turn: int = 16,
+        accept_pause: float = 0.1,
+        receive_size: int = 262144,
+        messages_per_turn: int = 32,
     ) -> None: ...
     @property
     def running(self) -> bool: ...
@@ -175,6 +179,11 @@ class TstPool:
         idle_timeout: float | None = ...,
         write_timeout: float | None = ...,
         linger_timeout: float = ...,
+        high_water: int = ...,
+        low_water: int = ...,
+        max_queued: int | None = ...,
+        on_overflow: Literal["raise", "block", "close"] = ...,
+        auto_pause: bool = ...,
     ) -> tuple[str, int]: ...
     def connect(
         self,

@@ -20,11 +20,11 @@ from libc.string cimport memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE, PEND_CONNECT,
-    PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS,
-    TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
-    connection_recv, connection_send, connection_takes_messages, generation_of, output_drop, table_chunk, table_find,
-    table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
+    GONE, OVERFLOW_BLOCK, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE,
+    PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
+    TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is,
+    connection_mark, connection_recv, connection_send, connection_takes_messages, generation_of, output_drop,
+    table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
 from tstpool._data cimport (
     data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
@@ -49,14 +49,16 @@ from tstpool._poll cimport (
 from tstpool._queue cimport (
     SHARE_LEAST, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
     tst_stock)
-from tstpool._run cimport RUN_BURST, RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
+from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
     ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief,
     entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch,
     tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
-from tstpool._timer cimport TICK_BITS, connection_output_is_overdue, tick_of
+from tstpool._timer cimport (
+    DEADLINE_CLOSE, DEADLINE_FIRST_BYTE, DEADLINE_IDLE, DEADLINE_LINGER, DEADLINE_MESSAGE, DEADLINE_WRITE, TICK_BITS,
+    connection_output_is_overdue, tick_of)
 from tstpool._turn cimport (
     ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN, TURN_SLOW,
     engine_shard_ended, shard_turn, shard_yield, slow_next, turn_elsewhere)
@@ -194,6 +196,13 @@ cdef object positive(object value, str name):
     return number
 
 
+cdef object number_within(object value, str name, object least, object most):
+    number = operator.index(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be from {least} to {most}: {number}")
+    return number
+
+
 cdef uint64_t nanoseconds(object seconds, str name) except? 0:
     number = float(seconds)
     if not 0.0 <= number <= 1e9:
@@ -205,12 +214,6 @@ cdef uint64_t nanoseconds(object seconds, str name) except? 0:
 
 cdef enum:
     MAX_MESSAGE = 1048576              # bytes: nginx' limit for a request's body
-
-cdef object number_within(object value, str name, object least, object most):
-    number = operator.index(value)
-    if not least <= number <= most:
-        raise ValueError(f"{name} must be from {least} to {most}: {number}")
-    return number
 
 
 cdef class Framing:
@@ -511,9 +514,7 @@ cdef class TstSocket:
 
     cdef ssize_t overflow(self) noexcept nogil:
         """Too much waits: the limits say what to do. Returns -ENOBUFS, or -ENOTCONN when it was closed for that."""
-        # Of the pool's limits, which all of its connections share as far as output goes: the slot may be another
-        # connection's by now.
-        if self.pool.engine.limits.overflow != OVERFLOW_CLOSE:
+        if self.limits.overflow != OVERFLOW_CLOSE:         # our own: the slot may be another connection's by now
             add64(&self.pool.engine.total.overflow_refused, 1, RELAXED)
             return -ENOBUFS
         if connection_abort(self.connection, self.generation(), ENOBUFS):
@@ -533,7 +534,7 @@ cdef class TstSocket:
         """Blocks until less than high_water waits; for a moment if that is so, for then it is the other connections
         that have too much. ConnectionClosed when it ends before."""
         cdef pollfd watched
-        cdef size_t waits, enough = self.pool.engine.limits.high_water
+        cdef size_t waits, enough = self.limits.high_water
         cdef bint gone, overdue, waited = False
         watched.fd = <int><uint32_t>self.id
         watched.events = POLLOUT
@@ -560,7 +561,7 @@ cdef class TstSocket:
     cdef ssize_t append_object(self, object data, bint framed) except? -1:
         """append() for whatever has a buffer. Large `bytes` are kept instead of copied: they never change."""
         cdef ssize_t queued = self.append_now(data, framed)
-        while queued == -ENOBUFS and self.pool.block_on_overflow and not self.in_handler():
+        while queued == -ENOBUFS and self.limits.overflow == OVERFLOW_BLOCK and not self.in_handler():
             self.wait_for_room()
             queued = self.append_now(data, framed)
         return queued
@@ -1006,6 +1007,7 @@ cdef TstSocket make_socket(TstPool pool, tst_connection *connection):
     sock.id = connection_id(connection)
     sock.connection = connection
     sock.pool = pool
+    sock.limits = connection.limits
     sock.type_number = connection.type
     sock.peer_address = connection.peer
     if connection.framing != NULL:
@@ -1347,7 +1349,8 @@ cdef class TstPool:
 max_send_size=4096, shards=None, idle_time=3.0, slow_handler=0.1, name="tstpool", max_connections=None,
 when_full="wait", first_byte_timeout=15.0, message_timeout=60.0, idle_timeout=75.0, write_timeout=60.0,
 linger_timeout=5.0, high_water=65536, low_water=16384, max_queued=1048576, on_overflow="raise", auto_pause=True,
-max_total_queued=268435456, busy_poll=0.0, keepalive=None)
+max_total_queued=268435456, busy_poll=0.0, keepalive=None, accepts_per_turn=16, accept_pause=0.1, receive_size=262144,
+messages_per_turn=32)
 --
 
     A TCP server thread pool over epoll: it listens, accepts, reads, calls the handler on a worker thread, sends, frees.
@@ -1385,6 +1388,12 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
     MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more, and the
     others no message above high_water, unless it is a broadcast's or the only output that waits. None: no limit.
     idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
+    accepts_per_turn: clients that one listener accepts before those that are there get their turn (16). accept_pause:
+    seconds for which nobody is accepted after the process has run out of descriptors or memory (0.1; a millisecond at
+    least). receive_size: bytes that are received from one connection before others get their turn (256 KiB; from 4 KiB
+    to 16 MiB): each worker has a buffer of that size, and of one with a copy=False view that is kept, as many as are.
+    messages_per_turn: messages of one connection that are handled before others get their turn, if they take 0.1 ms
+    together (32).
     busy_poll: seconds for which a worker polls without sleeping when it slept no longer than that the last time; 0 is
     never. For fast handlers whose clients answer at once, on a core that has nothing else to do: 50e-6 spares both
     sides the price of waking a core that has gone to sleep, and takes that core whole. name: prefix of the threads'
@@ -1412,7 +1421,7 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
                  max_connections=None, when_full="wait", first_byte_timeout=15.0, message_timeout=60.0,
                  idle_timeout=75.0, write_timeout=60.0, linger_timeout=5.0, high_water=65536, low_water=16384,
                  max_queued=1048576, on_overflow="raise", auto_pause=True, max_total_queued=268435456, busy_poll=0.0,
-                 keepalive=None):
+                 keepalive=None, accepts_per_turn=16, accept_pause=0.1, receive_size=262144, messages_per_turn=32):
         if self.hooks is not None:
             raise TstError("a TstPool is initialised once")
         if trigger not in TRIGGERS:
@@ -1420,25 +1429,22 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         if when_full not in ("wait", "close"):
             raise ValueError(f"when_full must be 'wait' or 'close': {when_full!r}")
         self.framings = [framing_from(framing)]
-        if on_overflow not in ("raise", "block", "close"):
-            raise ValueError(f"on_overflow must be 'raise', 'block' or 'close': {on_overflow!r}")
-        self.block_on_overflow = on_overflow == "block"
         self.engine.total.most = limit_from(max_total_queued, "max_total_queued")
-        self.output = (size_from(high_water, "high_water"), size_from(low_water, "low_water"),
-                       limit_from(max_queued, "max_queued"),
-                       OVERFLOW_CLOSE if on_overflow == "close" else OVERFLOW_REFUSE, bool(auto_pause))
-        if low_water > high_water or (max_queued is not None and high_water > max_queued):
-            raise ValueError("low_water <= high_water <= max_queued must hold: "
-                             f"{low_water}, {high_water}, {max_queued}")
-        self.timeouts = {"first_byte": first_byte_timeout, "message": message_timeout, "idle": idle_timeout,
-                         "write": write_timeout, "linger": linger_timeout}
+        self.limits = {
+            "first_byte_timeout": first_byte_timeout, "message_timeout": message_timeout, "idle_timeout": idle_timeout,
+            "write_timeout": write_timeout, "linger_timeout": linger_timeout, "high_water": high_water,
+            "low_water": low_water, "max_queued": max_queued, "on_overflow": on_overflow, "auto_pause": auto_pause}
         self.engine.max_connections = <uint32_t>(
             usual_max_connections() if max_connections is None else positive(max_connections, "max_connections"))
         self.engine.close_excess = when_full == "close"
         self.keepalive = 0 if keepalive is None else number_within(keepalive, "keepalive", 1, 32767)
         self.copy = bool(copy)
         self.mutex = PoolMutex()
-        self.limits_from(self.timeouts)
+        self.limits_from(self.limits)
+        self.engine.accepts_per_turn = number_within(accepts_per_turn, "accepts_per_turn", 1, 1024)
+        self.engine.accept_pause = max(<uint64_t>1000000, nanoseconds(accept_pause, "accept_pause"))
+        self.engine.receive_size = number_within(receive_size, "receive_size", 4096, 16777216)
+        self.engine.messages_per_turn = positive(messages_per_turn, "messages_per_turn")
         self.ended = RunsEnd(True)
         self.threads = []
         self.listeners = []
@@ -1532,13 +1538,15 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
 
     def listen(self, host, port=0, backlog=1024, framing=THE_POOLS, *,
                first_byte_timeout=THE_POOLS, message_timeout=THE_POOLS, idle_timeout=THE_POOLS,
-               write_timeout=THE_POOLS, linger_timeout=THE_POOLS):
+               write_timeout=THE_POOLS, linger_timeout=THE_POOLS, high_water=THE_POOLS, low_water=THE_POOLS,
+               max_queued=THE_POOLS, on_overflow=THE_POOLS, auto_pause=THE_POOLS):
         """Listens on an address, before or after start(), any number of times.
 
         host: a name or address; None or "::" for all addresses, IPv6 and IPv4 by one listener; "unix:/path" for a unix
         socket. port: 0 lets the system choose. backlog: connections that the kernel holds until they are accepted.
         framing: of its connections, the pool's unless given; likewise first_byte_timeout, message_timeout,
-        idle_timeout, write_timeout and linger_timeout, in seconds or None.
+        idle_timeout, write_timeout and linger_timeout, in seconds or None; high_water, low_water and max_queued, in
+        bytes; on_overflow and auto_pause: all as in TstPool.
         Returns the real (host, port). Raises OSError with the address in its text.
 
         A listener with options of its own (SO_REUSEPORT, say) is made with `socket`, and handed over with
@@ -1546,8 +1554,10 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         """
         cdef tst_limits *limits
         self.check_alive()
-        limits = self.limits_from({"first_byte": first_byte_timeout, "message": message_timeout, "idle": idle_timeout,
-                                   "write": write_timeout, "linger": linger_timeout})
+        limits = self.limits_from({
+            "first_byte_timeout": first_byte_timeout, "message_timeout": message_timeout, "idle_timeout": idle_timeout,
+            "write_timeout": write_timeout, "linger_timeout": linger_timeout, "high_water": high_water,
+            "low_water": low_water, "max_queued": max_queued, "on_overflow": on_overflow, "auto_pause": auto_pause})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
         sockets = _net.listening_sockets(host, port, backlog)
         try:
@@ -1561,23 +1571,19 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         self.stop_if_asked()
         return address
 
-    cdef tst_limits *limits_from(self, dict timeouts) except NULL:
-        """The limits of a listener, in seconds, where THE_POOLS stands for the pool's. They live as long as the
+    cdef tst_limits *limits_from(self, dict given) except NULL:
+        """The limits of a listener's connections, where THE_POOLS stands for the pool's. They live as long as the
         pool."""
         cdef tst_limits *limits
-        cdef dict seconds = {name: self.timeouts[name] if value is THE_POOLS else value
-                             for name, value in timeouts.items()}
-        if seconds["linger"] is None:
-            raise ValueError("linger_timeout must be a number of seconds: a closing connection may not wait for ever")
-        ticks = {name: ticks_from(value, name + "_timeout") for name, value in seconds.items()}
-        if seconds == self.timeouts and self.engine.limits != NULL:
+        cdef tst_limits wanted
+        cdef dict named = {name: self.limits[name] if value is THE_POOLS else value for name, value in given.items()}
+        fill_limits(&wanted, named)
+        if named == self.limits and self.engine.limits != NULL:
             return self.engine.limits
-        limits = <tst_limits *>calloc(1, sizeof(tst_limits))
+        limits = <tst_limits *>malloc(sizeof(tst_limits))
         if limits == NULL:
             raise MemoryError("no memory for a listener")
-        limits.first_byte, limits.message, limits.idle = ticks["first_byte"], ticks["message"], ticks["idle"]
-        limits.write, limits.linger = ticks["write"], ticks["linger"]
-        limits.high_water, limits.low_water, limits.max_queued, limits.overflow, limits.auto_pause = self.output
+        limits[0] = wanted
         limits.total = &self.engine.total
         with self.mutex:
             if self.engine.limits == NULL:
@@ -2293,9 +2299,13 @@ cdef object look_at_counters(TstPool pool):
         connections=len(pool), listeners=len(pool.listeners), accepted=sum.accepted,
         added=load64(&pool.added, RELAXED), closed=sum.closed, messages=sum.messages, bytes_in=sum.bytes_in,
         bytes_out=sum.bytes_out + load64(&pool.bytes_outside, RELAXED), spins=sum.spins,
-        stale_events=sum.stale_events, accept_errors=sum.accept_errors, controls=sum.controls,
-        accept_pauses=sum.accept_pauses, rejected_connections=sum.rejected, idle_closed=sum.idle_closed,
-        deadline_closed=sum.deadline_closed, too_large_closed=sum.too_large_closed,
+        slow_calls=sum.slow_count, stale_events=sum.stale_gone + sum.stale_reused, stale_reused=sum.stale_reused,
+        accept_errors=sum.accept_errors, controls=sum.controls, accept_pauses=sum.accept_pauses,
+        rejected_connections=sum.rejected, idle_closed=sum.deadline_closed[DEADLINE_IDLE],
+        first_byte_closed=sum.deadline_closed[DEADLINE_FIRST_BYTE],
+        message_closed=sum.deadline_closed[DEADLINE_MESSAGE], write_closed=sum.deadline_closed[DEADLINE_WRITE],
+        linger_closed=sum.deadline_closed[DEADLINE_CLOSE] + sum.deadline_closed[DEADLINE_LINGER],
+        too_large_closed=sum.too_large_closed, auto_pauses=load64(&pool.engine.total.pressed, RELAXED),
         overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),
         overflow_refused=load64(&pool.engine.total.overflow_refused, RELAXED),
         bytes_queued=load64(&pool.engine.total.queued, RELAXED), workers=tuple(workers))
@@ -2345,6 +2355,7 @@ cdef void make_workers(tst_engine *engine, int n) noexcept nogil:
     for no in range(n):
         worker_begin(&engine.workers[no], no)
         engine.workers[no].group_most = GROUP_MOST if engine.slow_handler > LONG_GROUP else 1
+        engine.workers[no].burst = engine.messages_per_turn
     store32(<uint32_t *>&engine.n_workers, <uint32_t>n, RELEASE)
 
 
@@ -2355,6 +2366,7 @@ cdef void begin_counting(TstPool pool, uint64_t added) noexcept:
     store64(&pool.added, added, RELAXED)
     store64(&pool.bytes_outside, 0, RELAXED)
     store64(&pool.engine.total.overflow_closed, 0, RELAXED)
+    store64(&pool.engine.total.pressed, 0, RELAXED)
     store64(&pool.engine.total.overflow_refused, 0, RELAXED)
     add32(&pool.engine.counters_version, 1, RELEASE)
 
@@ -2429,6 +2441,32 @@ cdef uint32_t ticks_from(object seconds, str name) except? 0:
     if not 0 < number <= <uint64_t>4000000 * NANOSECOND:
         raise ValueError(f"{name} must be more than 0 seconds and at most 4,000,000, or None: {seconds}")
     return <uint32_t>((number >> TICK_BITS) + 2)
+
+
+cdef dict OVERFLOWS = {"raise": OVERFLOW_REFUSE, "block": OVERFLOW_BLOCK, "close": OVERFLOW_CLOSE}
+
+
+cdef int fill_limits(tst_limits *limits, dict given) except -1:
+    """Limits as the engine has them, from what a user gave by the names of TstPool's parameters."""
+    memset(limits, 0, sizeof(tst_limits))
+    if given["linger_timeout"] is None:
+        raise ValueError("linger_timeout must be a number of seconds: a closing connection may not wait for ever")
+    limits.first_byte = ticks_from(given["first_byte_timeout"], "first_byte_timeout")
+    limits.message = ticks_from(given["message_timeout"], "message_timeout")
+    limits.idle = ticks_from(given["idle_timeout"], "idle_timeout")
+    limits.write = ticks_from(given["write_timeout"], "write_timeout")
+    limits.linger = ticks_from(given["linger_timeout"], "linger_timeout")
+    limits.high_water = size_from(given["high_water"], "high_water")
+    limits.low_water = size_from(given["low_water"], "low_water")
+    limits.max_queued = limit_from(given["max_queued"], "max_queued")
+    limits.auto_pause = bool(given["auto_pause"])
+    if given["on_overflow"] not in OVERFLOWS:
+        raise ValueError(f"on_overflow must be 'raise', 'block' or 'close': {given['on_overflow']!r}")
+    limits.overflow = OVERFLOWS[given["on_overflow"]]
+    if limits.low_water > limits.high_water or (limits.max_queued and limits.high_water > limits.max_queued):
+        raise ValueError("low_water <= high_water <= max_queued must hold: "
+                         f"{given['low_water']}, {given['high_water']}, {given['max_queued']}")
+    return 0
 
 
 cdef object take(TstPool pool, object sock, object type, object binding, object user_data, Framing framing):
@@ -2874,7 +2912,7 @@ cdef class Worker:
                 n += 1
                 break
             n += 1
-            if n % RUN_BURST == 0 and self.worker.clock - began >= RUN_TIME:
+            if n >= self.worker.burst and self.worker.clock - began >= RUN_TIME:
                 break
         count(&self.worker.stats.messages, n)
         return 0
@@ -2907,7 +2945,7 @@ cdef class Worker:
             self.quick_result(sock, binding, result)
             if connection.report:      # not before: hooks that run while an exception waits would lose it
                 self.report(sock)
-            if n % RUN_BURST == 0 and worker.clock - began >= RUN_TIME:
+            if n >= worker.burst and worker.clock - began >= RUN_TIME:
                 break
             if load32(&connection.rebind, RELAXED) or not connection_cut(connection) or not is_quick(connection):
                 break

@@ -28,10 +28,10 @@ from tstpool._poll cimport (
     sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, SCRATCH_SIZE, connection_ask_relief, entry_move,
+    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, connection_ask_relief, entry_move,
     shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count
-from tstpool._timer cimport DEADLINE_IDLE, DEADLINE_NONE, DEADLINE_OUTPUT, connection_deadline, tick_before, tick_of
+from tstpool._timer cimport DEADLINE_NONE, DEADLINE_WRITE, connection_deadline, tick_before, tick_of
 
 cdef enum:
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
@@ -121,7 +121,7 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
         n = receive_in_place(connection, data, now, &room)
     if room == 0 and connection.body == NULL:
         if connection.input.size == 0:
-            room = SCRATCH_SIZE - batch.scratch_used
+            room = batch.scratch_size - batch.scratch_used
             place = batch.scratch.bytes + batch.scratch_used
             n = sys_recv(connection.fd, place, room)
             if n > 0:
@@ -437,6 +437,8 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
     elif stat == STAT_SEND or connection_send(connection) != NULL:
         queued = connection_transfer(connection, worker.clock, stat != STAT_SEND)
         if queued < 0:
+            if queued == -ENOBUFS:
+                add64(&connection.limits.total.overflow_closed, 1, RELAXED)
             connection_break(connection, -queued)
         elif stat == STAT_SEND:
             connection.call_writable = connection.hold_input = True
@@ -528,15 +530,15 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
     connection.has_timer = False
     if kind == DEADLINE_NONE or tick_before(tick_of(now), due):
         return
-    if kind != DEADLINE_OUTPUT and sys_unread(connection.fd) and not connection_input_full(connection) and (
+    if kind < DEADLINE_WRITE and sys_unread(connection.fd) and not connection_input_full(connection) and (
             not connection.unfinished or tick_of(now) - due < due - connection.since_tick):
         # Handlers of others have kept us from reading what came in time. But a message that goes on arriving gets no
         # more than twice its time, or a byte now and then would be an excuse for ever.
         return
-    if kind == DEADLINE_OUTPUT and sys_writable(connection.fd):
+    if kind >= DEADLINE_WRITE and sys_writable(connection.fd):
         return                             # nor did we see that the peer has taken something
-    count(&worker.stats.idle_closed if kind == DEADLINE_IDLE else &worker.stats.deadline_closed, 1)
-    if kind == DEADLINE_OUTPUT:
+    count(&worker.stats.deadline_closed[kind], 1)
+    if kind >= DEADLINE_WRITE:
         connection_drop_output(connection)
     if connection.reason == 0 and not connection.closing:
         connection.reason = ETIMEDOUT
@@ -588,7 +590,7 @@ cdef inline bint connection_linger(tst_connection *connection, tst_batch *batch,
     cdef int _round
     cdef ssize_t n
     for _round in range(LINGER_ROUNDS):
-        n = sys_recv(connection.fd, batch.scratch.bytes + batch.scratch_used, SCRATCH_SIZE - batch.scratch_used)
+        n = sys_recv(connection.fd, batch.scratch.bytes + batch.scratch_used, batch.scratch_size - batch.scratch_used)
         if n == -EAGAIN:
             connection.readable = False
             return True

@@ -30,8 +30,7 @@ from tstpool._shard cimport (
 from tstpool._stats cimport QUICK_CALL, count, stats_job, tick_now
 
 cdef enum:
-    RUN_BURST = 32             # messages of one connection between two looks at the clock ...
-    RUN_TIME = 100000          # ... and nanoseconds after which the other connections get their turn
+    RUN_TIME = 100000          # nanoseconds after which the other connections get their turn
 
 
 cdef inline void worker_enter(tst_worker *worker) noexcept nogil:
@@ -55,7 +54,10 @@ cdef inline void worker_job(tst_engine *engine, tst_worker *worker, tst_connecti
     worker.clock = tick_now(&worker.ticks)
     elapsed = worker.clock - begin
     longest = stats_job(&worker.stats, calls, begin, worker.clock)
-    if elapsed >= engine.slow_handler or (longest and engine.call_longest):
+    if tst_rarely(elapsed >= engine.slow_handler):
+        count(&worker.stats.slow_count, 1)
+        connection.report = elapsed
+    elif longest and engine.call_longest:
         connection.report = elapsed
     if elapsed >= calls * QUICK_CALL:
         worker.group = 1
@@ -86,6 +88,7 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
     cdef const char *view = connection.input.view
     cdef size_t left = connection.input.size
     cdef tst_frame frame = connection.frame
+    cdef uint64_t look = n[0] + worker.burst   # reading the clock for each message would cost too much
     cdef int stat = 0, found = 1
     connection.framed = connection.message_ready = False
     while True:
@@ -105,8 +108,10 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
             connection_apply(connection, worker, stat)
         if not connection_takes_messages(connection):
             break
-        if n[0] % RUN_BURST == 0 and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
-            break
+        if n[0] >= look:
+            if tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
+                break
+            look += worker.burst
         found = frame_next(framing, view, left, &connection.scanned, &frame)
         if found <= 0:
             break
@@ -148,7 +153,7 @@ cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connec
             passed = run_bytes(worker, connection, &n)
         else:
             passed = connection.too_large or run_frames(worker, connection, &n)
-        if n >= RUN_BURST and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
+        if n >= worker.burst and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
             break
     worker_leave(worker)
     count(&worker.stats.messages, n)

@@ -42,8 +42,7 @@ from tstpool._timer cimport tick_before, tst_wheel, wheel_put, wheel_remove
 cdef enum:
     BATCH_EVENTS = 256         # events of one epoll_wait
     BATCH_ENTRIES = 512        # those, what a burst of accepts adds, and requests
-    SCRATCH_SIZE = 262144      # bytes received into in one turn (libuv uses 64 KiB, uvloop 256 KiB)
-    SCRATCH_FULL = 65536       # with so much received, run what there is: soon it would have left the cache
+    SCRATCH_FULL = 4           # with a part of so many received, run what there is: soon it would have left the cache
 
 # What events of a shard's own descriptors carry: no connection has the generation 0.
 cdef enum:
@@ -91,7 +90,7 @@ cdef struct tst_entry:
 # What a batch's input is received into. Counted, because a handler may keep a view of it (copy=False).
 cdef struct tst_scratch:
     uint32_t users             # atomic: the batch, and each view that is kept
-    char bytes[SCRATCH_SIZE]
+    char bytes[4]              # and more: the batch's scratch_size
 
 
 cdef struct tst_batch:
@@ -101,6 +100,7 @@ cdef struct tst_batch:
     int next_event             # the first that has no entry yet
     int n_entries
     int n_python               # entries that need the interpreter
+    size_t scratch_size        # bytes received into in one turn
     size_t scratch_used
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
@@ -121,6 +121,7 @@ cdef struct tst_worker:
     tst_tick_clock ticks
     uint64_t group             # quick handler calls that are timed together
     uint64_t group_most
+    uint64_t burst             # messages of one connection from which on others may get their turn
     uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
     uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler ...
@@ -171,6 +172,10 @@ cdef struct tst_engine:
     bint call_longest          # a handler wants on_most_elapsed
     bint close_excess          # connections above the limit are closed, instead of waiting in the kernel's backlog
     uint32_t max_connections   # 0: no limit
+    int accepts_per_turn       # of one listener
+    uint64_t accept_pause      # nanoseconds to wait after the process ran out of descriptors or memory
+    size_t receive_size        # bytes that are received in one turn
+    uint64_t messages_per_turn  # of one connection, if they take RUN_TIME
     uint32_t n_listeners       # atomic
     tst_total total            # output that waits
     tst_limits *limits         # owned: the pool's first, then those of listeners
@@ -253,6 +258,7 @@ cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
         if batch == NULL:
             return NULL
         batch.scratch = NULL
+    batch.scratch_size = engine.receive_size
     batch.next = NULL
     store32(&batch.users, 2, RELEASE)
     batch.n_events = batch.next_event = 0
@@ -270,7 +276,7 @@ cdef inline int batch_empty(tst_batch *batch) noexcept nogil:
         scratch_leave(batch.scratch)       # somebody still looks at what was received last
         batch.scratch = NULL
     if batch.scratch == NULL:
-        batch.scratch = <tst_scratch *>malloc(sizeof(tst_scratch))
+        batch.scratch = <tst_scratch *>malloc(sizeof(tst_scratch) + batch.scratch_size)
         if batch.scratch == NULL:
             return -ENOMEM
         batch.scratch.users = 1

@@ -13,6 +13,7 @@ cdef enum:
     QUICK_CALL = 2000          # nanoseconds: calls that take less are timed in groups
     GROUP_MOST = 32            # calls in a group
     LONG_GROUP = 100000        # nanoseconds: more than quick calls can take together
+    DEADLINE_KINDS = 7         # DEADLINE_* of _timer.pxd
 
 
 cdef inline uint64_t clock_now() noexcept nogil:
@@ -66,6 +67,7 @@ cdef inline uint64_t tick_now(tst_tick_clock *clock) noexcept nogil:
 
 cdef struct tst_stats:
     uint64_t exec_count      # jobs: handler calls
+    uint64_t slow_count      # of those, the ones that took slow_handler or longer
     uint64_t idle_count      # times it had nothing to do for `idle_time`
     uint64_t sum_time        # nanoseconds in jobs
     uint64_t most_elapsed    # nanoseconds of the longest job
@@ -75,15 +77,15 @@ cdef struct tst_stats:
     uint64_t bytes_in
     uint64_t bytes_out
     uint64_t spins           # calls repeated at once although nothing new had come (S14, unread input)
-    uint64_t stale_events    # events of a connection that is gone
+    uint64_t stale_gone      # events of a connection that is gone
+    uint64_t stale_reused    # the same, and its descriptor is another connection's
     uint64_t accepted
     uint64_t closed
     uint64_t accept_errors
     uint64_t controls        # epoll_ctl calls made for connections
     uint64_t accept_pauses   # times that accepting stopped: too many connections, or the process ran out of something
     uint64_t rejected        # connections that on_connect refused, or that came when there were too many
-    uint64_t idle_closed     # connections that were silent for too long
-    uint64_t deadline_closed  # connections that missed another deadline
+    uint64_t deadline_closed[DEADLINE_KINDS]  # connections that missed a deadline
     uint64_t too_large_closed  # connections whose message was longer than allowed
 
 

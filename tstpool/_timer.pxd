@@ -163,9 +163,11 @@ cdef inline tst_connection *wheel_fire(tst_wheel *wheel, uint32_t now) noexcept 
 cdef enum:
     DEADLINE_NONE = 0
     DEADLINE_IDLE = 1
-    DEADLINE_INPUT = 2         # the first byte, or the rest of a message
-    DEADLINE_OUTPUT = 3
-    DEADLINE_LINGER = 4
+    DEADLINE_FIRST_BYTE = 2
+    DEADLINE_MESSAGE = 3       # the rest of it
+    DEADLINE_WRITE = 4         # from here on the peer is to take output
+    DEADLINE_CLOSE = 5         # the same, of a connection that is closing
+    DEADLINE_LINGER = 6        # after that
 
 cdef enum:
     LINGER_TIMES = 6           # nginx lingers 5 s between two arrivals, and 30 s at most
@@ -187,7 +189,7 @@ cdef inline bint connection_output_is_overdue(const tst_connection *connection, 
     cdef uint32_t due = 0
     cdef int kind = DEADLINE_NONE
     if connection.limits != NULL and connection.want_out:
-        deadline_add(&kind, &due, DEADLINE_OUTPUT, load32(&connection.output_tick, RELAXED), connection.limits.write)
+        deadline_add(&kind, &due, DEADLINE_WRITE, load32(&connection.output_tick, RELAXED), connection.limits.write)
     return kind != DEADLINE_NONE and tick_before(due, tick_of(now))
 
 
@@ -205,16 +207,16 @@ cdef inline int connection_deadline(const tst_connection *connection, bint waits
         deadline_add(&kind, due, DEADLINE_LINGER, connection.since_tick, limits.linger * LINGER_TIMES)
         return kind
     if connection.closing:
-        deadline_add(&kind, due, DEADLINE_OUTPUT, tick_later(sent, connection.since_tick), limits.linger)
+        deadline_add(&kind, due, DEADLINE_CLOSE, tick_later(sent, connection.since_tick), limits.linger)
         return kind
     if waits:
-        deadline_add(&kind, due, DEADLINE_OUTPUT, sent, limits.write)
+        deadline_add(&kind, due, DEADLINE_WRITE, sent, limits.write)
     if connection.type != TYPE_SUB or not wants_input:
         return kind
     if connection.unfinished:
-        deadline_add(&kind, due, DEADLINE_INPUT, connection.since_tick, limits.message)
+        deadline_add(&kind, due, DEADLINE_MESSAGE, connection.since_tick, limits.message)
     elif not connection.heard:
-        deadline_add(&kind, due, DEADLINE_INPUT, connection.active_tick, limits.first_byte)
+        deadline_add(&kind, due, DEADLINE_FIRST_BYTE, connection.active_tick, limits.first_byte)
     elif not waits:
         deadline_add(&kind, due, DEADLINE_IDLE, tick_later(sent, connection.active_tick), limits.idle)
     return kind

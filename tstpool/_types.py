@@ -101,8 +101,12 @@ class PoolStats:
     bytes_out: int
     spins: int
     """Handler calls repeated at once although nothing new had come: SEND with nothing to send, input left unread."""
+    slow_calls: int
+    """Handler calls that took `slow_handler` or longer."""
     stale_events: int
     """Events that arrived for a connection that was gone already."""
+    stale_reused: int
+    """Of these, the ones whose descriptor was another connection's by then."""
     accept_errors: int
     controls: int
     """epoll_ctl calls made for connections that were registered already, or were being registered."""
@@ -112,6 +116,14 @@ class PoolStats:
     """Refused by on_connect, or closed because there were too many (`when_full="close"`)."""
     idle_closed: int
     """Connections closed because they were silent for `idle_timeout`."""
+    first_byte_closed: int
+    """Connections closed because nothing came within `first_byte_timeout`."""
+    message_closed: int
+    """Connections closed because a message was not whole within `message_timeout`."""
+    write_closed: int
+    """Connections closed because the peer took no output for `write_timeout`."""
+    linger_closed: int
+    """Connections cut off while closing: nothing moved for `linger_timeout`, or it took six times as long in all."""
     overflow_closed: int
     """Connections closed because too much output waited for them (`on_overflow="close"`)."""
     overflow_refused: int
@@ -119,8 +131,13 @@ class PoolStats:
     that left the connection out."""
     bytes_queued: int
     """Output that waits now because the kernel did not take it, and the sent part of the pieces that it is in."""
-    deadline_closed: int
-    """Connections closed because they missed another deadline: first byte, message, write, linger."""
+    auto_pauses: int
+    """How often a connection came to have more than `high_water` waiting: with `auto_pause` its messages wait then."""
     too_large_closed: int
     """Connections closed because of a message over their framing's `max_message`."""
     workers: tuple[WorkerStats, ...]
+
+    @property
+    def deadline_closed(self) -> int:
+        """All that missed a deadline other than `idle_timeout`."""
+        return self.first_byte_closed + self.message_closed + self.write_closed + self.linger_closed

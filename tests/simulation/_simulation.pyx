@@ -815,9 +815,13 @@ cdef void open_pool(int n_workers, int n_shards) noexcept nogil:
     engine.shards = <tst_shard *>calloc(n_shards, sizeof(tst_shard))
     engine.slow_handler = 100 * MILLISECOND
     engine.idle_time = 50 * MILLISECOND
+    engine.accepts_per_turn = 1 + sim_below(16)
+    engine.accept_pause = 100 * MILLISECOND
+    engine.receive_size = 262144
     for i in range(n_workers):
         engine.workers[i].no = i
         engine.workers[i].group = engine.workers[i].group_most = 1
+        engine.workers[i].burst = 32
     for i in range(n_shards):
         shard = &engine.shards[i]
         shard.no = i

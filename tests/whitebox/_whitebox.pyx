@@ -33,7 +33,7 @@ from tstpool._queue cimport (
     queue_size, shared_leave, shared_new, stock_free, stock_take_litter, tst_chunk, tst_queue, tst_shared, tst_stock)
 from tstpool._run cimport message_at_hand, run_messages
 from tstpool._shard cimport (
-    ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, SCRATCH_SIZE, TOKEN_POLLING, TOKEN_RUNNING, entry_move,
+    ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, TOKEN_POLLING, TOKEN_RUNNING, entry_move,
     shard_ask, shard_push, shard_take_requests, token_held, token_move, token_of, tst_engine, tst_entry, tst_shard,
     tst_worker)
 from tstpool._stats cimport clock_now, stats_job, tst_stats
@@ -292,7 +292,7 @@ cdef class Stream:
         """After so many messages, as a handler in Python may."""
         self.changes[number] = framing
 
-    def arrive(self, bytes data, size_t step=SCRATCH_SIZE):
+    def arrive(self, bytes data, size_t step=262144):
         """Reads of at most `step` bytes, each with a turn of its own, until the stream has ended with an error."""
         cdef const char *place = data
         cdef size_t used, left = <size_t>len(data)
