@@ -131,11 +131,19 @@ def leave_out(plan: Plan, console: Console) -> tuple[Plan, dict[str, str]]:
     return [(workload, chosen) for workload, chosen in remaining if chosen], skipped
 
 
+def look_at_limits(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """What disturbs, or needs no quiet machine. First of all: should it fail, nothing else is lost with it."""
+    console.print("Counting system calls, and what counting itself takes: a minute.")
+    counted = calls.measure(min(3 * options.seconds, CALLS_SECONDS), calls.selection())
+    return {"calls": counted, "statistics": counting.measure()}
+
+
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen, skipped = leave_out(selection(options), console)
     for workload, _ in chosen:  # compiled before the clock runs
         if (SOURCES / f"{workload.driver}.c").exists():
             program(workload.driver)
+    limits = look_at_limits(options, console) if options.limits else {}
     plan = list(schedule(chosen, options.rounds))
     duration = sum(options.seconds * workload.longer + options.warm_up + 0.5 for workload, _, _ in plan)
     console.print(f"{len(plan)} measurements, about {duration / 60:.1f} minutes.")
@@ -147,7 +155,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.cores == "split" and server == generator:
         console.print("! there is only one core: server and generator share it", style="yellow")
     samples = list(take(plan, options, console))
-    limits = look_at_limits(options, console) if options.limits else {}
     settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")}
     return {
         "machine": describe(),
@@ -157,13 +164,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         **limits,
         "samples": samples,
     }
-
-
-def look_at_limits(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """After the clock has stopped: what needs no quiet machine, or disturbs it."""
-    console.print("Counting system calls, and what counting itself takes.")
-    counted = calls.measure(min(3 * options.seconds, CALLS_SECONDS), calls.selection())
-    return {"calls": counted, "statistics": counting.measure()}
 
 
 def take(

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """The engine's statistics alone, as counting.py times them."""
 from libc.stdint cimport uint64_t
 from libc.string cimport memset

@@ -104,7 +104,7 @@ def measure(seconds: float, counted: Iterable[tuple[Workload, Peer]]) -> dict[st
         found: dict[str, Any] = {"workload": workload.name, "peer": peer.name}
         try:
             found |= count(peer, workload, seconds)
-        except Failure as failure:
+        except (Failure, OSError) as failure:  # OSError: the server has gone meanwhile
             found["error"] = str(failure)
         counts.append(found)
     return {"tool": _version(), "counts": counts}

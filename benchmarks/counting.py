@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from subprocess import CalledProcessError
 from typing import Any
 
 from .build import extension
@@ -25,7 +26,7 @@ def measure() -> dict[str, Any]:
     """For the document; or why there is nothing."""
     try:
         module = extension("_counting", HERE)
-    except ImportError as error:
+    except (ImportError, CalledProcessError) as error:
         return {"missing": str(error)}
     ticks = trusts_ticks()
     passes = [module.nanoseconds(MESSAGES, ticks) for _ in range(PASSES)]

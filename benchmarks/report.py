@@ -407,7 +407,7 @@ def _calls_table(document: dict[str, Any]) -> list[str]:
     good = [one for one in found["counts"] if "calls" in one and one["workload"] in workloads.BY_NAME]
     columns = _calls_columns(good)
     rows = [_calls_row(one, columns) for one in good]
-    failed = [f"{_title(one['peer'])}: {one['error']}." for one in found["counts"] if "error" in one]
+    failed = dict.fromkeys(f"{_title(one['peer'])}: {one['error']}." for one in found["counts"] if "error" in one)
     return [
         f"System calls for each message, counted by {found['tool']} in runs of their own, whose speed says nothing. "
         "Under strace a server is so slow that nearly all connections are ready each time it waits, so it waits more "
