@@ -801,3 +801,24 @@ def test_free_threaded_servers_have_an_interpreter_of_their_own() -> None:
     interpreter, why, usual = in_benchmarks(code, TSTPOOL_BENCH_FREE_THREADED="/nowhere/python3.13t")
     assert (interpreter, usual) == ("/nowhere/python3.13t", True)
     assert "/nowhere/python3.13t" in why
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ("", ["default", False]),
+        ("--limits", ["default", True]),
+        ("--write-results", ["floors", True]),
+        ("--full --write-results", ["full", True]),
+        ("--quick", ["quick", False]),
+    ],
+)
+def test_what_is_committed_has_floors_and_limits(given: str, chosen: list[Any]) -> None:
+    pytest.importorskip("rich")
+    code = f"""if True:
+        import sys
+        from benchmarks.__main__ import arguments
+        sys.argv = ["benchmarks", *{given.split()}]
+        options = arguments()
+        print(json.dumps([options.set, options.limits]))"""
+    assert in_benchmarks(code) == chosen
