@@ -35,7 +35,7 @@ install_lists = sed -nE 's/^($(1)) = \[/[/p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
-.PHONY: help build demo test test-slow model simulate faults parallel debug asan tsan werror cov fuzz lint format bench bench-full bench-check wheel clean distclean
+.PHONY: help build demo test test-slow model simulate faults parallel debug asan tsan werror cov fuzz lint format bench bench-full bench-results bench-check wheel clean distclean
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
@@ -56,6 +56,7 @@ help:
 	@echo "make format     ruff's formatter over all Python files"
 	@echo "make bench      the benchmarks, five minutes of them: table and chart in benchmarks/build"
 	@echo "make bench-full all of them: an hour"
+	@echo "make bench-results  what benchmarks/RESULTS.md holds, twenty minutes: for a quiet machine, to be committed"
 	@echo "make bench-check  has it become slower? compares with benchmarks/baseline.json (ARGS=--store makes that)"
 	@echo "make wheel      source distribution and wheel in dist/"
 	@echo "make clean      remove what was built; make distclean: the virtual environments too"
@@ -125,6 +126,10 @@ bench: $(VENV)/.extra-bench
 
 bench-full: $(VENV)/.bench-servers
 	$(BIN)/python -m benchmarks --full $(ARGS)
+
+# TSTPOOL_BENCH_FREE_THREADED=PYTHON, with a tstpool of its own: for the servers that need one without a GIL.
+bench-results: $(VENV)/.bench-servers
+	$(BIN)/python -m benchmarks --write-results $(ARGS)
 
 bench-check: $(VENV)/.extra-bench
 	$(BIN)/python -m benchmarks.check $(ARGS)

@@ -17,22 +17,35 @@ except ImportError:
         "The benchmarks need rich, matplotlib and uvloop: pip install 'tstpool[bench]' (or: pip install -e '.[bench]')"
     )
 
-from . import peers, report, results, workloads
+from . import calls, counting, peers, report, results, workloads
 from .build import BUILD, SOURCES, program
 from .machine import QUIET, describe, wait_until_quiet
 from .measure import Failure, choose_cores, measure
-from .peers import Peer
+from .peers import FREE_THREADED_VARIABLE, Peer
 from .workloads import Workload
 
 HERE = Path(__file__).parent
+LONGEST = 600.0  # seconds: what the generators take
+CALLS_SECONDS = 2.0  # for each server whose system calls are counted
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition(" See")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__.partition(" See")[0],
+        epilog=f"{FREE_THREADED_VARIABLE}=PYTHON names an interpreter without a GIL that has tstpool, too: for servers "
+        "that show what two shards of Python code are worth.",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="set", action="store_const", const="quick", help="two workloads: a minute")
     size.add_argument("--full", dest="set", action="store_const", const="full", help="everything: an hour")
-    parser.set_defaults(set="default")
+    size.add_argument(
+        "--floors",
+        dest="set",
+        action="store_const",
+        const="floors",
+        help="what floors.py is about, and every server at 64 B: twenty minutes; what --write-results measures",
+    )
     known = f"peers: {', '.join(peers.BY_NAME)}; workloads: {', '.join(workloads.BY_NAME)}"
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help=f"these peers, these workloads ({known})")
     parser.add_argument("--rounds", type=int, help="default 5 (--quick: 3)")
@@ -43,6 +56,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--cores", choices=("split", "shared"), default="split", help="split: one for the server, one for the generator"
+    )
+    parser.add_argument(
+        "--limits",
+        action="store_true",
+        help="system calls by name, too (needs strace), and what statistics cost; --floors and --full have this anyway",
     )
     parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
     parser.add_argument("--write-results", action="store_true", help="write into benchmarks/ instead: to be committed")
@@ -55,6 +73,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="--write-results even if the machine was not quiet")
     options = parser.parse_args()
+    options.set = options.set or ("floors" if options.write_results else "default")
+    options.limits = options.limits or options.set in ("floors", "full")
     if options.rounds is None:
         options.rounds = 3 if options.set == "quick" else 5
     if options.seconds is None:
@@ -62,7 +82,7 @@ def arguments() -> argparse.Namespace:
     for name in options.only:
         if name not in peers.BY_NAME and name not in workloads.BY_NAME:
             parser.error(f"no peer or workload is called {name!r} ({known})")
-    if options.rounds < 1 or not 0 < options.seconds <= 600 or not 0 <= options.warm_up <= 60:
+    if options.rounds < 1 or not 0 < options.seconds <= LONGEST or not 0 <= options.warm_up <= 60:
         parser.error("--rounds must be 1 or more, --seconds above 0 and at most 600, --warm-up from 0 to 60")
     return options
 
@@ -111,14 +131,22 @@ def leave_out(plan: Plan, console: Console) -> tuple[Plan, dict[str, str]]:
     return [(workload, chosen) for workload, chosen in remaining if chosen], skipped
 
 
+def look_at_limits(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """What disturbs, or needs no quiet machine. First of all: should it fail, nothing else is lost with it."""
+    console.print("Counting system calls, and what counting itself takes: a minute.")
+    counted = calls.measure(min(3 * options.seconds, CALLS_SECONDS), calls.selection())
+    return {"calls": counted, "statistics": counting.measure()}
+
+
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen, skipped = leave_out(selection(options), console)
     for workload, _ in chosen:  # compiled before the clock runs
         if (SOURCES / f"{workload.driver}.c").exists():
             program(workload.driver)
+    limits = look_at_limits(options, console) if options.limits else {}
     plan = list(schedule(chosen, options.rounds))
-    each = options.seconds + options.warm_up + 0.5
-    console.print(f"{len(plan)} measurements, about {len(plan) * each / 60:.1f} minutes.")
+    duration = sum(options.seconds * workload.longer + options.warm_up + 0.5 for workload, _, _ in plan)
+    console.print(f"{len(plan)} measurements, about {duration / 60:.1f} minutes.")
     if (busy := wait_until_quiet(options.patience)) > QUIET:
         console.print(
             f"! {busy:.0%} of the machine is busy with something else: do not believe these figures", style="yellow"
@@ -133,6 +161,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "settings": settings,
         "skipped": skipped,
         "summary": results.summarise(samples),
+        **limits,
         "samples": samples,
     }
 
@@ -148,8 +177,9 @@ def take(
         for workload, number, peer in plan:
             progress.update(task, description=f"{workload.title}: {peer.title}")
             sample: dict[str, Any] = {"workload": workload.name, "peer": peer.name, "round": number}
+            seconds = min(options.seconds * workload.longer, LONGEST)
             try:
-                sample |= measure(peer, workload, options.seconds, options.warm_up, options.cores)
+                sample |= measure(peer, workload, seconds, options.warm_up, options.cores)
             except Failure as failure:
                 sample["error"] = str(failure)
                 console.print(

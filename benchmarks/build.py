@@ -46,13 +46,13 @@ def program(name: str) -> Path:
     return target
 
 
-def extension(name: str) -> ModuleType:
-    """The module peers/`name`.pyx, compiled now if it, or tstpool's headers, are newer. ImportError if it can't be."""
+def extension(name: str, where: Path = HERE / "peers") -> ModuleType:
+    """The module `where`/`name`.pyx, compiled now if it, or tstpool's headers, are newer. Else ImportError."""
     tstpool = importlib.util.find_spec("tstpool")
     if tstpool is None or tstpool.origin is None:
         raise ImportError("tstpool is not installed, and its headers are needed")
     package = Path(tstpool.origin).parent
-    source = HERE / "peers" / f"{name}.pyx"
+    source = where / f"{name}.pyx"
     target = BUILD / (name + str(sysconfig.get_config_var("EXT_SUFFIX")))
     if not _current(target, [source, *package.glob("*.pxd")]):
         BUILD.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import build
+from . import build, peers
 
 QUIET = 0.05  # more than this share of the machine busy with something else, and figures are not to be trusted
 
@@ -76,6 +76,17 @@ def _servers() -> dict[str, str]:
     return found
 
 
+def _free_threaded() -> str:
+    """The version of the other interpreter; empty where none is named."""
+    if not os.environ.get(peers.FREE_THREADED_VARIABLE):
+        return ""
+    command = [peers.FREE_THREADED_PYTHON, "-c", "import platform; print(platform.python_version())"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def _commit() -> str:
     here = Path(__file__).parent
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
@@ -91,6 +102,7 @@ def describe() -> dict[str, Any]:
         "virtual": "hypervisor" in Path("/proc/cpuinfo").read_text(),
         "kernel": platform.release().partition("-")[0],  # what follows is the distributor's
         "python": platform.python_version() + (" free-threaded" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""),
+        "free_threaded": _free_threaded(),
         "implementation": sys.implementation.name,
         "compiler": compiler.partition("\n")[0],
         "tstpool": _version("tstpool"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import peers, workloads
+from . import counting, peers, workloads
+from .floors import Finding, findings
 from .machine import QUIET, one_line
 from .results import Figures, disturbed, trustworthy
 
@@ -123,11 +125,53 @@ def method(document: dict[str, Any]) -> str:
     )
 
 
+# ---- floors ------------------------------------------------------------------------------------------------------
+
+FLOOR_COLUMNS = ("workload", "server", "figure", "beside", "wanted", "measured", "lowest-highest", "met")
+
+
+def _floor_row(found: Finding) -> list[str]:
+    floor = found.floor
+    beside = [found.against] if found.against else floor.against
+    wanted = f"{floor.wanted:g}" if floor.against else floor.format.format(floor.wanted)
+    measured = [floor.format.format(figure) for figure in found.measured]
+    return [
+        _workload_title(floor.workload),
+        _title(floor.peer),
+        floor.quantity.title,
+        " or ".join(map(_title, beside)),
+        f"{floor.comparison} {wanted}",
+        measured[0] if measured else "missing",
+        " - ".join(measured[1:]),
+        found.missing or ("yes" if found.met else "**no**"),
+    ]
+
+
+def _floor_counts(found: list[Finding]) -> str:
+    missing = sum(bool(one.missing) for one in found)
+    met = sum(one.met for one in found)
+    return f"Of {len(found)} floors {met} are met, {len(found) - met - missing} are not, {missing} were not measured."
+
+
 # ---- terminal ----------------------------------------------------------------------------------------------------
 
 
 def _note(workload: str) -> str:
     return workloads.BY_NAME[workload].note if workload in workloads.BY_NAME else ""
+
+
+def _show_floors(document: dict[str, Any], console: Console) -> None:
+    """Those that the run says something about, by the short names."""
+    found = findings(document)
+    table = Table(title=_floor_counts(found), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("workload", "server", "figure", "beside", "wanted", "measured", "met"):
+        table.add_column(heading)
+    for one in found:
+        if not one.missing:
+            names = [one.floor.workload, one.floor.peer, one.floor.quantity.title, one.against]
+            figures = [*_floor_row(one)[4:6], "yes" if one.met else "no"]
+            table.add_row(*names, *figures, style=None if one.met else "bold red")
+    console.print(table)
 
 
 def show(document: dict[str, Any], console: Console) -> None:
@@ -143,6 +187,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         console.print(table)
         if note := _note(workload):
             console.print(note, style="dim", highlight=False)
+    _show_floors(document, console)
     console.print(one_line(document["machine"]), style="dim")
     console.print(method(document) + ".", style="dim")
     for warning in warnings(document):
@@ -288,7 +333,27 @@ def _markdown_table(workload: str, rows: dict[str, Figures]) -> list[str]:
     return lines + ["| " + " | ".join(_row(workload, peer, figures)) + " |" for peer, figures in _fastest_first(rows)]
 
 
-def _limits(document: dict[str, Any]) -> list[str]:
+def _table(headings: Iterable[str], rows: list[list[str]], names: int) -> list[str]:
+    """The first `names` columns hold words, the others figures."""
+    headings = list(headings)
+    rules = "|---" * names + "|--:" * (len(headings) - names) + "|"
+    return [f"| {' | '.join(headings)} |", rules, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _floors(document: dict[str, Any]) -> list[str]:
+    found = findings(document)
+    return [
+        "## What was to be reached",
+        "",
+        f"{_floor_counts(found)} A figure beside another server's is a ratio, the median of those within each round; "
+        "beside the servers tuned by hand it is the one to the best of them. User-mode CPU is compared over all rounds "
+        "together.",
+        "",
+        *_table(FLOOR_COLUMNS, [_floor_row(one) for one in found], 5),
+    ]
+
+
+def _cpu_table(document: dict[str, Any]) -> list[str]:
     """How much of what a message costs tstpool is not tstpool's: a table of the charted workloads."""
     rows = []
     for workload, servers in document["summary"].items():
@@ -299,21 +364,95 @@ def _limits(document: dict[str, Any]) -> list[str]:
             if kernel is None or (peer != known.reference and not peer.startswith("tstpool")):
                 continue
             cells = (f"{user:.2f}", f"{kernel:.2f}", f"{kernel / (user + kernel):.0%}", f"{kernel / least:.2f}")
-            rows.append("| " + " | ".join((_workload_title(workload), _title(peer), *cells)) + " |")
+            rows.append([_workload_title(workload), _title(peer), *cells])
     if not rows:
         return []
+    headings = ("workload", "server", "own us/msg", "kernel us/msg", "kernel's share", "kernel, beside the C loop's")
     return [
-        "## What limits it",
-        "",
         "CPU time per message: the server's own code, and the kernel's, which receives, sends and wakes for it. The C "
         "loop has next to no code of its own: what the kernel takes there is what the system calls cost. Where a "
         "server's kernel time is like the C loop's, only its own code could be faster.",
         "",
-        "| workload | server | own us/msg | kernel us/msg | kernel's share | kernel, beside the C loop's |",
-        "|---|---|--:|--:|--:|--:|",
-        *rows,
-        "",
+        *_table(headings, rows, 2),
     ]
+
+
+SHOWN = frozenset(("epoll_wait", "epoll_pwait", "epoll_ctl", "futex"))  # also where they are rare
+PER_CONNECTION = 5  # what is called less often than so many times for each connection belongs to connecting and closing
+
+
+def _calls_columns(counts: list[dict[str, Any]]) -> list[str]:
+    columns = set()
+    for one in counts:
+        least = PER_CONNECTION * workloads.BY_NAME[one["workload"]].connections
+        columns |= {name for name, calls in one["calls"].items() if calls >= least or name in SHOWN}
+    return sorted(columns)
+
+
+def _calls_row(one: dict[str, Any], columns: list[str]) -> list[str]:
+    calls = [one["calls"].get(name, 0) for name in columns]
+    in_all = sum(one["calls"].values())
+    each = [number / one["messages"] for number in (*calls, in_all - sum(calls), in_all)]
+    return [
+        _workload_title(one["workload"]),
+        _title(one["peer"]),
+        *(_ratio_text(number) if number else "" for number in each),
+    ]
+
+
+def _calls_table(document: dict[str, Any]) -> list[str]:
+    found = document.get("calls", {"missing": "this run was not asked to"})
+    if "missing" in found:
+        return [f"System calls were not counted: {found['missing']}.", ""]
+    good = [one for one in found["counts"] if "calls" in one and one["workload"] in workloads.BY_NAME]
+    columns = _calls_columns(good)
+    rows = [_calls_row(one, columns) for one in good]
+    failed = dict.fromkeys(f"{_title(one['peer'])}: {one['error']}." for one in found["counts"] if "error" in one)
+    return [
+        f"System calls for each message, counted by {found['tool']} in runs of their own, whose speed says nothing. "
+        "Under strace a server is so slow that nearly all connections are ready each time it waits, so it waits more "
+        "rarely than otherwise. *Others* are those of connecting and closing, and a part of each `epoll_ctl` is that, "
+        "too. A `futex` call hands work to another thread, or wakes the one that looks for stuck handlers: how many "
+        "there are depends on the time, not on the messages.",
+        "",
+        *_table(("workload", "server", *columns, "others", "all"), rows, 2),
+        *(line for text in failed for line in (text, "")),
+    ]
+
+
+def _statistics_table(document: dict[str, Any]) -> list[str]:
+    """For messages that come alone: there statistics cost most."""
+    if why := counting.missing(document):
+        return [f"What statistics cost is not known: {why}.", ""]
+    found = document["statistics"]
+    rows = [
+        [_workload_title(workload), _title(peer), f"{counting.share(document, workload, peer):.1%}"]
+        for workload, servers in document["summary"].items()
+        for peer in counting.PEERS
+        if counting.is_worst_case(workload) and servers.get(peer, {}).get("rounds")
+    ]
+    return [
+        f"Statistics: counting and timing one message that comes alone takes {found['nanoseconds']:.0f} ns "
+        f"({found['lowest']:.0f}-{found['highest']:.0f}), the engine's own functions run by themselves. Of the CPU "
+        "time of a message that is at most:",
+        "",
+        *_table(("workload", "server", "share"), rows, 2),
+    ]
+
+
+def _limits(document: dict[str, Any]) -> list[str]:
+    return [
+        "## What limits it",
+        "",
+        *_cpu_table(document),
+        *_calls_table(document),
+        *_statistics_table(document),
+    ]
+
+
+def _other_interpreter(machine: dict[str, Any]) -> str:
+    version = machine.get("free_threaded")
+    return f"; servers that are called free-threaded: CPython {version}" if version else ""
 
 
 def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> None:
@@ -325,7 +464,8 @@ def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> 
         "<!-- Written by `python -m benchmarks --write-results` from results.json: do not edit by hand. -->",
         "",
         f"**Machine.** {one_line(machine)}; {machine['compiler']}; uvloop {machine['uvloop']}, {servers}"
-        f"tstpool {machine['tstpool']} (commit {machine['commit']}); measured {machine['date']}.",
+        f"tstpool {machine['tstpool']} (commit {machine['commit']}){_other_interpreter(machine)}; measured "
+        f"{machine['date']}.",
         "",
         f"**Method.** {method(document)}. CPU is the server process's, all threads, from the kernel's accounts. *Busy* "
         "is its share of one core: below about 95 % the generator or the wake-ups were the limit, not the server; "
@@ -336,7 +476,7 @@ def write_markdown(document: dict[str, Any], path: Path, chart: Path | None) -> 
     ]
     if chart:
         lines += [f"![Messages per second relative to the C loop]({os.path.relpath(chart, path.parent)})", ""]
-    lines += _limits(document)
+    lines += _floors(document) + _limits(document)
     for workload, rows in document["summary"].items():
         note = [_note(workload), ""] if _note(workload) else []
         lines += [f"## {_workload_title(workload)}", "", *note, *_markdown_table(workload, rows), ""]

@@ -22,7 +22,7 @@ Sample = dict[str, Any]  # what the generator printed, and: workload, peer, roun
 Figures = dict[str, Any]
 
 
-def _select(samples: Iterable[Sample], workload: str, peer: str) -> dict[int, Sample]:
+def select(samples: Iterable[Sample], workload: str, peer: str) -> dict[int, Sample]:
     """The good samples of one peer, by round."""
     return {s["round"]: s for s in samples if (s["workload"], s["peer"]) == (workload, peer) and "error" not in s}
 
@@ -31,23 +31,23 @@ def reference_of(workload: str) -> str:
     return workloads.BY_NAME[workload].reference if workload in workloads.BY_NAME else REFERENCE
 
 
-def _spread(values: Iterable[float]) -> list[float]:
+def spread(values: Iterable[float]) -> list[float]:
     """[median, lowest, highest]"""
     values = list(values)
     return [round(x, 4) for x in (median(values), min(values), max(values))]
 
 
-def _ratio(mine: dict[int, Sample], reference: dict[int, Sample], key: str, sub: str = "") -> list[float] | None:
+def value(sample: Sample, key: str, sub: str = "") -> float:
+    return float(sample[key][sub] if sub else sample[key])
+
+
+def ratio(mine: dict[int, Sample], reference: dict[int, Sample], key: str, sub: str = "") -> list[float] | None:
     """The spread of the rounds that both have."""
-
-    def value(sample: Sample) -> float:
-        return float(sample[key][sub] if sub else sample[key])
-
-    rounds = [value(mine[r]) / value(reference[r]) for r in mine if r in reference]
-    return _spread(rounds) if rounds else None
+    rounds = [value(mine[r], key, sub) / value(reference[r], key, sub) for r in mine if r in reference]
+    return spread(rounds) if rounds else None
 
 
-def _split_us(samples: Iterable[Sample]) -> dict[str, float | None]:
+def split_us(samples: Iterable[Sample]) -> dict[str, float | None]:
     """CPU per message in user mode and in the kernel. Over all rounds together: the split, the kernel's own, is too
     coarse for one."""
     samples = list(samples)
@@ -60,15 +60,15 @@ def _split_us(samples: Iterable[Sample]) -> dict[str, float | None]:
 
 
 def _figures(samples: list[Sample], workload: str, peer: str) -> Figures:
-    mine = _select(samples, workload, peer)
+    mine = select(samples, workload, peer)
     errors = [s["error"] for s in samples if (s["workload"], s["peer"]) == (workload, peer) and "error" in s]
     if not mine:
         return {"rounds": 0, "errors": errors}
     good = list(mine.values())
     figures = {"rounds": len(good), "errors": errors, "disturbed": sum(s["others"] > QUIET for s in good)}
     if "values" in good[0]:
-        return figures | {"values": {key: _spread(s["values"][key] for s in good) for key in good[0]["values"]}}
-    return figures | _traffic(mine, _select(samples, workload, reference_of(workload)))
+        return figures | {"values": {key: spread(s["values"][key] for s in good) for key in good[0]["values"]}}
+    return figures | _traffic(mine, select(samples, workload, reference_of(workload)))
 
 
 def _traffic(mine: dict[int, Sample], reference: dict[int, Sample]) -> Figures:
@@ -76,12 +76,12 @@ def _traffic(mine: dict[int, Sample], reference: dict[int, Sample]) -> Figures:
     latencies = {key: [s["latency_us"][key] for s in good] for key in good[0]["latency_us"]}
     return {
         "messages_per_s": round(median(s["messages_per_s"] for s in good)),
-        "rate_ratio": _ratio(mine, reference, "messages_per_s"),
+        "rate_ratio": ratio(mine, reference, "messages_per_s"),
         "latency_us": {key: round((max if key == "max" else median)(x), 1) for key, x in latencies.items()},
-        "p99_ratio": _ratio(mine, reference, "latency_us", "p99"),
+        "p99_ratio": ratio(mine, reference, "latency_us", "p99"),
         "cpu_us_per_message": round(median(s["server"]["cpu_us_per_message"] for s in good), 4),
-        **_split_us(good),
-        "cpu_ratio": _ratio(mine, reference, "server", "cpu_us_per_message"),
+        **split_us(good),
+        "cpu_ratio": ratio(mine, reference, "server", "cpu_us_per_message"),
         "server_busy": round(median(s["server"]["busy"] for s in good), 3),
         "generator_busy": round(median(s["generator"]["busy"] for s in good), 3),
     }

@@ -31,7 +31,8 @@ class Workload:
     charted: bool = False  # in the picture: few, or nobody looks
     note: str = ""  # what is to be known before reading the figures
     columns: tuple[Column, ...] = ()  # of what drivers.py measured; empty: the columns that all others have
-    sets: tuple[str, ...] = ("full",)  # which selections it is in: "quick", "default", "full"
+    longer: float = 1.0  # times --seconds
+    sets: tuple[str, ...] = ("full",)  # which selections it is in: "quick", "default", "floors", "full"
 
     def able(self) -> list[Peer]:
         """Whom it can be measured with."""
@@ -40,7 +41,8 @@ class Workload:
         return [peer for peer in PEERS if self.framing in peer.framings]
 
 
-DEFAULT = ("default", "full")
+DEFAULT = ("default", "floors", "full")
+FLOORS = ("floors", "full")  # what floors.py needs beside those
 
 framed = partial(Workload, framing="length4")
 
@@ -51,7 +53,7 @@ ECHO = (
     Workload("echo-16K-c50", "16 KiB, 50 connections, one in flight", size=16 * 1024),
     Workload("echo-64B-c1", "64 B, 1 connection, one in flight", connections=1, spin=True, sets=DEFAULT),
     Workload("echo-64B-c500", "64 B, 500 connections, one in flight", connections=500),
-    Workload("echo-64B-c1000", "64 B, 1,000 connections, one in flight", connections=1000),
+    Workload("echo-64B-c1000", "64 B, 1,000 connections, one in flight", connections=1000, sets=FLOORS),
     Workload("echo-64B-c5000", "64 B, 5,000 connections, one in flight", connections=5000),
     Workload("echo-64B-c50-d128", "64 B, 50 connections, 128 in flight", depth=128),
     Workload("echo-1K-c50", "1 KiB, 50 connections, one in flight", size=1024),
@@ -66,13 +68,22 @@ FRAMED = (
         "framed-16K-c50", "framed 16 KiB, 50 connections, one in flight", size=16 * 1024, charted=True, sets=DEFAULT
     ),
     framed("framed-64B-c50", "framed 64 B, 50 connections, one in flight"),
-    framed("framed-1M-c50", "framed 1 MiB, 50 connections, one in flight", size=1024 * 1024),
+    framed("framed-1M-c50", "framed 1 MiB, 50 connections, one in flight", size=1024 * 1024, sets=FLOORS),
 )
 
 WORKERS = ("c-level", "tstpool-workers-1", "tstpool-workers-8")
-WORK = ("work-1", "work-8", "work-8-2")
+WORK = ("work-1", "work-8", "work-8-1", "work-8-2")
 
 SPECIAL = (
+    Workload(
+        "cpu-64B-c50",
+        "64 B, 50 connections, one in flight: CPU per message over a longer time",
+        peers=("tstpool", "uvloop"),
+        reference="uvloop",
+        note="The kernel accounts in ticks of 10 ms, few of which fall into a server's own code: it takes many.",
+        longer=10.0,
+        sets=FLOORS,
+    ),
     Workload(
         "broadcast-64B-c5000",
         "64 B from an outside thread to 5,000 connections",
@@ -105,6 +116,7 @@ SPECIAL = (
             Column("served", "served in all", "{:,.0f}"),
             Column("seconds_until_served", "all served after, s", "{:.2f}"),
         ),
+        sets=FLOORS,
     ),
     Workload(
         "idle-c10000",
@@ -117,6 +129,7 @@ SPECIAL = (
             Column("cpu_share", "CPU, of a core", "{:.2%}"),
             Column("bytes_per_connection", "bytes/connection", "{:,.0f}"),
         ),
+        sets=FLOORS,
     ),
     *(
         Workload(
@@ -125,6 +138,7 @@ SPECIAL = (
             connections=count,
             spin=count == 1,
             peers=WORKERS,
+            sets=FLOORS if count == 50 else ("full",),
         )
         for count in (1, 50, 1000)
     ),
@@ -137,6 +151,7 @@ SPECIAL = (
             reference="work-8",
             cores="shared",
             note="Server and generator free to use all cores.",
+            sets=FLOORS if count == 50 else ("full",),
         )
         for count in (1, 50, 1000)
     ),

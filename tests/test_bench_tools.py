@@ -585,12 +585,12 @@ def test_longest_latency_is_that_of_all_rounds() -> None:
     assert (latency["p99"], latency["max"]) == (2, 9)
 
 
-def report(tmp_path: Path, samples: list[dict[str, Any]]) -> str:
-    """The RESULTS.md that is made of them."""
+def report(tmp_path: Path, samples: list[dict[str, Any]], **found: Any) -> str:
+    """The RESULTS.md that is made of them, and of what else was found."""
     pytest.importorskip("rich")
     machine = in_benchmarks("from benchmarks.machine import describe; print(json.dumps(describe()))")
     settings = {"rounds": 3, "seconds": 0.5, "warm_up": 0.1, "cores": "split"}
-    document = {"machine": machine, "settings": settings, "skipped": {}, "summary": {}, "samples": samples}
+    document = {"machine": machine, "settings": settings, "skipped": {}, "summary": {}, "samples": samples} | found
     (tmp_path / "samples.json").write_text(json.dumps(document))
     command = [sys.executable, "-m", "benchmarks", "--report", str(tmp_path / "samples.json")]
     subprocess.run([*command, "--output", str(tmp_path)], cwd=REPOSITORY, env=ENVIRONMENT, timeout=60, check=True)
@@ -674,3 +674,151 @@ def test_runner_measures_reports_and_leaves_no_process(tmp_path: Path) -> None:
     assert figures["c-level"]["rate_ratio"] == [1.0, 1.0, 1.0]
     assert figures["c-oneshot"]["messages_per_s"] > 0
     assert "C epoll, oneshot" in done.stdout
+
+
+# ---- floors, system calls, statistics ----------------------------------------------------------------------------
+
+STRACE_TABLE = """\
+% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 57.12    0.101234          10      8592         3 recvfrom
+ 42.00    0.074100           8      8571           sendto
+  0.88    0.001500           7       213           epoll_wait
+  0.00    0.000000           0        50           accept4
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.176834          10     17426         3 total
+"""
+
+
+def test_calls_are_read_from_what_strace_writes() -> None:
+    code = f"from benchmarks.calls import parse; print(json.dumps([parse({STRACE_TABLE!r}), parse('')]))"
+    calls = {"recvfrom": 8592, "sendto": 8571, "epoll_wait": 213, "accept4": 50}
+    assert in_benchmarks(code) == [calls, {}]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_c_loop_receives_and_sends_once_for_each_message() -> None:
+    code = """if True:
+        from benchmarks.calls import measure
+        from benchmarks.peers import BY_NAME as PEERS
+        from benchmarks.workloads import BY_NAME as WORKLOADS
+        print(json.dumps(measure(0.2, [(WORKLOADS["echo-64B-c50"], PEERS["c-level"])])))"""
+    found = in_benchmarks(code)
+    [counted] = found["counts"]
+    if "not permitted" in counted.get("error", ""):
+        pytest.skip(counted["error"])
+    assert re.fullmatch(r"strace [\d.]+", found["tool"])
+    assert counted["messages"] >= 100
+    assert counted["calls"]["sendto"] == counted["messages"]
+    # One more for each connection's end, and it may be called for what has not arrived yet.
+    assert counted["messages"] <= counted["calls"]["recvfrom"] <= counted["messages"] * 1.1 + 50
+
+
+def test_page_says_that_strace_is_missing(tmp_path: Path) -> None:
+    code = "from benchmarks import calls; print(json.dumps([calls.measure(0.2, [])]))"
+    assert in_benchmarks(code, PATH=str(tmp_path)) == [{"missing": "strace is not installed"}]
+    found = {"calls": {"missing": "strace is not installed"}}
+    text = report(tmp_path, [sample("c-level", 0, 1e5)], **found)
+    assert "System calls were not counted: strace is not installed." in text
+    assert "What statistics cost is not known" in text
+
+
+def test_page_has_calls_by_name(tmp_path: Path) -> None:
+    """With columns for what belongs to messages; what belongs to connecting is added up."""
+    calls = {"recvfrom": 10_000, "sendto": 10_000, "epoll_wait": 630, "accept4": 50, "setsockopt": 50}
+    counted = {"workload": "echo-64B-c50", "peer": "c-level", "messages": 10_000, "calls": calls}
+    refused = {"workload": "echo-64B-c50", "peer": "tstpool", "error": "Operation not permitted"}
+    found = {"calls": {"tool": "strace 6.1", "counts": [counted, refused]}}
+    text = report(tmp_path, [sample("c-level", 0, 1e5)], **found)
+    assert "| workload | server | epoll_wait | recvfrom | sendto | others | all |" in text
+    row = "64 B, 50 connections, one in flight | C epoll, level-triggered | 0.063 | 1.00 | 1.00 | 0.01 | 2.07"
+    assert f"| {row} |" in text
+    assert "tstpool, handler object: Operation not permitted." in text
+
+
+def test_statistics_are_timed_and_related_to_a_message(tmp_path: Path) -> None:
+    found = in_benchmarks("from benchmarks import counting; print(json.dumps(counting.measure()))")
+    assert 0 < found["lowest"] <= found["nanoseconds"] <= found["highest"]
+    samples = [sample(peer, 0, 1e5) for peer in ("c-level", "tstpool")]  # 10 us of CPU each
+    text = report(tmp_path, samples, statistics={"nanoseconds": 250.0, "lowest": 240.0, "highest": 260.0})
+    assert "| 64 B, 50 connections, one in flight | tstpool, handler object | 2.5% |" in text
+    assert re.search(r"tstpool, handler object \| statistics, of its CPU \|  \| <= 3.0% \| 2.5% \|  \| yes \|", text)
+
+
+def test_floors_are_what_the_committed_run_measures() -> None:
+    pytest.importorskip("rich")
+    code = """if True:
+        from argparse import Namespace
+        from benchmarks.__main__ import selection
+        from benchmarks.floors import FLOORS
+        plan = selection(Namespace(set="floors", only=[]))
+        measured = {(workload.name, peer.name) for workload, peers in plan for peer in peers}
+        needed = {(floor.workload, peer) for floor in FLOORS for peer in (floor.peer, *floor.against)}
+        print(json.dumps([len(needed), sorted(needed - measured)]))"""
+    number, missing = in_benchmarks(code)
+    assert number > 30
+    assert missing == []
+
+
+def floor_rows(text: str) -> list[list[str]]:
+    """Of the headline's workload: server, figure, beside, wanted, measured, lowest-highest, met."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.count("|") == 9]
+    return [row[1:] for row in rows if row[0] == "64 B, 50 connections, one in flight"]
+
+
+def test_floors_are_met_missed_or_missing(tmp_path: Path) -> None:
+    rates = {"c-level": (100e3, 200e3, 300e3), "tstpool": (94e3, 192e3, 300e3), "tstpool-nogil": (97e3, 194e3, 291e3)}
+    samples = [sample(peer, number, rate) for peer, each in rates.items() for number, rate in enumerate(each)]
+    rows = floor_rows(report(tmp_path, samples))
+    c_loop, handler = "C epoll, level-triggered", "tstpool, handler object"
+    nogil = "tstpool, nogil handler"
+    assert rows[0] == [nogil, "messages/s", c_loop, ">= 0.98", "0.970", "0.970 - 0.970", "**no**"]
+    assert rows[1] == [handler, "messages/s", c_loop, ">= 0.95", "0.960", "0.940 - 1.000", "yes"]
+    assert rows[2][3:] == [">= 1.03", "missing", "", "uvloop Protocol: not measured"]
+
+
+def test_hardest_of_several_counts() -> None:
+    """There are two servers tuned by hand; the one that does best is the one to be compared with."""
+    rates = {"tstpool-framed": 300e3, "uvloop-tuned": 100e3, "uvloop-tuned-buffered": 250e3}
+    samples = [sample(peer, 0, rate) | {"workload": "framed-64B-c50-d16"} for peer, rate in rates.items()]
+    document = {"machine": {"python": "3.11"}, "skipped": {}, "samples": samples}
+    code = f"""if True:
+        from benchmarks import floors, results
+        document = {document}
+        document["summary"] = results.summarise(document["samples"])
+        found = [one for one in floors.findings(document) if not one.missing]
+        print(json.dumps([[one.floor.wanted, one.against, one.measured, one.met] for one in found]))"""
+    measured = ["uvloop-tuned-buffered", [1.2, 1.2, 1.2], False]
+    assert in_benchmarks(code) == [[1.4, *measured], [1.5, *measured]]
+
+
+def test_free_threaded_servers_have_an_interpreter_of_their_own() -> None:
+    code = """if True:
+        import sys
+        from benchmarks.peers import BY_NAME
+        free = BY_NAME["work-8-2"]
+        print(json.dumps([free.command()[0], free.missing(), BY_NAME["work-8"].command()[0] == sys.executable]))"""
+    interpreter, why, usual = in_benchmarks(code, TSTPOOL_BENCH_FREE_THREADED="/nowhere/python3.13t")
+    assert (interpreter, usual) == ("/nowhere/python3.13t", True)
+    assert "/nowhere/python3.13t" in why
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ("", ["default", False]),
+        ("--limits", ["default", True]),
+        ("--write-results", ["floors", True]),
+        ("--full --write-results", ["full", True]),
+        ("--quick", ["quick", False]),
+    ],
+)
+def test_what_is_committed_has_floors_and_limits(given: str, chosen: list[Any]) -> None:
+    pytest.importorskip("rich")
+    code = f"""if True:
+        import sys
+        from benchmarks.__main__ import arguments
+        sys.argv = ["benchmarks", *{given.split()}]
+        options = arguments()
+        print(json.dumps([options.set, options.limits]))"""
+    assert in_benchmarks(code) == chosen

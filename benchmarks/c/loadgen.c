@@ -176,6 +176,15 @@ static uint64_t replies_due(void) {
     return count;
 }
 
+/* Since the beginning, warm-up and end included. */
+static uint64_t replies_in_all(void) {
+    uint64_t count = 0;
+
+    for (int i = 0; i < opt.connections; i++)
+        count += conns[i].received / frame;
+    return count;
+}
+
 /* One epoll_wait and all that it brought. Returns the time when it came back. */
 static uint64_t turn(void) {
     static uint64_t last_event;
@@ -282,6 +291,7 @@ int main(int argc, char **argv) {
     printf(", \"connections\": %d, \"depth\": %d, \"size\": %llu, \"framing\": \"%s\"", opt.connections, depth,
            (unsigned long long)opt.size, header ? "length4" : "none");
     printf(", \"bytes_verified\": %llu", (unsigned long long)verified);
+    printf(", \"messages_in_all\": %llu", (unsigned long long)replies_in_all());
     printf("}\n");
     return 0;
 }

@@ -9,6 +9,7 @@ library, or its users, take: 256 KiB, as the C loop has, is not faster for all. 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,15 +20,18 @@ from pathlib import Path
 from ..build import program
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EVERYWHERE = ("quick", "default", "full")
+EVERYWHERE = ("quick", "default", "floors", "full")
+# The interpreter of servers that are there to show what no GIL is worth, with a tstpool of its own. See --help.
+FREE_THREADED_VARIABLE = "TSTPOOL_BENCH_FREE_THREADED"
+FREE_THREADED_PYTHON = os.path.abspath(os.environ.get(FREE_THREADED_VARIABLE) or sys.executable)
 
 
 def _c(name: str, *arguments: str) -> Callable[[], list[str]]:
     return lambda: [str(program(name)), *arguments]
 
 
-def _python(module: str, *arguments: str) -> Callable[[], list[str]]:
-    return lambda: [sys.executable, "-m", f"benchmarks.peers.{module}", *arguments]
+def _python(module: str, *arguments: str, interpreter: str = sys.executable) -> Callable[[], list[str]]:
+    return lambda: [interpreter, "-m", f"benchmarks.peers.{module}", *arguments]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Peer:
     name: str  # stands in results.json and is what --only selects
     title: str
     command: Callable[[], list[str]]  # builds it if need be
-    needs: str = ""  # the import without which it cannot run
+    needs: str = ""  # the import without which it cannot run ...
+    interpreter: str = sys.executable  # ... in this Python
     framings: tuple[str, ...] = ("none",)  # the workloads it serves honestly; (): only those that name it
     sets: tuple[str, ...] = EVERYWHERE  # in which selections it is measured by a workload that names nobody
     sleepers: int = 0  # connections beside those measured: their handlers sleep a second for each message
@@ -45,8 +50,11 @@ class Peer:
         if not self.needs:
             return ""
         # In a process of its own: what a peer imports shall not be in the runner.
-        check = [sys.executable, "-c", self.needs]
-        done = subprocess.run(check, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        check = [self.interpreter, "-c", self.needs]
+        try:
+            done = subprocess.run(check, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        except OSError as error:
+            return str(error)
         return "" if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
 
 
@@ -55,14 +63,18 @@ REFERENCE = "c-level"  # what ratios are taken to, unless the workload says othe
 TSTPOOL = "from tstpool import TstPool"
 # Compiles the handlers too, before any clock runs.
 NOGIL = "from benchmarks.build import extension; extension('_nogil')"
-FREE_THREADED = "import sys; assert not getattr(sys, '_is_gil_enabled', lambda: True)(), 'needs a free-threaded Python'"
+NO_GIL = (
+    f"{TSTPOOL}; import sys; getattr(sys, '_is_gil_enabled', lambda: True)() and "
+    f"sys.exit('needs a free-threaded Python: {FREE_THREADED_VARIABLE} names one')"
+)
 UVLOOP = "import uvloop"
 
 # An echo of bytes is right for every framing; it is then a bound that parses nothing.
 C_LOOP = Peer(REFERENCE, "C epoll, level-triggered", _c("epoll_echo"), framings=("none", "length4"))
 
+RARE = ("floors", "full")
 raw = Peer
-rare = partial(Peer, sets=("full",))
+rare = partial(Peer, sets=RARE)
 RAW = (
     C_LOOP,
     rare("c-oneshot", "C epoll, oneshot", _c("epoll_echo", "--oneshot")),
@@ -90,19 +102,24 @@ RAW = (
 framed = partial(Peer, framings=("length4",))
 FRAMED = (
     framed("tstpool-framed", "tstpool, handler object", _python("tstpool_framed"), TSTPOOL),
-    framed("tstpool-lent", "tstpool, copy=False", _python("tstpool_framed", "lend"), TSTPOOL, sets=("full",)),
+    framed("tstpool-lent", "tstpool, copy=False", _python("tstpool_framed", "lend"), TSTPOOL, sets=RARE),
     framed("tstpool-nogil-framed", "tstpool, nogil handler", _python("tstpool_nogil", "framed"), NOGIL),
     framed("uvloop-tuned", "uvloop, tuned Protocol", _python("framed_tuned", "uvloop"), UVLOOP),
     framed("uvloop-handler", "uvloop, tuned, with a handler", _python("framed_handler", "uvloop"), UVLOOP),
     framed("uvloop-tuned-buffered", "uvloop, tuned BufferedProtocol", _python("framed_buffered", "uvloop"), UVLOOP),
     framed("uvloop-naive", "uvloop, plain Protocol", _python("framed_naive", "uvloop"), UVLOOP),
-    framed("uvloop-streams-framed", "uvloop streams", _python("framed_streams", "uvloop"), UVLOOP, sets=("full",)),
+    framed("uvloop-streams-framed", "uvloop streams", _python("framed_streams", "uvloop"), UVLOOP, sets=RARE),
     framed("asyncio-naive", "asyncio, plain Protocol", _python("framed_naive", "asyncio")),
 )
 
 
-def _options(*arguments: str) -> Callable[[], list[str]]:
-    return _python("tstpool_options", *arguments)
+def _options(*arguments: str, interpreter: str = sys.executable) -> Callable[[], list[str]]:
+    return _python("tstpool_options", *arguments, interpreter=interpreter)
+
+
+def _without_gil(name: str, title: str, *arguments: str) -> Peer:
+    command = _options(*arguments, interpreter=FREE_THREADED_PYTHON)
+    return Peer(name, title, command, NO_GIL, FREE_THREADED_PYTHON, framings=())
 
 
 special = partial(Peer, framings=())
@@ -119,12 +136,8 @@ SPECIAL = (
     special("tstpool-workers-8", "tstpool, workers=8", _options("echo", "--workers", "8"), TSTPOOL),
     special("work-1", "tstpool, workers=1", _options("work", "--workers", "1", "--shards", "1"), TSTPOOL),
     special("work-8", "tstpool, workers=8, shards=1", _options("work", "--workers", "8", "--shards", "1"), TSTPOOL),
-    special(
-        "work-8-2",
-        "tstpool, workers=8, shards=2",
-        _options("work", "--workers", "8", "--shards", "2"),
-        f"{TSTPOOL}; {FREE_THREADED}",
-    ),
+    _without_gil("work-8-1", "tstpool, free-threaded, shards=1", "work", "--workers", "8", "--shards", "1"),
+    _without_gil("work-8-2", "tstpool, free-threaded, shards=2", "work", "--workers", "8", "--shards", "2"),
 )
 
 PEERS = RAW + FRAMED + SPECIAL

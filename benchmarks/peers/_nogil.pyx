@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """Echo with tstpool in Cython: handlers that never touch the interpreter. tstpool_nogil.py serves them."""
 from tstpool cimport TST_DISCONNECT, TST_SUSPEND, TstNogilHandler, TstSocket, TstStat, tst_send, tst_send_message
 
