@@ -2,9 +2,11 @@
 
 import array
 import contextlib
+import gc
 import mmap
 import random
 import threading
+from collections import Counter
 
 import pytest
 from contract_helpers import (
@@ -18,7 +20,7 @@ from contract_helpers import (
     round_trip,
     serve,
 )
-from helpers import recv_exact, scaled, wait_until
+from helpers import connect, recv_exact, scaled, wait_until
 
 from tstpool import LengthPrefixed, MessageTooLarge, SendQueueFull, TstStat
 
@@ -237,6 +239,55 @@ def test_a_bytearray_may_be_changed_after_send(make_pool, make_client):
     data[:] = b"b" * size
     data.clear()  # no export is left on it
     assert recv_exact(client, size) == b"a" * size
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_threads_that_send_and_die_while_garbage_is_collected(make_pool, make_client, shards):
+    """B55, B57: they leave cycles behind, and held sockets that have closed meanwhile: nothing is lost, or kept."""
+    pool = make_pool(handler(on_message=lambda sock, data: data), workers=4, shards=shards, framing=LengthPrefixed(1))
+    clients = [make_client(pool) for _ in range(4)]
+    socks = open_sockets(pool, len(clients))
+    expected, over = Counter(), threading.Event()
+
+    def send_and_die(sock, frame):
+        cycle = [pool.sockets()]
+        cycle.append(cycle)
+        sock.send_message(frame)
+
+    def live_and_die():
+        for number in range(scaled(200)):
+            sock = socks[number % len(socks)]
+            short = connect(pool)
+            thread = threading.Thread(target=send_and_die, args=(sock, b"from a thread"))
+            thread.start()
+            short.close()
+            expected[sock.peer] += 1
+            if number % 4 == 3:  # so many at a time
+                thread.join()
+        over.set()
+
+    def collect():
+        while not over.is_set():
+            gc.collect()
+
+    def talk(client):
+        frames = Counter()
+
+        def frame():
+            return recv_exact(client, recv_exact(client, 1)[0])
+
+        while not over.is_set():
+            client.sendall(b"\4echo")
+            while (data := frame()) != b"echo":
+                frames[data] += 1
+        while frames[b"from a thread"] < expected[client.getsockname()]:
+            frames[frame()] += 1
+        assert set(frames) <= {b"from a thread"}
+        client.sendall(b"\3end")
+        assert frame() == b"end"
+
+    in_threads(live_and_die, collect, *(lambda client=client: talk(client) for client in clients), timeout=60)
+    wait_until(lambda: len(pool) == len(clients))
 
 
 @every_style
