@@ -1889,12 +1889,12 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING:
             self.begin_stop(drain)
         else:
-            self.stop_asked = True
+            store32(&self.stop_asked, 1, RELAXED)
         return False
 
     cdef int stop_if_asked(self) except -1:
         """What stop_later() has left, once the mutex is free."""
-        if self.stop_asked:
+        if load32(&self.stop_asked, RELAXED):      # if another thread has stopped it meanwhile, that is the stop
             self.stop(0)
         return 0
 
@@ -1917,7 +1917,7 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
     cdef list close_down(self):
         """Nobody works any more: gives descriptors back. Mutex held: what is added meanwhile is either closed here, or
         waits for the next start. Returns what let_sockets_go() is to get when the mutex is free."""
-        self.stop_asked = False
+        store32(&self.stop_asked, 0, RELAXED)
         for address in self.listeners:
             _net.unlink_socket(address)
         self.listeners.clear()         # the same list: others may be looking at it
