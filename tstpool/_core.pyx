@@ -1736,7 +1736,7 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
                 shard = &self.engine.shards[i]
                 shard.epoll_fd = shard.event_fd = shard.timer_fd = -1
                 shard.no = i
-            self.engine.n_shards = self.n_shards
+            store32(<uint32_t *>&self.engine.n_shards, <uint32_t>self.n_shards, RELEASE)   # stats() may be looking
         for i in range(self.n_shards):
             shard = &self.engine.shards[i]
             shard.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
@@ -2201,7 +2201,7 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
         """Open connections, listeners not counted."""
         cdef int i
         cdef int total = 0
-        for i in range(self.engine.n_shards):
+        for i in range(<int>load32(<uint32_t *>&self.engine.n_shards, ACQUIRE)):
             total += <int>load32(&self.engine.shards[i].open, RELAXED)
         return max(0, total - len(self.listeners))
 
