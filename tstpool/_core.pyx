@@ -465,7 +465,8 @@ cdef class TstData:
         Raises BufferError while a memoryview of it is held, ValueError when n <= 0 or the current request would not
         fit.
         """
-        check(data_resize(&self.data, size_from(n, "n")), "the buffer is held by a memoryview" if self.data.exports
+        cdef int result = data_resize(&self.data, size_from(n, "n"))
+        check(result, "the buffer is held by a memoryview" if result == -EBUSY
               else "the new size is 0, or below req_pos + req_len")
 
 
