@@ -196,7 +196,7 @@ cdef class TstPool:
     cdef object name
     cdef object __weakref__
     cdef int keepalive                     # seconds, 0: off
-    cdef bint stop_asked                   # under the mutex: see stop_later()
+    cdef uint32_t stop_asked               # atomic, written under the mutex: see stop_later()
     cdef long long _abi_reserve[6]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1

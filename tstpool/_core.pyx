@@ -468,7 +468,8 @@ cdef class TstData:
         Raises BufferError while a memoryview of it is held, ValueError when n <= 0 or the current request would not
         fit.
         """
-        check(data_resize(&self.data, size_from(n, "n")), "the buffer is held by a memoryview" if self.data.exports
+        cdef int result = data_resize(&self.data, size_from(n, "n"))
+        check(result, "the buffer is held by a memoryview" if result == -EBUSY
               else "the new size is 0, or below req_pos + req_len")
 
 
@@ -1742,7 +1743,7 @@ messages_per_turn=32)
                 shard = &self.engine.shards[i]
                 shard.epoll_fd = shard.event_fd = shard.timer_fd = -1
                 shard.no = i
-            self.engine.n_shards = self.n_shards
+            store32(<uint32_t *>&self.engine.n_shards, <uint32_t>self.n_shards, RELEASE)   # stats() may be looking
         for i in range(self.n_shards):
             shard = &self.engine.shards[i]
             shard.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
@@ -1895,12 +1896,12 @@ messages_per_turn=32)
         if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING:
             self.begin_stop(drain)
         else:
-            self.stop_asked = True
+            store32(&self.stop_asked, 1, RELAXED)
         return False
 
     cdef int stop_if_asked(self) except -1:
         """What stop_later() has left, once the mutex is free."""
-        if self.stop_asked:
+        if load32(&self.stop_asked, RELAXED):      # if another thread has stopped it meanwhile, that is the stop
             self.stop(0)
         return 0
 
@@ -1923,7 +1924,7 @@ messages_per_turn=32)
     cdef list close_down(self):
         """Nobody works any more: gives descriptors back. Mutex held: what is added meanwhile is either closed here, or
         waits for the next start. Returns what let_sockets_go() is to get when the mutex is free."""
-        self.stop_asked = False
+        store32(&self.stop_asked, 0, RELAXED)
         for address in self.listeners:
             _net.unlink_socket(address)
         self.listeners.clear()         # the same list: others may be looking at it
@@ -2207,7 +2208,7 @@ messages_per_turn=32)
         """Open connections, listeners not counted."""
         cdef int i
         cdef int total = 0
-        for i in range(self.engine.n_shards):
+        for i in range(<int>load32(<uint32_t *>&self.engine.n_shards, ACQUIRE)):
             total += <int>load32(&self.engine.shards[i].open, RELAXED)
         return max(0, total - len(self.listeners))
 
