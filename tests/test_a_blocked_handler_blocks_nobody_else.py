@@ -96,6 +96,24 @@ def test_all_workers_blocked_is_quiet_and_everything_is_served_afterwards(make_p
         assert pool.waiting() == 0
 
 
+@every_trigger
+def test_a_handler_that_sends_much_and_then_blocks_takes_no_cpu(make_pool, make_client, trigger):
+    """B12: another worker sends it meanwhile. That relieves the connection, of which only the stuck one can take note:
+    the others must not try over and over."""
+
+    def answer(sock, _data):
+        sock.send(bytes(200_000))
+        gate.wait()
+
+    with Gate() as gate:
+        client = make_client(make_pool(handler(on_message=answer), trigger=trigger, workers=3))
+        client.sendall(b"hello")
+        assert recv_exact(client, 200_000) == bytes(200_000)
+        cpu = process_cpu_seconds()
+        time.sleep(0.5)  # a window to measure in, not a wait
+        assert process_cpu_seconds() - cpu < (0.4 if SANITIZER else 0.1)
+
+
 def test_input_of_a_paused_connection_waits_for_no_worker(make_pool, make_client):
     """B12: pool.waiting() counts what is late, not what nobody wants yet."""
     with Gate() as gate:

@@ -28,8 +28,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from tstpool._conn cimport (
-    PEND_ARM, PRESSURE_GONE, STATE_DETACHED, STATE_OWNED, connection_ask, connection_mark, generation_of,
-    tst_connection, tst_limits, tst_table, tst_total)
+    PEND_ARM, PRESSURE_GONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED, connection_ask, connection_mark,
+    generation_of, tst_connection, tst_limits, tst_table, tst_total)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange32, compare_exchange64, compare_exchange_pointer,
     epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal, pthread_cond_t,
@@ -358,9 +358,14 @@ cdef inline int shard_ask(tst_connection *connection, uint32_t generation, uint6
 
 
 cdef inline void connection_ask_relief(tst_connection *connection, uint32_t generation) noexcept nogil:
-    """After a flush by who does not own it: input that waited for less output goes on."""
+    """After a flush by who does not own it: input that waited for less output goes on.
+
+    An owner sees what is asked when it releases. Nothing must be pushed for one that is stuck: whoever took that from
+    the stack could not acquire the connection, and would be here again, over and over until the handler returns.
+    """
     if load32(&connection.pressure, ACQUIRE) == PRESSURE_GONE:
-        shard_ask(connection, generation, PEND_ARM)
+        if not connection_mark(connection, PEND_ARM, True, STATE_OPEN | STATE_OWNED, generation):
+            shard_ask(connection, generation, PEND_ARM)
 
 
 cdef inline void shard_take_requests(tst_shard *shard) noexcept nogil:

@@ -5,7 +5,7 @@ See README.md. The engine's headers are compiled into this module as they are; r
 their system calls to kernel.c. What tstpool/_core.pyx does between them, because it needs the interpreter, is done here
 in its smallest form: the functions in "the worker" and "the pool" carry the names of what they stand for.
 """
-from libc.errno cimport ENOBUFS, ENOMEM, ENOTCONN
+from libc.errno cimport EBADF, ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdio cimport fprintf, stderr
 from libc.string cimport memcpy, memset
@@ -21,9 +21,9 @@ cdef extern from "reroute.h" nogil:
         uint32_t spurious_wakeup
         uint32_t weak
     cdef struct sim_stream:
-        int fd, accepted, closed, aborted, faulted, fin, reset, shut, linger_off, went_with_reset
+        int fd, accepted, closed, aborted, faulted, refused, fin, reset, shut, linger_off, went_with_reset
         uint32_t in_size, out_size
-        uint64_t received, sent
+        uint64_t received, sent, received_at, sent_at
     cdef struct sim_tally:
         uint64_t accepts, closes, bytes_sent, bytes_received, controls, wait_errors, no_memory, stale
     const uint64_t MILLISECOND "SIM_MILLISECOND"
@@ -51,6 +51,7 @@ cdef extern from "reroute.h" nogil:
     void kernel_begin()
     void kernel_faults(const sim_faults *faults)
     void kernel_calm()
+    void kernel_interrupt()
     int kernel_listener()
     sim_stream *kernel_stream(int i)
     int kernel_stream_of(int fd)
@@ -96,7 +97,7 @@ from tstpool._shard cimport (
     scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
     tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tick_now, tst_stats
-from tstpool._timer cimport tick_of
+from tstpool._timer cimport TICK_BITS, tick_of
 from tstpool._turn cimport (
     ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
     engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
@@ -132,6 +133,7 @@ cdef struct sock_t:
     int wants_compiled
     uint64_t bytes             # of the client's stream that the handler has been given
     uint32_t messages
+    uint64_t handed_at         # when it was given the last one
     uint32_t sent[SENDERS]     # frames that each sender has queued
     tst_data transfer          # sock.send_data
 
@@ -166,6 +168,11 @@ cdef struct world_t:
     int requesters_left
     int workers_left
     int blocking               # rate of handlers that block
+    uint64_t siege_begin       # handlers block from here on ...
+    uint64_t siege_end         # ... until here
+    int siege_spares           # so many workers
+    int besieged               # workers that block for that
+    int storm                  # signals come all the time
     int passing                # rate of TST_RUN
     int closing                # rate of closes by handlers
     int requests               # of each requester
@@ -173,6 +180,8 @@ cdef struct world_t:
     int stop_early
     int deadlines
     int broken                 # epoll itself has failed
+    uint64_t events_left       # of a shard that has ended
+    uint64_t idle_at[WORKERS]  # when its on_idle was called last
     int calm                   # handlers pause no more
     int stopped                # stop() has begun
     uint64_t bytes_outside
@@ -377,12 +386,22 @@ cdef int some_socket() noexcept nogil:
     return <int>sim_below(<uint32_t>world.n_socks)
 
 
+cdef void may_block() noexcept nogil:
+    """A handler blocks, by chance for a while, or in a siege until that is over, if there are workers to spare."""
+    if world.siege_begin <= sim_now() < world.siege_end:
+        if world.besieged + world.siege_spares < world.engine.n_workers:
+            world.besieged += 1
+            sim_sleep(world.siege_end - sim_now())
+            world.besieged -= 1
+    elif sim_chance(<uint32_t>world.blocking):
+        sim_sleep((1 + sim_below(40)) * MILLISECOND)
+
+
 cdef int act(sock_t *sock) noexcept nogil:
     """What a handler does with a message, or when it may write. Returns a TstStat."""
     cdef unsigned char frame[HEAD + REPLY_MOST]
     cdef uint32_t size
-    if sim_chance(<uint32_t>world.blocking):
-        sim_sleep((1 + sim_below(40)) * MILLISECOND)
+    may_block()
     if sim_chance(<uint32_t>world.closing):
         size = sim_below(3)
         if size == 0:
@@ -442,6 +461,7 @@ cdef int on_received(void *handler, void *place, const char *data, size_t size) 
             kernel_stream(sock.stream).faulted or sock.connection.out_closed):    # no memory for it, say
         sim_fail("client %d: a message before the SEND was done", sock.client)
     check_message(sock, data, size)
+    sock.handed_at = sim_now()
     return leave(sock, act(sock))
 
 
@@ -520,8 +540,7 @@ cdef void connect(tst_worker *worker, sock_t *sock) noexcept nogil:
     enter(sock, "connected")
     if sim_below(4) == 0:
         send_frame(sock, 0)
-    if sim_chance(<uint32_t>world.blocking):
-        sim_sleep((1 + sim_below(40)) * MILLISECOND)
+    may_block()
     leave(sock, 0)
     worker_leave(worker)
     worker_job(world.engine, worker, connection, 1)
@@ -534,16 +553,43 @@ cdef void connect(tst_worker *worker, sock_t *sock) noexcept nogil:
     connection_apply(connection, worker, STAT_SUSPEND)
 
 
+cdef uint64_t earliest_deadline(sock_t *sock) noexcept nogil:
+    """Before that no deadline of the connection can have passed, by what the kernel has seen of it."""
+    cdef const tst_limits *limits = sock.connection.limits
+    cdef const sim_stream *stream = kernel_stream(sock.stream)
+    cdef uint64_t result = stream.sent_at + (<uint64_t>limits.write << TICK_BITS)
+    if stream.received == 0:
+        return min(result, stream.received_at + (<uint64_t>limits.first_byte << TICK_BITS))
+    if world.framed:
+        result = min(result, sock.handed_at + (<uint64_t>limits.message << TICK_BITS))
+    return min(result, max(stream.received_at, stream.sent_at) + (<uint64_t>limits.idle << TICK_BITS))
+
+
+cdef void check_reason(sock_t *sock) noexcept nogil:
+    """What has ended the connection was meant for it (B07), and was no deadline that had not come yet (B08)."""
+    cdef const sim_stream *stream = kernel_stream(sock.stream)
+    cdef int reason = sock.reason
+    if reason == 0 or stream.faulted or stream.reset or (reason == ENOMEM and kernel_tally().no_memory):
+        return
+    if not (reason == ETIMEDOUT and world.deadlines) and not (reason == ENOBUFS and sock.closing):
+        sim_fail("client %d: its connection ends with errno %d, and nothing has happened to it", sock.client, reason)
+    # A tick is 4 ms, and which one it is is known once a turn: handlers that block make turns long.
+    if reason == ETIMEDOUT and not world.blocking and not world.siege_end and (
+            sim_now() + (2 << TICK_BITS) < earliest_deadline(sock)):
+        sim_fail("client %d: its deadline is %lu us too early", sock.client,
+                 (earliest_deadline(sock) - sim_now()) // 1000)
+
+
 cdef void disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
     sock.reason = sock.connection.reason
+    check_reason(sock)
     if sock.connection.connected:
         if not sock.connected or sock.disconnected:
             sim_fail("client %d is disconnected without having been connected, or twice", sock.client)
         worker_enter(worker)
         enter(sock, "disconnected")
         sock.disconnected = True
-        if sim_chance(<uint32_t>world.blocking):
-            sim_sleep((1 + sim_below(40)) * MILLISECOND)
+        may_block()
         leave(sock, 0)
         worker_leave(worker)
     forget_socket(sock.connection)
@@ -675,11 +721,13 @@ cdef tst_batch *resume(tst_worker *worker, tst_shard *shard) noexcept nogil:
 
 
 cdef void idle(tst_worker *worker, tst_shard *shard) noexcept nogil:
+    if sim_now() - world.idle_at[worker.no] < world.engine.idle_time:
+        sim_fail("worker %d: on_idle after %lu us", worker.no, (sim_now() - world.idle_at[worker.no]) // 1000)   # B08
+    world.idle_at[worker.no] = sim_now()
     if shard != NULL:
         shard_enter_running(world.engine, worker, shard)
     store64(&worker.calls, worker.calls + 1, RELEASE)
-    if sim_chance(<uint32_t>world.blocking):
-        sim_sleep((1 + sim_below(40)) * MILLISECOND)
+    may_block()
     store64(&worker.calls, worker.calls + 1, RELEASE)
 
 
@@ -711,6 +759,7 @@ cdef tst_shard *serve(tst_worker *worker, tst_shard *shard, bint *taken_over) no
             batch_leave(engine, batch, 1)
             return NULL
         elif turn == TURN_ENDED:
+            world.events_left += <uint64_t>(batch.n_events - batch.next_event)
             shard.batch = NULL
             batch_leave(engine, batch, 2)
             engine_shard_ended(engine, shard)
@@ -732,8 +781,15 @@ cdef tst_shard *serve(tst_worker *worker, tst_shard *shard, bint *taken_over) no
         elif turn == TURN_LITTER:
             drop_litter(stock_take_litter(&shard.stock))
         else:
+            check_broken(-turn)
             world.broken = True            # B09
             begin_stop(0)
+
+
+cdef void check_broken(int reason) noexcept nogil:
+    """Nothing ends the pool but epoll_wait that fails, and not by a signal (B08, B09), or no memory for any input."""
+    if not (reason == EBADF and kernel_tally().wait_errors) and not (reason == ENOMEM and kernel_tally().no_memory):
+        sim_fail("errno %d ends the pool", reason)
 
 
 cdef void worker_main(void *argument) noexcept nogil:
@@ -742,6 +798,7 @@ cdef void worker_main(void *argument) noexcept nogil:
     cdef bint taken_over = False
     cdef int parked
     worker.tid = gettid()
+    world.idle_at[worker.no] = sim_now()
     while True:
         parked = engine_park(world.engine, worker, &shard, &taken_over)
         if parked == PARK_END:
@@ -866,6 +923,7 @@ cdef void requester_main(void *argument) noexcept nogil:
         gone = sock.forgotten
         result = 0
         kind = 0 if world.only_sends else <int>sim_below(16)
+        sim_progress()
         sim_trace("requests", sock.client, kind, 0)
         if kind < 7:
             result = send_frame(sock, no)
@@ -1041,6 +1099,8 @@ cdef void check_rest() noexcept nogil:
             sim_fail("at rest, client %d has sent %u bytes that nobody reads", sock.client, stream.in_size)
         if queue_size(&connection.out):
             sim_fail("at rest, output waits for client %d, who reads", sock.client)
+        if stream.refused:                 # B07
+            sim_fail("at rest, epoll has refused the connection of client %d, and it is open", sock.client)
         if sock.closing:
             sim_fail("at rest, the connection of client %d is closing", sock.client)
         if sock.sending:
@@ -1054,7 +1114,7 @@ cdef void check_end() noexcept nogil:
     cdef int i, j
     cdef sock_t *sock
     cdef client_t *client
-    cdef uint64_t accepted = 0, closed = 0, sent = world.bytes_outside, received = 0
+    cdef uint64_t accepted = 0, closed = 0, sent = world.bytes_outside, received = 0, stale = world.events_left
     cdef const sim_tally *tally = kernel_tally()
     for i in range(world.n_socks):
         sock = &world.socks[i]
@@ -1077,16 +1137,26 @@ cdef void check_end() noexcept nogil:
         closed += world.engine.workers[i].stats.closed
         sent += world.engine.workers[i].stats.bytes_out
         received += world.engine.workers[i].stats.bytes_in
+        stale += world.engine.workers[i].stats.stale_events
     if accepted != closed:
         sim_fail("%lu were accepted, %lu closed", accepted, closed)
     if sent != tally.bytes_sent:
         sim_fail("%lu bytes were counted, %lu sent", sent, tally.bytes_sent)
     if received > tally.bytes_received:
         sim_fail("%lu bytes were counted, %lu received", received, tally.bytes_received)
+    if stale < tally.stale:                # B10
+        sim_fail("%lu events of nobody came, %lu were counted", tally.stale, stale)
     if world.engine.total.queued:
         sim_fail("%lu bytes are counted as waiting", world.engine.total.queued)
     if tally.accepts != tally.closes:
         sim_fail("%lu descriptors were accepted, %lu closed", tally.accepts, tally.closes)
+
+
+cdef void signals_main(void *argument) noexcept nogil:
+    """A storm of signals (B08). It ends before the last look: what a signal has lost the next one could bring back."""
+    while world.workers_left and not world.calm:
+        sim_sleep((1 + sim_below(4000)) * MILLISECOND // 1000)
+        kernel_interrupt()
 
 
 cdef void director_main(void *argument) noexcept nogil:
@@ -1201,6 +1271,15 @@ cdef void narrow(uint64_t seed, sim_faults *faults) noexcept nogil:
         faults.control_error = faults.wait_error = faults.recv_error = faults.send_error = 0
 
 
+cdef void add_trouble() noexcept nogil:
+    """What comes over all workers at once, each in one of sixteen seeds."""
+    if sim_below(16) == 0:
+        world.siege_begin = sim_now() + sim_below(40) * MILLISECOND
+        world.siege_end = world.siege_begin + (100 + sim_below(300)) * MILLISECOND
+        world.siege_spares = <int>sim_below(2)
+    world.storm = sim_below(16) == 0
+
+
 cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     cdef sim_faults faults
     cdef int i, n_workers, n_shards, slow
@@ -1250,6 +1329,7 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
         world.clients[i].until = sim_now() + (sim_below(40) * MILLISECOND if sim_below(2) else 0)
     world.n_requesters = <int>sim_below(REQUESTERS + 1)
     narrow(seed, &faults)
+    add_trouble()
     kernel_faults(&faults)
     for i in range(8):
         world.numbers[i] = i
@@ -1260,6 +1340,8 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     for i in range(world.n_requesters):
         sim_spawn("requester", requester_main, &world.numbers[i + 1])
     sim_spawn("clients", clients_main, NULL)
+    if world.storm:
+        sim_spawn("signals", signals_main, NULL)
     sim_spawn("director", director_main, NULL)
     slow = <int>sim_below(<uint32_t>n_workers) if sim_below(3) == 0 else -1
     sim_set_schedule(2 + sim_below(1 << (1 + sim_below(9))), slow)

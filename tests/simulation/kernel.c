@@ -29,7 +29,7 @@ static struct sim_stream streams[SIM_STREAMS];
 static int backlog[SIM_STREAMS], n_backlog, n_streams, listener;
 static struct sim_faults faults;
 static struct sim_tally tally;
-static uint64_t stale[STALE];
+static uint64_t stale[STALE], interrupts;
 static uint32_t n_stale;
 static struct block heap = {&heap, &heap, 0, 0};
 static uint64_t live;
@@ -86,9 +86,7 @@ static uint32_t readiness(const struct file *file) {
     return bits;
 }
 
-static uint32_t wanted(const struct file *file) {
-    return file->mask & ~(uint32_t)PRIVATE ? file->mask | EPOLLERR | EPOLLHUP : 0;
-}
+static uint32_t wanted(const struct file *file) { return file->mask & ~(uint32_t)PRIVATE ? file->mask : 0; }
 
 static void poke(int fd, uint32_t bits) {
     struct file *file = file_of(fd);
@@ -103,9 +101,11 @@ static int k_epoll_create1(int flags) {
     return new_file(EPOLL);
 }
 
+static const int control_errors[] = {ENOSPC, ENOENT, ENOMEM, EBADF};    /* of ADD and MOD, in turn */
+
 static int k_epoll_ctl(int epfd, int operation, int fd, struct epoll_event *event) {
     struct file *file;
-    sim_point();
+    sim_call();
     file = file_of(fd);
     tally.controls++;
     if (!file)
@@ -113,7 +113,6 @@ static int k_epoll_ctl(int epfd, int operation, int fd, struct epoll_event *even
     if (operation == EPOLL_CTL_DEL) {
         if (file->epoll != epfd)
             return fail("epoll_del", fd, ENOENT);
-        stale[n_stale++ % STALE] = file->data;
         file->epoll = -1;
         file->ready = 0;
         sim_trace("epoll_del", fd, 0, 0);
@@ -123,17 +122,25 @@ static int k_epoll_ctl(int epfd, int operation, int fd, struct epoll_event *even
         return fail("epoll_ctl", fd, operation == EPOLL_CTL_MOD ? ENOENT : EEXIST);
     if (file->kind != EVENT && file->kind != TIMER && sim_chance(faults.control_error)) {
         if (file->stream >= 0)
-            streams[file->stream].faulted = 1;
-        return fail("epoll_ctl", fd, operation == EPOLL_CTL_ADD ? ENOSPC : ENOMEM);
+            streams[file->stream].faulted = streams[file->stream].refused = 1;
+        return fail("epoll_ctl", fd, control_errors[(operation == EPOLL_CTL_MOD) + 2 * sim_below(2)]);
     }
     file->epoll = epfd;
-    file->mask = event->events;
+    file->mask = event->events | EPOLLERR | EPOLLHUP;   /* an empty mask is not silence */
     file->data = event->data.u64;
     file->ready = (readiness(file) & wanted(file)) != 0;
     sim_trace(operation == EPOLL_CTL_ADD ? "epoll_add" : "epoll_mod", fd, event->events, 0);
     if (file->ready)
         sim_wake(&files[epfd - SIM_FIRST_FD], 0);
     return 0;
+}
+
+/* B10: of a connection that is gone, or that never was: in a slot like any other, in none near it, beyond the table. */
+static uint64_t nobodys_id(void) {
+    static const uint32_t slots[] = {SIM_FIRST_FD, 5000, 3000000};
+    if (n_stale && sim_below(8))
+        return stale[sim_below(n_stale < STALE ? n_stale : STALE)];
+    return (uint64_t)0x7ffffff0 << 32 | slots[sim_below(3)];
 }
 
 static int collect(int epfd, struct epoll_event *events, int capacity) {
@@ -165,11 +172,11 @@ static int collect(int epfd, struct epoll_event *events, int capacity) {
             file->ready = 1;
         sim_trace("event", SIM_FIRST_FD + (int)(file - files), bits, 0);
     }
-    if (n && n < capacity && n_stale && sim_chance(faults.wait_stale)) {
+    if (n && n < capacity && sim_chance(faults.wait_stale)) {
         int at = (int)sim_below((uint32_t)n + 1);
         memmove(events + at + 1, events + at, (size_t)(n - at) * sizeof *events);
         events[at].events = EPOLLIN | (sim_below(2) ? EPOLLOUT : EPOLLHUP);
-        events[at].data.u64 = stale[sim_below(n_stale < STALE ? n_stale : STALE)];
+        events[at].data.u64 = nobodys_id();
         n++;
         tally.stale++;
     }
@@ -177,9 +184,9 @@ static int collect(int epfd, struct epoll_event *events, int capacity) {
 }
 
 static int k_epoll_wait(int epfd, struct epoll_event *events, int capacity, int timeout_ms) {
-    uint64_t until = 0;
+    uint64_t until = 0, seen = interrupts;
     int n;
-    sim_point();
+    sim_call();
     if (timeout_ms > 0)
         until = sim_now() + (uint64_t)timeout_ms * SIM_MILLISECOND;
     if (sim_chance(faults.wait_error)) {
@@ -188,7 +195,7 @@ static int k_epoll_wait(int epfd, struct epoll_event *events, int capacity, int 
     }
     while ((n = collect(epfd, events, capacity)) == 0 && timeout_ms) {
         uint64_t timer = until;
-        if (sim_chance(faults.wait_eintr))
+        if (interrupts != seen || sim_chance(faults.wait_eintr))
             return fail("epoll_wait", epfd, EINTR);
         for (int i = 0; i < SIM_FILES; i++)
             if (files[i].kind == TIMER && files[i].epoll == epfd && files[i].count && (!timer || files[i].count < timer))
@@ -219,7 +226,7 @@ static int k_timerfd_settime(int fd, int flags, const struct itimerspec *value, 
     struct file *file = file_of(fd);
     uint64_t when = (uint64_t)value->it_value.tv_sec * 1000 * SIM_MILLISECOND + (uint64_t)value->it_value.tv_nsec;
     (void)old;
-    sim_point();
+    sim_call();
     file->count = when && !(flags & TFD_TIMER_ABSTIME) ? sim_now() + when : when;
     sim_trace("timerfd_settime", fd, (int64_t)file->count, 0);
     if (file->epoll >= 0)               /* whoever waits looks anew when it ends */
@@ -247,7 +254,7 @@ static ssize_t k_recv(int fd, void *buffer, size_t size, int flags) {
     struct sim_stream *stream;
     uint32_t n;
     (void)flags;
-    sim_point();
+    sim_call();
     stream = stream_of(fd, "recv");
     if (sim_chance(faults.recv_eintr))
         return fail("recv", fd, EINTR);
@@ -278,6 +285,7 @@ static ssize_t k_recv(int fd, void *buffer, size_t size, int flags) {
     stream->in_begin = (stream->in_begin + n) % SIM_BUFFER;
     stream->in_size -= n;
     stream->received += n;
+    stream->received_at = sim_now();
     tally.bytes_received += n;
     sim_progress();
     sim_wake(&wire, 1);
@@ -290,7 +298,7 @@ static ssize_t transmit(int fd, const struct iovec *pieces, size_t n_pieces) {
     struct sim_stream *stream;
     uint32_t room, n = 0;
     size_t total = 0;
-    sim_point();
+    sim_call();
     stream = stream_of(fd, "send");
     for (size_t i = 0; i < n_pieces; i++)
         total += pieces[i].iov_len;
@@ -323,6 +331,7 @@ static ssize_t transmit(int fd, const struct iovec *pieces, size_t n_pieces) {
                 ((const unsigned char *)pieces[i].iov_base)[j];
     stream->out_size += n;
     stream->sent += n;
+    stream->sent_at = sim_now();
     tally.bytes_sent += n;
     sim_progress();
     sim_wake(&wire, 1);
@@ -354,7 +363,7 @@ static int k_setsockopt(int fd, int level, int name, const void *value, socklen_
 
 static int k_shutdown(int fd, int how) {
     struct sim_stream *stream;
-    sim_point();
+    sim_call();
     stream = stream_of(fd, "shutdown");
     if (stream->reset)
         return fail("shutdown", fd, ENOTCONN);
@@ -379,7 +388,7 @@ static int k_ioctl(int fd, unsigned long request, ...) {
 static int k_accept4(int fd, struct sockaddr *address, socklen_t *size, int flags) {
     int fresh, at;
     (void)size, (void)flags;
-    sim_point();
+    sim_call();
     if (!file_of(fd) || file_of(fd)->kind != LISTENER)
         sim_fail("accept4 of descriptor %d, which is no listener", fd);
     if (sim_chance(faults.accept_eintr))
@@ -401,6 +410,7 @@ static int k_accept4(int fd, struct sockaddr *address, socklen_t *size, int flag
     files[fresh - SIM_FIRST_FD].stream = at;
     streams[at].fd = fresh;
     streams[at].accepted = 1;
+    streams[at].sent_at = streams[at].received_at = sim_now();
     tally.accepts++;
     address->sa_family = AF_INET;
     sim_progress();
@@ -411,7 +421,7 @@ static int k_accept4(int fd, struct sockaddr *address, socklen_t *size, int flag
 
 static int k_poll(struct pollfd *fds, unsigned long count, int timeout_ms) {
     (void)count, (void)timeout_ms;
-    sim_point();
+    sim_call();
     fds->revents = (short)(readiness(file_of(fds->fd)) & (EPOLLOUT | EPOLLERR | EPOLLHUP));
     sim_trace("poll", fds->fd, 0, fds->revents);
     return fds->revents != 0;
@@ -425,7 +435,7 @@ static int k_fcntl(int fd, int command, ...) {
 static int k_close(int fd) {
     struct file *file;
     struct sim_stream *stream;
-    sim_point();
+    sim_call();
     file = file_of(fd);
     if (!file) {
         sim_fail("close of descriptor %d, which is not open", fd);
@@ -446,6 +456,8 @@ static int k_close(int fd) {
         sim_progress();
         sim_wake(&wire, 1);
     }
+    if ((file->kind == STREAM || file->kind == LISTENER) && file->data)
+        stale[n_stale++ % STALE] = file->data;
     if (file->kind != STAT)
         sim_trace("close", fd, file->kind, 0);
     file->kind = NONE;
@@ -456,6 +468,7 @@ static int k_close(int fd) {
 static int k_open(const char *path, int flags) {
     int fd, tid = 0;
     (void)flags;
+    sim_call();
     if (sscanf(path, "/proc/self/task/%d/stat", &tid) != 1)
         sim_fail("open of %s", path);
     fd = new_file(STAT);
@@ -465,7 +478,7 @@ static int k_open(const char *path, int flags) {
 
 static ssize_t k_read(int fd, void *buffer, size_t size) {
     struct file *file;
-    sim_point();
+    sim_call();
     file = file_of(fd);
     if (file && file->kind == STAT)
         return snprintf(buffer, size, "%d (a) b) %c 1", file->tid, sim_is_runnable(file->tid - 1000) ? 'R' : 'S');
@@ -483,7 +496,7 @@ static ssize_t k_read(int fd, void *buffer, size_t size) {
 static ssize_t k_write(int fd, const void *buffer, size_t size) {
     struct file *file;
     (void)buffer;
-    sim_point();
+    sim_call();
     file = file_of(fd);
     if (!file || file->kind != EVENT) {
         sim_fail("write to descriptor %d, which is no eventfd", fd);
@@ -499,6 +512,7 @@ static ssize_t k_write(int fd, const void *buffer, size_t size) {
 static int k_gettid(void) { return 1000 + sim_current(); }
 
 static int k_sched_yield(void) {
+    sim_call();
     sim_switch();
     return 0;
 }
@@ -558,6 +572,7 @@ static int k_cond_destroy(pthread_cond_t *condition) {
 
 static int wait_on(pthread_cond_t *condition, pthread_mutex_t *mutex, uint64_t until) {
     int woken = 1;
+    sim_call();
     sim_trace("cond_wait", until != 0, 0, 0);
     *(int *)mutex = 0;                 /* no switch before the wait: a signal would be lost */
     sim_wake(mutex, 1);
@@ -652,6 +667,7 @@ void kernel_begin(void) {
     kernel_calm();
     memset(files, 0, sizeof files);
     memset(&tally, 0, sizeof tally);
+    interrupts = 0;
     n_backlog = n_streams = 0;
     n_stale = 0;
     listener = -1;
@@ -665,6 +681,13 @@ void kernel_faults(const struct sim_faults *wanted_faults) {
 void kernel_calm(void) {
     memset(&faults, 0, sizeof faults);
     sim_weak_rate = 0;
+}
+
+void kernel_interrupt(void) {
+    interrupts++;
+    for (int i = 0; i < SIM_FILES; i++)
+        if (files[i].kind == EPOLL)
+            sim_wake(&files[i], 1);
 }
 
 int kernel_listener(void) { return listener = new_file(LISTENER); }

@@ -84,6 +84,62 @@ FAULTS = {
         "if load32(&engine.phase, SEQ_CST) == PHASE_RUNNING:\n        return False",
         "if load32(&engine.phase, SEQ_CST) < 99:\n        return False",
     ),
+    "B07: a refused mask is kept to oneself": (
+        "_entry",
+        "    if armed < 0:\n        shard_ask(connection, entry.generation, PEND_CLOSE)\n",
+        "",
+    ),
+    "B07: a refused mask is not noticed": (
+        "_poll",
+        "EPOLLONESHOT, stats)\n    if result < 0:\n        connection_deafened(connection, -result)\n",
+        "EPOLLONESHOT, stats)\n",
+    ),
+    "B07: a refused mask ends the neighbour": (
+        "_entry",
+        "connection_deafened(connection, -armed)",
+        "connection_deafened(connection + 1, -armed)",
+    ),
+    "B08: a signal ends the pool": (
+        "_poll",
+        "return 0 if errno == EINTR else -errno\n    return n",
+        "return -errno\n    return n",
+    ),
+    "B08: a signal is taken for the end of idle_time": (
+        "_turn",
+        "now - load64(&worker.waiting_since, RELAXED) >= engine.idle_time:",
+        "True:",
+    ),
+    "B08: a timer ends whoever it finds": (
+        "_entry",
+        "if kind == DEADLINE_NONE or tick_before(tick_of(now), due):",
+        "if kind == DEADLINE_NONE:",
+    ),
+    "B10: a stale event is not counted": (
+        "_collect",
+        "not connection_is(connection, generation):\n        count(&worker.stats.stale_events, 1)\n",
+        "not connection_is(connection, generation):\n",
+    ),
+    "B10: every event has a slot": ("_collect", "if connection == NULL or not connection_is", "if not connection_is"),
+    "B12: an event of a stuck owner comes for ever": (
+        "_collect",
+        "if connection.trigger == TRIGGER_LEVEL and events & (input_mask() | EPOLLERR | EPOLLHUP):\n            conn",
+        "if False:\n            conn",
+    ),
+    "B12: an empty mask is taken for silence": (
+        "_poll",
+        "cdef uint32_t mask = EPOLLONESHOT\n    cdef int result\n    if output_mask",
+        "cdef uint32_t mask = 0\n    cdef int result\n    if output_mask",
+    ),
+    "B12: a stuck owner is asked over and over": (
+        "_shard",
+        "if not connection_mark(connection, PEND_ARM, True, STATE_OPEN | STATE_OWNED, generation):",
+        "if True:",
+    ),
+    "B12: a silenced connection stays silent": (
+        "_entry",
+        "armed = connection_arm(connection, want_input, &worker.stats)",
+        "armed = 0 if connection.registered else connection_arm(connection, want_input, &worker.stats)",
+    ),
 }
 
 BUILD = """

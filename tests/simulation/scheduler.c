@@ -11,6 +11,8 @@ enum {
     THREADS = 24,
     STACK = 131072,
     STEPS_MOST = 20000000,   /* a seed that does not end has a live-lock */
+    CALLS_MOST = 2000,       /* kernel calls with which nothing is done, before whoever makes them spins ... */
+    CALLS_EACH = 100,        /* ... and so many more in each millisecond */
 };
 
 #define REST_AFTER (600 * SIM_MILLISECOND)
@@ -36,7 +38,7 @@ static struct thread threads[THREADS];
 static ucontext_t outside;
 static int n_threads, current, slow_thread, rester, tracing;
 static uint32_t mean_steps;
-static uint64_t now, last_progress, random_state, hash, steps, switches;
+static uint64_t now, last_progress, random_state, hash, steps, switches, calls;
 static char failure[512];
 static char asleep_channel, rest_channel;
 
@@ -63,7 +65,7 @@ void sim_begin(uint64_t seed, int trace) {
     tracing = trace;
     hash = 14695981039346656037ull;
     now = last_progress = 1000 * 1000 * SIM_MILLISECOND;
-    n_threads = switches = steps = sim_threads_run = sim_quiet_size = 0;
+    n_threads = switches = steps = calls = sim_threads_run = sim_quiet_size = 0;
     current = slow_thread = rester = -1;
     mean_steps = 20;
     sim_steps_left = 0;
@@ -80,7 +82,19 @@ uint64_t sim_switches(void) { return switches; }
 uint64_t sim_steps(void) { return steps; }
 uint64_t sim_now(void) { return now; }
 void sim_advance(uint64_t nanoseconds) { now += nanoseconds; }
-void sim_progress(void) { last_progress = now; }
+
+void sim_progress(void) {
+    last_progress = now;
+    calls = 0;
+}
+
+void sim_call(void) {
+    sim_point();
+    if (++calls > CALLS_MOST + CALLS_EACH * ((now - last_progress) / SIM_MILLISECOND))
+        sim_fail("%llu kernel calls in %llu us, and nothing was done", (unsigned long long)calls,
+                 (unsigned long long)(now - last_progress) / 1000);
+}
+
 int sim_current(void) { return current; }
 
 static void mix(uint64_t number) { hash = (hash ^ number) * 1099511628211ull; }

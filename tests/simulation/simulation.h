@@ -101,6 +101,8 @@ void sim_sleep(uint64_t nanoseconds);
 void sim_wait_for_rest(void);
 /* Something has happened. */
 void sim_progress(void);
+/* A kernel call begins. B12: there may be so many, and no more, until something happens. */
+void sim_call(void);
 /* Whether thread `number` could run ("R" in /proc). */
 int sim_is_runnable(int number);
 int sim_current(void);
@@ -159,6 +161,7 @@ struct sim_stream {
     int closed;           /* by the server */
     int aborted;          /* by the server, with a reset */
     int faulted;          /* a call failed for good: it may lose anything */
+    int refused;          /* by epoll_ctl (B07) */
     int fin, reset;       /* by the client */
     int error;            /* errno that the server is to see once */
     int shut;             /* the server has sent its FIN */
@@ -167,6 +170,7 @@ struct sim_stream {
     uint32_t in_capacity, out_capacity;
     uint32_t in_begin, in_size, out_begin, out_size;
     uint64_t received, sent; /* by the server */
+    uint64_t received_at, sent_at; /* when it did so last, or has accepted */
     unsigned char in[SIM_BUFFER], out[SIM_BUFFER];
 };
 
@@ -177,6 +181,7 @@ struct sim_tally {
 void kernel_begin(void);
 void kernel_faults(const struct sim_faults *faults);
 void kernel_calm(void);                   /* no more faults */
+void kernel_interrupt(void);              /* a signal: each epoll_wait that sleeps ends with EINTR */
 int kernel_listener(void);                /* a descriptor that clients connect to */
 struct sim_stream *kernel_stream(int i);
 int kernel_stream_of(int fd);             /* its stream's number, -1 */
