@@ -1137,7 +1137,7 @@ cdef void check_end() noexcept nogil:
         closed += world.engine.workers[i].stats.closed
         sent += world.engine.workers[i].stats.bytes_out
         received += world.engine.workers[i].stats.bytes_in
-        stale += world.engine.workers[i].stats.stale_events
+        stale += world.engine.workers[i].stats.stale_gone + world.engine.workers[i].stats.stale_reused
     if accepted != closed:
         sim_fail("%lu were accepted, %lu closed", accepted, closed)
     if sent != tally.bytes_sent:
