@@ -4,6 +4,7 @@ import gc
 import os
 import socket
 import threading
+import time
 import weakref
 
 import pytest
@@ -22,7 +23,7 @@ from contract_helpers import (
 )
 from helpers import connect, recv_exact, scaled, wait_until
 
-from tstpool import EPOLLIN, LengthPrefixed, TstPool, TstStat
+from tstpool import EPOLLIN, Fixed, LengthPrefixed, TstPool, TstStat
 
 
 @every_style
@@ -220,6 +221,41 @@ def test_reconnected_in_on_disconnect_serves_the_fresh_connection(make_pool, mak
     wait_until(lambda: len(pool) == 0)
     assert len(ends) == 2
     assert ends[0] is ends[1]
+
+
+@every_trigger
+def test_a_close_that_has_been_heard_is_not_the_fresh_connections(make_pool, make_client, trigger):
+    """S40: the handler closes, the peer has finished, too, and on_disconnect reconnects."""
+    fresh, ends, replaced = [], [], threading.Event()
+
+    def close_last(sock, data):
+        time.sleep(0.001)  # so that the end is there before the last message is handed out
+        if data == b"q":
+            sock.close()
+        elif replaced.is_set():
+            sock.send(data)
+
+    def reconnect(sock, reason):
+        ends.append(sock)
+        if len(ends) > 1:
+            return None
+        os.dup2(fresh[0], sock.sd)
+        replaced.set()
+        return TstStat.RECONNECTED
+
+    pool = make_pool(handler(on_message=close_last, on_disconnect=reconnect), trigger=trigger, framing=Fixed(1))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(10)
+        fresh.append(theirs.fileno())
+        client = make_client(pool)
+        client.sendall(b"." * 63 + b"q")
+        client.shutdown(socket.SHUT_WR)
+        assert replaced.wait(10)
+        theirs.close()
+        assert round_trip(ours, b"hello") == b"hello"
+    wait_until(lambda: len(pool) == 0)
+    assert len(ends) == 2
 
 
 @every_trigger

@@ -11,16 +11,16 @@ from libc.errno cimport EAGAIN, ENOBUFS, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PRESSURE_GONE, connection_is, connection_is_paused, connection_release,
-    connection_recv, connection_send, connection_takes_messages, connection_wants_input, output_account, output_drop,
-    output_is_full, tst_connection)
+    PEND_CLOSE, PEND_IN, PRESSURE_GONE, STATE_OWNED, connection_is, connection_is_paused, connection_mark,
+    connection_recv, connection_release, connection_send, connection_takes_messages, connection_wants_input,
+    generation_of, output_account, output_drop, output_is_full, tst_connection)
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
     input_free, input_keep, input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, frame_next, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, load32,
-    sched_yield, shutdown, store32, tst_rarely)
+    load64, sched_yield, shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
@@ -382,6 +382,8 @@ cdef inline bint connection_drained(tst_connection *connection) noexcept nogil:
 cdef inline void connection_begin_close(tst_connection *connection) noexcept nogil:
     """From here on only output remains. Owner only."""
     connection.closing = True
+    # Who has asked for it has been heard, and must not close what on_disconnect may put in its place.
+    connection_mark(connection, PEND_CLOSE, False, STATE_OWNED, generation_of(load64(&connection.state, RELAXED)))
     connection.message_ready = connection.hold_input = connection.call_writable = connection.ask_writable = False
     spin_lock(&connection.lock)
     connection.out_closed = True
