@@ -2246,7 +2246,7 @@ max_total_queued=268435456, busy_poll=0.0, keepalive=None)
                 sched_yield()          # a few stores, that somebody is in the middle of
 
     cdef object worker_stats(self, int no):
-        cdef tst_worker *worker = &self.engine.workers[no]
+        cdef tst_worker *worker = worker_at(self.engine, no)
         cdef uint64_t since = load64(&worker.waiting_since, RELAXED)
         cdef uint64_t now = clock_now()
         cdef uint64_t idle = load64(&worker.stats.idle_count, RELAXED)
@@ -2286,7 +2286,7 @@ cdef object look_at_counters(TstPool pool):
     workers = []
     memset(&sum, 0, sizeof(sum))
     for i in range(worker_count(pool.engine)):
-        counters = <uint64_t *>&pool.engine.workers[i].stats
+        counters = <uint64_t *>&worker_at(pool.engine, i).stats
         for k in range(sizeof(tst_stats) // sizeof(uint64_t)):
             (<uint64_t *>&sum)[k] += load64(counters + k, RELAXED)
         workers.append(pool.worker_stats(i))
@@ -2362,12 +2362,17 @@ cdef void begin_counting(TstPool pool, uint64_t added) noexcept:
 
 cdef list worker_calls(tst_engine *engine):
     cdef int no
-    return [load64(&engine.workers[no].calls, ACQUIRE) for no in range(worker_count(engine))]
+    return [load64(&worker_at(engine, no).calls, ACQUIRE) for no in range(worker_count(engine))]
 
 
 cdef int worker_count(tst_engine *engine) noexcept nogil:
     """Of the last start(); for threads that are none of its workers, and so may see the next one."""
     return <int>load32(<uint32_t *>&engine.n_workers, ACQUIRE)
+
+
+cdef tst_worker *worker_at(tst_engine *engine, int no) noexcept nogil:
+    """One of them; for the same threads, as start() may be making room for more."""
+    return <tst_worker *>load_pointer(<void **>&engine.workers, ACQUIRE) + no
 
 
 cdef int set_binding(TstPool pool, Binding binding) except -1:
