@@ -2515,19 +2515,25 @@ cdef class Loan:
         free(self.storage)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        if self.bytes == NULL:
-            raise BufferError("the message is gone: its handler has returned")
-        PyBuffer_FillInfo(buffer, self, <void *>self.bytes, <Py_ssize_t>self.size, True, flags)
-        self.exports += 1
+        # Without a GIL: another thread may ask, by view.obj, or let a part go, while the handler returns.
+        with cython.critical_section(self):
+            if self.bytes == NULL:
+                raise BufferError("the message is gone: its handler has returned")
+            PyBuffer_FillInfo(buffer, self, <void *>self.bytes, <Py_ssize_t>self.size, True, flags)
+            self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):
-        self.exports -= 1
+        with cython.critical_section(self):
+            self.exports -= 1
 
     cdef int end(self, tst_connection *connection, tst_batch *batch) except -1:
         """The call is over. What is kept takes the memory with it."""
         cdef tst_input *input = &connection.input
-        self.bytes = NULL
-        if self.exports == 0:
+        cdef bint kept
+        with cython.critical_section(self):
+            self.bytes = NULL
+            kept = self.exports != 0
+        if not kept:
             return 0
         if not input_is_stored(input):
             self.scratch = batch.scratch
