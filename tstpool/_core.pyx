@@ -1065,10 +1065,12 @@ cdef int forget_socket(tst_connection *connection) except -1:
 
 cdef int make_state(TstSocket sock, TstNogilHandler handler) noexcept:
     """The C state of a connection that begins. Owner only. -ENOMEM: there is none."""
+    cdef void *state
     if handler.state_size:
-        sock.state = calloc(1, handler.state_size)
-        if sock.state == NULL:
+        state = calloc(1, handler.state_size)
+        if state == NULL:
             return -ENOMEM
+        store_pointer(&sock.state, state, RELEASE)
     sock.state_handler = handler
     return 0
 
@@ -1080,7 +1082,7 @@ cdef void free_state(TstSocket sock) noexcept:
     if state != NULL:
         with nogil:
             handler.release(state)
-        sock.state = NULL
+        store_pointer(&sock.state, NULL, RELEASE)
         free(state)
     sock.state_handler = None
 
