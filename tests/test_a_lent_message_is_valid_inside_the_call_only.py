@@ -5,6 +5,8 @@ import array
 import gc
 import pickle
 import threading
+import time
+from collections import deque
 
 import pytest
 from contract_helpers import handler
@@ -241,6 +243,46 @@ def test_what_is_behind_the_view_lends_nothing_after_the_call(make_pool, make_cl
         memoryview(kept[0])
     with pytest.raises(TypeError):
         type(kept[0])()
+
+
+def test_another_thread_takes_a_view_while_the_handler_returns(make_pool, make_client):
+    """It gets one, which then stays as it was, or a BufferError; never memory that is received into again."""
+    lent = deque(maxlen=1)
+    torn = []
+    over = threading.Event()
+
+    def on_message(sock, data):
+        lent.append((data.obj, data[0], data[1:]))
+        return bytes(data)
+
+    def take():
+        while not over.is_set():
+            try:
+                obj, first, part = lent.pop()
+                view = memoryview(obj)
+            except (IndexError, BufferError):
+                continue
+            time.sleep(1e-5)               # the next message arrives
+            if bytes(view) != bytes([first]) * len(view) or bytes(part) != bytes(view[1:]):
+                torn.append((first, bytes(view), bytes(part)))
+            del view, part
+
+    pool = make_pool(handler(on_message=on_message), framing=Fixed(64), copy=False)
+    clients = [make_client(pool) for _ in range(2)]
+    takers = [threading.Thread(target=take) for _ in range(2)]
+    for thread in takers:
+        thread.start()
+    try:
+        for n in range(scaled(5_000, minimum=300)):
+            for client in clients:
+                client.sendall(bytes([n % 251]) * 64)
+            for client in clients:
+                recv_exact(client, 64)
+    finally:
+        over.set()
+        for thread in takers:
+            thread.join()
+    assert not torn
 
 
 def test_a_view_that_another_object_holds_stays_valid(make_pool, make_client):

@@ -1067,10 +1067,12 @@ cdef int forget_socket(tst_connection *connection) except -1:
 
 cdef int make_state(TstSocket sock, TstNogilHandler handler) noexcept:
     """The C state of a connection that begins. Owner only. -ENOMEM: there is none."""
+    cdef void *state
     if handler.state_size:
-        sock.state = calloc(1, handler.state_size)
-        if sock.state == NULL:
+        state = calloc(1, handler.state_size)
+        if state == NULL:
             return -ENOMEM
+        store_pointer(&sock.state, state, RELEASE)
     sock.state_handler = handler
     return 0
 
@@ -1082,7 +1084,7 @@ cdef void free_state(TstSocket sock) noexcept:
     if state != NULL:
         with nogil:
             handler.release(state)
-        sock.state = NULL
+        store_pointer(&sock.state, NULL, RELEASE)
         free(state)
     sock.state_handler = None
 
@@ -2252,7 +2254,7 @@ messages_per_turn=32)
                 sched_yield()          # a few stores, that somebody is in the middle of
 
     cdef object worker_stats(self, int no):
-        cdef tst_worker *worker = &self.engine.workers[no]
+        cdef tst_worker *worker = worker_at(self.engine, no)
         cdef uint64_t since = load64(&worker.waiting_since, RELAXED)
         cdef uint64_t now = clock_now()
         cdef uint64_t idle = load64(&worker.stats.idle_count, RELAXED)
@@ -2292,7 +2294,7 @@ cdef object look_at_counters(TstPool pool):
     workers = []
     memset(&sum, 0, sizeof(sum))
     for i in range(worker_count(pool.engine)):
-        counters = <uint64_t *>&pool.engine.workers[i].stats
+        counters = <uint64_t *>&worker_at(pool.engine, i).stats
         for k in range(sizeof(tst_stats) // sizeof(uint64_t)):
             (<uint64_t *>&sum)[k] += load64(counters + k, RELAXED)
         workers.append(pool.worker_stats(i))
@@ -2374,12 +2376,17 @@ cdef void begin_counting(TstPool pool, uint64_t added) noexcept:
 
 cdef list worker_calls(tst_engine *engine):
     cdef int no
-    return [load64(&engine.workers[no].calls, ACQUIRE) for no in range(worker_count(engine))]
+    return [load64(&worker_at(engine, no).calls, ACQUIRE) for no in range(worker_count(engine))]
 
 
 cdef int worker_count(tst_engine *engine) noexcept nogil:
     """Of the last start(); for threads that are none of its workers, and so may see the next one."""
     return <int>load32(<uint32_t *>&engine.n_workers, ACQUIRE)
+
+
+cdef tst_worker *worker_at(tst_engine *engine, int no) noexcept nogil:
+    """One of them; for the same threads, as start() may be making room for more."""
+    return <tst_worker *>load_pointer(<void **>&engine.workers, ACQUIRE) + no
 
 
 cdef int set_binding(TstPool pool, Binding binding) except -1:
@@ -2548,19 +2555,25 @@ cdef class Loan:
         free(self.storage)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        if self.bytes == NULL:
-            raise BufferError("the message is gone: its handler has returned")
-        PyBuffer_FillInfo(buffer, self, <void *>self.bytes, <Py_ssize_t>self.size, True, flags)
-        self.exports += 1
+        # Without a GIL: another thread may ask, by view.obj, or let a part go, while the handler returns.
+        with cython.critical_section(self):
+            if self.bytes == NULL:
+                raise BufferError("the message is gone: its handler has returned")
+            PyBuffer_FillInfo(buffer, self, <void *>self.bytes, <Py_ssize_t>self.size, True, flags)
+            self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):
-        self.exports -= 1
+        with cython.critical_section(self):
+            self.exports -= 1
 
     cdef int end(self, tst_connection *connection, tst_batch *batch) except -1:
         """The call is over. What is kept takes the memory with it."""
         cdef tst_input *input = &connection.input
-        self.bytes = NULL
-        if self.exports == 0:
+        cdef bint kept
+        with cython.critical_section(self):
+            self.bytes = NULL
+            kept = self.exports != 0
+        if not kept:
             return 0
         if not input_is_stored(input):
             self.scratch = batch.scratch

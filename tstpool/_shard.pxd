@@ -183,7 +183,7 @@ cdef struct tst_engine:
     uint32_t counters_version  # atomic: odd while start() clears the counters
     int n_workers              # atomic: raised after `workers` was made to hold them
     int n_shards               # atomic: raised once, after `shards` was made to hold them
-    tst_worker *workers        # owned; for anybody who reads counters, so never freed while the pool lives
+    tst_worker *workers        # owned, atomic; for anybody who reads counters, so never freed while the pool lives
     int workers_room           # so many fit there
     int n_outgrown
     tst_worker *outgrown[32]   # owned: where there was less room. Each has at least twice that of the one before

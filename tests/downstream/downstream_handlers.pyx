@@ -14,6 +14,11 @@ from tstpool cimport (
     TST_DISCONNECT, TST_RECONNECTED, TST_RUN, TST_SEND, TST_SUSPEND, TstHandler, TstNogilHandler, TstSocket, TstStat,
     tst_close, tst_need_send, tst_send, tst_send_message)
 
+cdef extern from * nogil:
+    int ACQUIRE "__ATOMIC_ACQUIRE"
+    void *load_pointer "__atomic_load_n"(void **place, int order)
+
+
 STATS = {"SUSPEND": TST_SUSPEND, "RUN": TST_RUN, "SEND": TST_SEND, "RECONNECTED": TST_RECONNECTED,
          "DISCONNECT": TST_DISCONNECT}
 
@@ -416,4 +421,4 @@ def need_send(TstSocket sock):
 
 def state_of(TstSocket sock):
     """Where the connection's state lies; 0 when it has none."""
-    return <size_t>sock.state
+    return <size_t>load_pointer(&sock.state, ACQUIRE)      # the tests ask from a thread of their own
