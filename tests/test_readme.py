@@ -1,12 +1,19 @@
-"""README.md: its server runs, its commands and its links exist."""
+"""README.md: its server and its handler in C run, its commands and its links exist."""
 
+import importlib.util
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import sysconfig
 
 import pytest
 from contract_helpers import ServerProcess, round_trip
-from helpers import ROOT, connect
+from helpers import ROOT, connect, patient
+
+import tstpool
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
@@ -35,6 +42,24 @@ def test_the_thirty_second_server_runs():
         server.process.send_signal(signal.SIGINT)
         assert client.recv(1) == b""
         server.finish()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_handler_in_c_compiles_and_echoes(make_pool, make_client, tmp_path):
+    (code,) = re.findall(r"```cython\n(.*?)```", README, re.S)
+    source, built = tmp_path / "readme_echo.pyx", tmp_path / f"readme_echo{sysconfig.get_config_var('EXT_SUFFIX')}"
+    source.write_text(code)
+    compiler = ["cc", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", str(source.with_suffix(".c"))]
+    for command in (
+        [sys.executable, "-m", "cython", "-I", tstpool.get_include(), str(source)],
+        [*compiler, "-o", str(built)],
+    ):
+        subprocess.run(command, check=True, timeout=patient(120))
+    spec = importlib.util.spec_from_file_location("readme_echo", built)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    client = make_client(make_pool(module.Echo(), framing=tstpool.LengthPrefixed(4)))
+    assert round_trip(client, b"\0\0\0\5hello") == b"\0\0\0\5hello"
 
 
 @pytest.mark.parametrize("page", PAGES)
