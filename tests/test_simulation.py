@@ -17,8 +17,8 @@ HARMLESS = {"tst_bug", "tst_pause", "tst_rarely"}
 
 
 def test_what_must_hold_does_with_any_schedule_and_any_fault():
-    """B01 to B06, B09, B11, B17, B24, B27: README.md there says what is looked at. `make simulate` runs ten times as
-    many seeds; run.py --seed N --trace shows one."""
+    """B01, B02, B03, B04, B05, B06, B07, B08, B09, B10, B11, B12, B17, B24, B27, B34: README.md there says what is
+    looked at. `make simulate` runs ten times as many seeds; run.py --seed N --trace shows one."""
     assert {seed: failure for seed in range(scaled(2000, 100)) if (failure := simulation.run(seed)[0])} == {}
 
 

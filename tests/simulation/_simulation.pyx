@@ -8,7 +8,7 @@ in its smallest form: the functions in "the worker" and "the pool" carry the nam
 from libc.errno cimport EBADF, ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdio cimport fprintf, stderr
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 cdef extern from "reroute.h" nogil:
     cdef struct sim_faults:
@@ -21,13 +21,13 @@ cdef extern from "reroute.h" nogil:
         uint32_t spurious_wakeup
         uint32_t weak
     cdef struct sim_stream:
-        int fd, accepted, closed, aborted, faulted, refused, fin, reset, shut, linger_off, went_with_reset
+        int fd, accepted, closed, aborted, faulted, refused, fin, reset, shut, deaf, linger_off, went_with_reset
         uint32_t in_size, out_size
         uint64_t received, sent, received_at, sent_at
     cdef struct sim_tally:
         uint64_t accepts, closes, bytes_sent, bytes_received, controls, wait_errors, no_memory, stale
     const uint64_t MILLISECOND "SIM_MILLISECOND"
-    enum: SIM_STREAMS
+    enum: SIM_STREAMS, SIM_FIRST_FD, SIM_FILES
     uintptr_t sim_quiet_begin, sim_quiet_size
     void sim_begin(uint64_t seed, int tracing)
     const char *sim_run()
@@ -62,6 +62,7 @@ cdef extern from "reroute.h" nogil:
     const sim_tally *kernel_tally()
     const void *kernel_wire()
     int wire_connect(uint32_t in_capacity, uint32_t out_capacity)
+    int wire_replace(int fd, uint32_t in_capacity, uint32_t out_capacity)
     int wire_write(int stream, const unsigned char *bytes, uint32_t size)
     int wire_read(int stream, unsigned char *bytes, uint32_t size)
     void wire_fin(int stream)
@@ -74,22 +75,25 @@ from cpython.object cimport PyObject
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
-    GONE, OVERFLOW_CLOSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT,
-    STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN,
-    connection_append, connection_close_output, connection_id, connection_is, connection_mark, generation_of,
-    table_chunk, table_open, tst_compiled, tst_connection, tst_limits)
-from tstpool._data cimport data_request, input_consume, tst_data
+    GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE, PEND_CONNECT,
+    PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS,
+    TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
+    generation_of, table_chunk, table_open, tst_compiled, tst_connection, tst_limits)
+from tstpool._data cimport data_complete, data_request, data_requested, input_consume, tst_data
 from tstpool._entry cimport (
-    STAT_DISCONNECT, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort, connection_apply,
-    connection_begin_close, connection_cut, connection_due, connection_keep_input)
+    STAT_DISCONNECT, STAT_RECONNECTED, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort,
+    connection_apply, connection_awaits_transfer, connection_begin_close, connection_cut, connection_due,
+    connection_keep_input, connection_reconnect)
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, framing_settle, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EPOLL_CTL_ADD, EPOLLIN, RELAXED, RELEASE, SEQ_CST, TFD_NONBLOCK, add32, close,
-    epoll_create1, eventfd, gettid, load32, load64, store32, store64, store_pointer, sub32, timerfd_create)
+    ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EPOLL_CTL_ADD, EPOLLIN, POLLOUT, RELAXED, RELEASE, SEQ_CST, TFD_NONBLOCK, add32,
+    close, epoll_create1, eventfd, gettid, load32, load64, poll, pollfd, store32, store64, store_pointer, sub32,
+    timerfd_create)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport connection_flush, sys_control, sys_wake
-from tstpool._queue cimport queue_size, stock_free, stock_has_litter, stock_take_litter, tst_shared
+from tstpool._queue cimport (
+    queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
 from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
 from tstpool._shard cimport (
     DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
@@ -97,7 +101,7 @@ from tstpool._shard cimport (
     scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
     tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tick_now, tst_stats
-from tstpool._timer cimport TICK_BITS, tick_of
+from tstpool._timer cimport TICK_BITS, connection_output_is_overdue, tick_of
 from tstpool._turn cimport (
     ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
     engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
@@ -106,12 +110,16 @@ cdef enum:
     WORKERS = 4
     SHARDS = 2
     CLIENTS = 12
+    SPARES = 8                 # peers of connections that handlers have made
     REQUESTERS = 3
     BODY_MOST = 600            # bytes in a message
     FRAME_MOST = 640
     SOCKS = 64
     HEAD = 12                  # bytes before the body of each frame that the server sends: sender, number, size
     SENDERS = REQUESTERS + 1   # the handler is sender 0
+    BROADCASTERS = WORKERS + REQUESTERS    # threads; each is a sender, too, after those
+    EVERYBODY = 255            # instead of a client's number: a frame for all
+    TRANSFER_MOST = 20000      # bytes in sock.recv_data: more than those from which a transfer is received in place
     REPLY_MOST = 3000
 
 
@@ -131,11 +139,19 @@ cdef struct sock_t:
     int asked                  # need_send of the handler's own, writable is due
     int paused
     int wants_compiled
-    uint64_t bytes             # of the client's stream that the handler has been given
+    int in_python              # the handler that runs is not compiled
+    int reconnects             # its handler may put another connection under the descriptor
+    uint64_t bytes             # of the client's message that the handler has been given, without framing
     uint32_t messages
+    uint64_t handed            # bytes of the client's stream that the handler has been given
+    uint64_t in_transfer       # and those after them that lie in a transfer which is not complete
     uint64_t handed_at         # when it was given the last one
     uint32_t sent[SENDERS]     # frames that each sender has queued
     tst_data transfer          # sock.send_data
+    int limited                # it was to be sent only if there was room
+    tst_data receiving         # sock.recv_data
+    uint32_t broadcasts        # frames for all that were queued here
+    uint64_t broadcast_sum     # of their numbers
 
 
 cdef struct client_t:
@@ -153,6 +169,9 @@ cdef struct client_t:
     uint64_t read
     uint32_t have              # bytes of the server's frame that is not whole
     uint32_t got[SENDERS]      # frames of each sender
+    uint32_t next_broadcast[BROADCASTERS]  # the least number that may come from each
+    uint32_t broadcasts
+    uint64_t broadcast_sum
     unsigned char frame[FRAME_MOST]
     unsigned char reply[HEAD + REPLY_MOST]
 
@@ -177,6 +196,13 @@ cdef struct world_t:
     int closing                # rate of closes by handlers
     int requests               # of each requester
     int only_sends             # they do nothing else
+    int broadcasting
+    uint32_t broadcasts[BROADCASTERS]
+    int transfers              # handlers ask for so many bytes
+    int block_on_overflow
+    int reconnecting           # rate of handlers that return TST_RECONNECTED
+    int clients_left
+    int waiting                # other threads that wait for room
     int stop_early
     int deadlines
     int broken                 # epoll itself has failed
@@ -190,7 +216,7 @@ cdef struct world_t:
     uint64_t listener_id
     int n_socks
     sock_t socks[SOCKS]
-    client_t clients[CLIENTS]
+    client_t clients[CLIENTS + SPARES]
     int numbers[8]
     tst_shard *shards
 
@@ -213,6 +239,10 @@ cdef uint32_t body_size(int client, uint32_t message) noexcept nogil:
     return 1 + <uint32_t>(z >> 8) % 20
 
 
+cdef uint32_t frame_size(int client, uint32_t message) noexcept nogil:
+    return body_size(client, message) + (2 if world.framed else 0)
+
+
 cdef uint32_t make_frame(int client, uint32_t message, unsigned char *frame) noexcept nogil:
     cdef uint32_t size = body_size(client, message), i, n = 0
     if world.framed and world.framing.kind == FRAME_LENGTH:
@@ -231,17 +261,48 @@ cdef uint32_t make_frame(int client, uint32_t message, unsigned char *frame) noe
 
 cdef void check_message(sock_t *sock, const char *data, size_t size) noexcept nogil:
     """The handler gets what the client has sent, in order, none twice, none of another's (B01, B17, B27)."""
+    if data_requested(&sock.receiving) and (size != sock.receiving.req_len or not data_complete(&sock.receiving)):
+        sim_fail("client %d: asked for %zu bytes, the handler gets %zu", sock.client, sock.receiving.req_len, size)
+    if not world.framed:
+        check_pieces(sock, data, size)
+        sock.handed += size
+    elif data_requested(&sock.receiving):
+        check_frames(sock, data, size)
+        sock.handed += size
+    else:
+        sock.handed += frame_size(sock.client, sock.messages)
+        check_body(sock, data, size)
+
+
+cdef void check_body(sock_t *sock, const char *data, size_t size) noexcept nogil:
+    """A message as its framing has cut it."""
+    cdef size_t i
+    if size != body_size(sock.client, sock.messages):
+        sim_fail("client %d: message %u has %zu bytes", sock.client, sock.messages, size)
+    for i in range(size):
+        if <unsigned char>data[i] != letter(sock.client, (<uint64_t>sock.messages << 16) + i):
+            sim_fail("client %d: message %u is wrong at byte %zu", sock.client, sock.messages, i)
+    sock.messages += 1
+
+
+cdef void check_frames(sock_t *sock, const char *data, size_t size) noexcept nogil:
+    """A transfer of whole frames, with what is around their messages."""
+    cdef unsigned char frame[FRAME_MOST]
+    cdef uint32_t whole
+    while size:
+        whole = make_frame(sock.client, sock.messages, frame)
+        if whole > size or memcmp(data, frame, whole):
+            sim_fail("client %d: the transfer with message %u is wrong", sock.client, sock.messages)
+        sock.messages += 1
+        data += whole
+        size -= whole
+
+
+cdef void check_pieces(sock_t *sock, const char *data, size_t size) noexcept nogil:
+    """Without framing: any pieces."""
     cdef size_t i
     cdef uint32_t offset
-    if world.framed:
-        if size != body_size(sock.client, sock.messages):
-            sim_fail("client %d: message %u has %zu bytes", sock.client, sock.messages, size)
-        for i in range(size):
-            if <unsigned char>data[i] != letter(sock.client, (<uint64_t>sock.messages << 16) + i):
-                sim_fail("client %d: message %u is wrong at byte %zu", sock.client, sock.messages, i)
-        sock.messages += 1
-        return
-    for i in range(size):                  # without framing: any pieces
+    for i in range(size):
         offset = <uint32_t>sock.bytes
         if <unsigned char>data[i] != letter(sock.client, (<uint64_t>sock.messages << 16) + offset):
             sim_fail("client %d: piece is wrong in message %u at byte %u", sock.client, sock.messages, offset)
@@ -256,6 +317,7 @@ cdef void check_message(sock_t *sock, const char *data, size_t size) noexcept no
 cdef ssize_t try_append(sock_t *sock, const char *bytes, size_t size, tst_shared *shared) noexcept nogil:
     cdef bint flush = False
     cdef ssize_t result = connection_append(sock.connection, generation_of(sock.id), bytes, size, shared, False, &flush)
+    check_bound(sock, result, size)
     if flush:
         shard_ask(sock.connection, generation_of(sock.id), 0)
     return result
@@ -268,6 +330,39 @@ cdef void flush_once(sock_t *sock) noexcept nogil:
         shard_ask(sock.connection, generation_of(sock.id), PEND_IN)
     connection_ask_relief(sock.connection, generation_of(sock.id))
     world.bytes_outside += outside.bytes_out
+
+
+cdef void check_bound(sock_t *sock, ssize_t waits, size_t size) noexcept nogil:
+    """Where max_queued waited, nothing more was taken (B34)."""
+    cdef uint64_t most = world.engine.limits.max_queued
+    if most and waits > <ssize_t>size and <uint64_t>waits - size >= most:
+        sim_fail("client %d: %zd bytes wait, %zu of them new, and max_queued is %lu", sock.client, waits, size, most)
+
+
+cdef bint wait_for_room(sock_t *sock) noexcept nogil:
+    """False: it was closed meanwhile."""
+    cdef tst_connection *connection = sock.connection
+    cdef pollfd watched
+    cdef size_t waits
+    cdef bint gone, overdue, waited = False
+    watched.fd = <int><uint32_t>sock.id
+    watched.events = POLLOUT
+    while True:
+        spin_lock(&connection.lock)
+        gone = connection.out_closed or not connection_is(connection, generation_of(sock.id))
+        overdue = not gone and connection_output_is_overdue(connection, clock_now())
+        waits = queue_size(&connection.out)
+        spin_unlock(&connection.lock)
+        if overdue and connection_abort(connection, generation_of(sock.id), ETIMEDOUT):
+            sock.closing = True
+            shard_ask(connection, generation_of(sock.id), PEND_CLOSE)
+        if gone or overdue:
+            return False
+        if waits <= world.engine.limits.high_water and waited:
+            return True
+        waited = True
+        poll(&watched, 1 if waits > world.engine.limits.high_water else 0, 10)
+        flush_once(sock)
 
 
 cdef ssize_t sock_append(sock_t *sock, const char *bytes, size_t size, tst_shared *shared) noexcept nogil:
@@ -344,15 +439,20 @@ cdef void drop_litter(tst_shared *shared) noexcept nogil:
 
 
 cdef uint32_t make_reply(sock_t *sock, int sender, uint32_t size, unsigned char *frame) noexcept nogil:
+    return make_server_frame(sender, sock.client, sock.sent[sender], size, frame)
+
+
+cdef uint32_t make_server_frame(int sender, int client, uint32_t number, uint32_t size,
+                                unsigned char *frame) noexcept nogil:
     """A frame of the server's: who has sent it, its number, whose it is; so that its reader can tell what is wrong."""
-    cdef uint32_t number = sock.sent[sender], i
+    cdef uint32_t i
     frame[0] = <unsigned char>sender
-    frame[1] = <unsigned char>sock.client
+    frame[1] = <unsigned char>client
     memcpy(frame + 2, &number, 4)
     memcpy(frame + 6, &size, 4)
     frame[10] = frame[11] = 0
     for i in range(size):
-        frame[HEAD + i] = letter(sock.client + 100 * sender, (<uint64_t>number << 16) + i)
+        frame[HEAD + i] = letter(client + 100 * sender, (<uint64_t>number << 16) + i)
     return HEAD + size
 
 
@@ -380,6 +480,76 @@ cdef ssize_t send_frame(sock_t *sock, int sender) noexcept nogil:
     return result
 
 
+cdef ssize_t send_frame_or_wait(sock_t *sock, int sender) noexcept nogil:
+    """What send() does in a thread that is no worker: it blocks while there is too much, if it is to."""
+    cdef ssize_t result = send_frame(sock, sender)
+    cdef bint room = True
+    while result == -ENOBUFS and world.block_on_overflow:
+        world.waiting += 1
+        room = wait_for_room(sock)
+        world.waiting -= 1
+        result = send_frame(sock, sender) if room else -ENOTCONN
+    return result
+
+
+cdef int snapshot(sock_t **found) noexcept nogil:
+    """The sockets of all connections, at some moment each."""
+    cdef tst_connection *first = table_chunk(&world.engine.table, 0)
+    cdef int i, n = 0
+    for i in range(SIM_FIRST_FD, SIM_FIRST_FD + SIM_FILES if first != NULL else 0):
+        spin_lock(&first[i].lock)
+        if first[i].sock != NULL:
+            found[n] = <sock_t *>first[i].sock
+            n += 1
+        spin_unlock(&first[i].lock)
+    return n
+
+
+cdef bint replace_connection(sock_t *sock) noexcept nogil:
+    """What a handler does before it returns TST_RECONNECTED. The peer is a client that was kept for that.
+
+    What another worker sends until the engine knows of it nobody can hold back, so the peer does not hear it. What a
+    thread means to send then nobody knows, so threads send nothing to such a socket.
+    """
+    cdef client_t *client = &world.clients[world.n_clients]
+    if world.n_clients == CLIENTS + SPARES or not world.clients_left or world.calm or not sock.in_python:
+        return False
+    client.stream = wire_replace(sock.connection.fd, 1 + sim_below(2000), 1 + sim_below(2000))
+    if client.stream < 0:
+        return False
+    client.messages = sim_below(12)
+    client.patient = 1
+    sock.stream = client.stream
+    sock.client = world.n_clients
+    world.n_clients += 1
+    sock.messages = sock.sent[0] = 0
+    sock.bytes = sock.handed = 0
+    sock.sending = sock.closing = sock.limited = False
+    return True
+
+
+cdef void broadcast(int thread) noexcept nogil:
+    """One payload that all queues share."""
+    cdef unsigned char frame[HEAD + REPLY_MOST]
+    cdef sock_t *found[SIM_FILES]
+    cdef uint32_t number = world.broadcasts[thread]
+    cdef uint32_t size = sim_below(sim_below(8) and 40 or REPLY_MOST)
+    cdef tst_shared *shared
+    cdef int i, n
+    size = make_server_frame(SENDERS + thread, EVERYBODY, number, size, frame)
+    shared = shared_new(<char *>frame, size)
+    if shared == NULL:
+        return
+    world.broadcasts[thread] += 1
+    n = snapshot(found)
+    sim_trace("broadcasts", thread, number, n)
+    for i in range(n):
+        if not found[i].reconnects and sock_append(found[i], shared.bytes, shared.size, shared) >= 0:
+            found[i].broadcasts += 1
+            found[i].broadcast_sum += number
+    shared_leave(shared, NULL)
+
+
 # ------------------------------------------------------------------------------------------------- handlers
 
 cdef int some_socket() noexcept nogil:
@@ -399,10 +569,11 @@ cdef void may_block() noexcept nogil:
 
 cdef int act(sock_t *sock) noexcept nogil:
     """What a handler does with a message, or when it may write. Returns a TstStat."""
-    cdef unsigned char frame[HEAD + REPLY_MOST]
     cdef uint32_t size
     may_block()
-    if sim_chance(<uint32_t>world.closing):
+    # Both ends at the same time: what one of them asks for must not come back when the connection is another one.
+    if sim_chance(<uint32_t>world.closing) or (
+            sock.reconnects and world.clients[sock.client].finished and sim_below(4) == 0):
         size = sim_below(3)
         if size == 0:
             sock_close(sock)
@@ -412,6 +583,8 @@ cdef int act(sock_t *sock) noexcept nogil:
             sock.closing = True
             return STAT_DISCONNECT
         return STAT_SUSPEND
+    if sock.reconnects and sim_chance(<uint32_t>world.reconnecting) and replace_connection(sock):
+        return STAT_RECONNECTED
     size = sim_below(16)
     if size < 9:
         send_frame(sock, 0)
@@ -420,18 +593,53 @@ cdef int act(sock_t *sock) noexcept nogil:
     elif size == 10 and not world.calm:
         sock_pause(sock)
     elif size == 11 and sock.transfer.s_len:
-        size = make_reply(sock, 0, sim_below(400), frame)
-        if sock.connection.out_closed or sock.transfer.s == NULL or sock.transfer.com_len != sock.transfer.req_len:
-            return STAT_SUSPEND
-        memcpy(sock.transfer.s, frame, size)
-        if data_request(&sock.transfer, 0, size) == 0:
-            sock.sent[0] += 1
-            sock.sending = True
-            return STAT_SEND
+        return send_transfer(sock)
     elif size == 12:
         sock.sending = True
         return STAT_SEND
+    elif size == 13 and world.broadcasting:
+        broadcast(sock.connection.thread_no)
     return STAT_SUSPEND
+
+
+cdef int send_transfer(sock_t *sock) noexcept nogil:
+    """Fills sock.send_data and has it sent: whatever waits already, or only if there is room. Returns a TstStat."""
+    cdef unsigned char frame[HEAD + REPLY_MOST]
+    cdef uint32_t at = sim_below(100)
+    cdef uint32_t size = make_reply(sock, 0, sim_below(400), frame)
+    if sock.connection.out_closed or sock.transfer.s == NULL or sock.transfer.com_len != sock.transfer.req_len:
+        return STAT_SUSPEND
+    memcpy(sock.transfer.s + at, frame, size)
+    if data_request(&sock.transfer, at, size):
+        sim_fail("a transfer does not fit")
+    sock.sent[0] += 1
+    if sim_below(4):
+        sock.sending = True
+        return STAT_SEND
+    sock.limited = True
+    return STAT_SUSPEND
+
+
+cdef void check_sent(sock_t *sock) noexcept nogil:
+    """A SEND is done when its last byte has been given to the kernel, and not before."""
+    cdef tst_connection *connection = sock.connection
+    spin_lock(&connection.lock)
+    if connection.out.sent < connection.send_mark or sock.transfer.com_len != sock.transfer.req_len:
+        sim_fail("client %d: the SEND is done, and %zu bytes wait", sock.client, queue_size(&connection.out))
+    spin_unlock(&connection.lock)
+
+
+cdef void ask_transfer(sock_t *sock) noexcept nogil:
+    """Says how many bytes the next message has (sock.recv_data.req_len): some, or whole frames; or as it comes."""
+    cdef client_t *client = &world.clients[sock.client]
+    cdef uint32_t i, size = 0
+    if world.framed:
+        for i in range(sock.messages, min(sock.messages + sim_below(4), client.messages)):
+            size += frame_size(sock.client, i)
+    elif sim_below(4):
+        size = 1 + sim_below(sim_below(8) and 200 or TRANSFER_MOST)
+    if data_request(&sock.receiving, sim_below(TRANSFER_MOST - size + 1), size):
+        sim_fail("a transfer does not fit")
 
 
 cdef void enter(sock_t *sock, const char *hook) noexcept nogil:
@@ -454,20 +662,26 @@ cdef int leave(sock_t *sock, int stat) noexcept nogil:
 
 cdef int on_received(void *handler, void *place, const char *data, size_t size) noexcept nogil:
     cdef sock_t *sock = <sock_t *>place
-    if handler != NULL and sim_chance(<uint32_t>world.passing):
+    # What takes Python is asked for there only: here, transfers.
+    if handler != NULL and (sim_chance(<uint32_t>world.passing) or data_requested(&sock.receiving)):
         return STAT_RUN
     enter(sock, "received")
+    sock.in_python = handler == NULL
     if sock.sending and not kernel_stream(sock.stream).reset and not (
             kernel_stream(sock.stream).faulted or sock.connection.out_closed):    # no memory for it, say
         sim_fail("client %d: a message before the SEND was done", sock.client)
     check_message(sock, data, size)
     sock.handed_at = sim_now()
+    if handler == NULL and sock.receiving.s_len:
+        ask_transfer(sock)
     return leave(sock, act(sock))
 
 
 cdef int on_writable(void *handler, void *place) noexcept nogil:
     cdef sock_t *sock = <sock_t *>place
     enter(sock, "writable")
+    if sock.sending:
+        check_sent(sock)
     sock.sending = False
     if sim_below(2):
         send_frame(sock, 0)
@@ -493,10 +707,16 @@ cdef sock_t *new_socket(tst_connection *connection) noexcept nogil:
         if world.clients[i].stream == sock.stream:
             sock.client = i
     sock.wants_compiled = sim_below(2)
+    sock.reconnects = world.reconnecting and sim_below(2)
     spin_lock(&connection.lock)
     connection.sock = <PyObject *>sock
     spin_unlock(&connection.lock)
     return sock
+
+
+cdef uint64_t transferred(sock_t *sock) noexcept nogil:
+    """Bytes in a receiving transfer that is not complete."""
+    return 0 if data_complete(&sock.receiving) else sock.receiving.com_len
 
 
 cdef void forget_socket(tst_connection *connection) noexcept nogil:
@@ -510,7 +730,9 @@ cdef void forget_socket(tst_connection *connection) noexcept nogil:
     if sock == NULL:
         return
     free(sock.transfer.s)
-    sock.transfer.s = NULL
+    free(sock.receiving.s)
+    sock.in_transfer = transferred(sock)
+    sock.receiving.s = sock.transfer.s = NULL
     sock.forgotten = True
     connection.compiled = NULL
 
@@ -519,6 +741,12 @@ cdef void adopt_binding(sock_t *sock) noexcept nogil:
     store32(&sock.connection.rebind, 0, SEQ_CST)
     sock.connection.compiled = &world.compiled if sock.wants_compiled else NULL
     sock.connection.tell_room = not sock.wants_compiled
+
+
+cdef void publish(tst_connection *connection, void **place, tst_data *transfer) noexcept nogil:
+    spin_lock(&connection.lock)
+    store_pointer(place, transfer, RELEASE)
+    spin_unlock(&connection.lock)
 
 
 cdef void connect(tst_worker *worker, sock_t *sock) noexcept nogil:
@@ -533,9 +761,10 @@ cdef void connect(tst_worker *worker, sock_t *sock) noexcept nogil:
         sock.transfer.s_len = 512
         sock.transfer.s = <char *>calloc(1, 512)
         if sock.transfer.s != NULL:
-            spin_lock(&connection.lock)
-            store_pointer(<void **>&connection.send, &sock.transfer, RELEASE)
-            spin_unlock(&connection.lock)
+            publish(connection, <void **>&connection.send, &sock.transfer)
+    if world.transfers and sim_below(2):
+        sock.receiving.s_len = TRANSFER_MOST
+        publish(connection, <void **>&connection.recv, &sock.receiving)
     worker_enter(worker)
     enter(sock, "connected")
     if sim_below(4) == 0:
@@ -560,7 +789,7 @@ cdef uint64_t earliest_deadline(sock_t *sock) noexcept nogil:
     cdef uint64_t result = stream.sent_at + (<uint64_t>limits.write << TICK_BITS)
     if stream.received == 0:
         return min(result, stream.received_at + (<uint64_t>limits.first_byte << TICK_BITS))
-    if world.framed:
+    if world.framed or sock.receiving.s_len:
         result = min(result, sock.handed_at + (<uint64_t>limits.message << TICK_BITS))
     return min(result, max(stream.received_at, stream.sent_at) + (<uint64_t>limits.idle << TICK_BITS))
 
@@ -571,7 +800,8 @@ cdef void check_reason(sock_t *sock) noexcept nogil:
     cdef int reason = sock.reason
     if reason == 0 or stream.faulted or stream.reset or (reason == ENOMEM and kernel_tally().no_memory):
         return
-    if not (reason == ETIMEDOUT and world.deadlines) and not (reason == ENOBUFS and sock.closing):
+    if not (reason == ETIMEDOUT and world.deadlines) and not (
+            reason == ENOBUFS and (sock.closing or sock.limited)):
         sim_fail("client %d: its connection ends with errno %d, and nothing has happened to it", sock.client, reason)
     # A tick is 4 ms, and which one it is is known once a turn: handlers that block make turns long.
     if reason == ETIMEDOUT and not world.blocking and not world.siege_end and (
@@ -580,7 +810,9 @@ cdef void check_reason(sock_t *sock) noexcept nogil:
                  (earliest_deadline(sock) - sim_now()) // 1000)
 
 
-cdef void disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
+cdef bint disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
+    """False: the handler has reconnected it."""
+    cdef bint replaced
     sock.reason = sock.connection.reason
     check_reason(sock)
     if sock.connection.connected:
@@ -590,9 +822,18 @@ cdef void disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
         enter(sock, "disconnected")
         sock.disconnected = True
         may_block()
+        sock.in_python = True
+        replaced = sock.reconnects and sim_below(2) and replace_connection(sock)
         leave(sock, 0)
         worker_leave(worker)
+        if replaced and load32(&world.engine.phase, ACQUIRE) == PHASE_RUNNING:
+            sock.disconnected = False
+            connection_reconnect(sock.connection)
+            kernel_stream(sock.stream).deaf = False
+            return False
+        sock.closing |= replaced
     forget_socket(sock.connection)
+    return True
 
 
 cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
@@ -602,6 +843,7 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
     cdef size_t size
     cdef uint64_t n = 0
     cdef int stat
+    cdef bint transfer
     while connection_cut(connection):
         if load32(&connection.rebind, RELAXED):
             adopt_binding(sock)
@@ -615,12 +857,13 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
             connection_begin_close(connection)
             return
         memcpy(copy, bytes, size)
+        transfer = not connection.framed and connection_awaits_transfer(connection)
         connection.message_ready = False
         if connection.framed:
             input_consume(&connection.input, connection.frame.whole)
             connection.framed = False
             connection.frame.begin = connection.frame.size = connection.frame.whole = connection.frame.needed = 0
-        else:
+        elif not transfer:
             input_consume(&connection.input, size)
         worker_enter(worker)
         stat = on_received(NULL, sock, copy, size)
@@ -628,6 +871,7 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
         worker_job(world.engine, worker, connection, 1)
         free(copy)
         connection_apply(connection, worker, stat)
+        kernel_stream(sock.stream).deaf = False
         n += 1
         if n % 4 == 0:
             break
@@ -659,8 +903,7 @@ cdef void run_entry(tst_worker *worker, tst_entry *entry) noexcept nogil:
         due = connection_due(connection)
     elif connection.closing:
         due = connection_due(connection)
-    if due & DO_DISCONNECT:
-        disconnect(worker, sock)
+    if due & DO_DISCONNECT and disconnect(worker, sock):
         entry.what = DO_RETIRE
     else:
         connection_keep_input(connection)
@@ -922,11 +1165,13 @@ cdef void requester_main(void *argument) noexcept nogil:
             continue
         gone = sock.forgotten
         result = 0
-        kind = 0 if world.only_sends else <int>sim_below(16)
+        kind = 0 if world.only_sends else <int>sim_below(18 if world.broadcasting else 16)
         sim_progress()
         sim_trace("requests", sock.client, kind, 0)
+        if sock.reconnects and (kind < 7 or kind in (14, 15)):
+            continue
         if kind < 7:
-            result = send_frame(sock, no)
+            result = send_frame_or_wait(sock, no)
             if gone and result != -ENOTCONN and result != -ENOMEM:
                 sim_fail("client %d: a stale handle sends: %zd", sock.client, result)      # B02
         elif kind == 7:
@@ -945,6 +1190,8 @@ cdef void requester_main(void *argument) noexcept nogil:
             if connection_is(sock.connection, generation_of(sock.id)):
                 store32(&sock.connection.rebind, 1, RELEASE)
             spin_unlock(&sock.connection.lock)
+        elif kind >= 16:
+            broadcast(WORKERS + no - 1)
         elif sim_chance(<uint32_t>world.closing * 4):
             if kind == 14:
                 sock_close(sock)
@@ -958,21 +1205,27 @@ cdef void requester_main(void *argument) noexcept nogil:
 cdef void check_reply(int no, client_t *client) noexcept nogil:
     """Takes whole frames from what the client has read: each sender's in order, none torn, none of another's."""
     cdef uint32_t number = 0, size = 0, i
-    cdef int sender
+    cdef int sender, whose
     while client.have >= HEAD:
         memcpy(&number, client.reply + 2, 4)
         memcpy(&size, client.reply + 6, 4)
         sender = client.reply[0]
-        if sender >= SENDERS or client.reply[1] != no or size > REPLY_MOST:
+        whose = no if sender < SENDERS else EVERYBODY
+        if sender >= SENDERS + BROADCASTERS or client.reply[1] != whose or size > REPLY_MOST:
             sim_fail("client %d gets what is no frame, or not its own", no)
-        if number != client.got[sender]:
-            sim_fail("client %d gets number %u of sender %d, not %u", no, number, sender, client.got[sender])
+        if number != client.got[sender] if sender < SENDERS else number < client.next_broadcast[sender - SENDERS]:
+            sim_fail("client %d gets number %u of sender %d, too early or too late", no, number, sender)
         if client.have < HEAD + size:
             return
         for i in range(size):
-            if client.reply[HEAD + i] != letter(no + 100 * sender, (<uint64_t>number << 16) + i):
+            if client.reply[HEAD + i] != letter(whose + 100 * sender, (<uint64_t>number << 16) + i):
                 sim_fail("client %d gets a wrong byte", no)
-        client.got[sender] += 1
+        if sender < SENDERS:
+            client.got[sender] += 1
+        else:                              # who had too much waiting, or was not there, does not get all
+            client.next_broadcast[sender - SENDERS] = number + 1
+            client.broadcasts += 1
+            client.broadcast_sum += number
         client.have -= HEAD + size
         for i in range(client.have):
             client.reply[i] = client.reply[HEAD + size + i]
@@ -1019,6 +1272,7 @@ cdef bint client_writes(int no, client_t *client) noexcept nogil:
         client.finished = True             # the reset is seen when it reads
         return True
     client.pending -= <uint32_t>n
+    client.offset += <uint64_t>n
     if n and client.pending == 0:
         client.written += 1
     return n > 0
@@ -1060,6 +1314,7 @@ cdef void clients_main(void *argument) noexcept nogil:
                     until == 0 or world.clients[i].until < until):
                 until = world.clients[i].until
         if not left:
+            world.clients_left = False
             return
         if acted:
             sim_sleep(1 + sim_below(3) * 20000)
@@ -1084,6 +1339,8 @@ cdef void check_rest() noexcept nogil:
     cdef tst_connection *connection
     cdef sim_stream *stream
     cdef client_t *client
+    if world.waiting:
+        sim_fail("at rest, %d threads wait for room", world.waiting)
     if kernel_backlog() and not world.engine.max_connections:
         sim_fail("at rest, %d clients wait to be accepted", kernel_backlog())
     for i in range(world.n_socks):
@@ -1093,19 +1350,21 @@ cdef void check_rest() noexcept nogil:
         client = &world.clients[sock.client]
         if sock.forgotten:
             continue
+        if stream.refused:                 # B07
+            sim_fail("at rest, epoll has refused the connection of client %d, and it is open", sock.client)
         if client.done:
             sim_fail("at rest, client %d is gone and its connection is not", sock.client)
         if stream.in_size or stream.fin or stream.reset:
             sim_fail("at rest, client %d has sent %u bytes that nobody reads", sock.client, stream.in_size)
         if queue_size(&connection.out):
             sim_fail("at rest, output waits for client %d, who reads", sock.client)
-        if stream.refused:                 # B07
-            sim_fail("at rest, epoll has refused the connection of client %d, and it is open", sock.client)
         if sock.closing:
             sim_fail("at rest, the connection of client %d is closing", sock.client)
         if sock.sending:
             sim_fail("at rest, the handler of client %d has not heard of its SEND", sock.client)
-        if connection.message_ready or (world.framed and sock.messages != client.written):
+        if connection.message_ready or (
+                sock.handed + transferred(sock) + connection.input.size != client.offset) or (
+                world.framed and not data_requested(&sock.receiving) and sock.messages != client.written):
             sim_fail("at rest, the handler of client %d has had %u of %u messages", sock.client, sock.messages,
                      client.written)
 
@@ -1125,13 +1384,16 @@ cdef void check_end() noexcept nogil:
             sim_fail("client %d: it was connected and never disconnected", sock.client)
         if not ended_well(sock) or sock.closing or client.patient != 1:
             continue
-        if sock.messages != client.messages:
+        if (sock.messages != client.messages and not sock.in_transfer) or (
+                sock.handed + sock.in_transfer != client.offset):
             sim_fail("client %d: the handler has had %u of %u messages", sock.client, sock.messages, client.messages)
         if client.ended != 1:
             sim_fail("client %d: it has seen a reset", sock.client)
         for j in range(SENDERS):
             if client.got[j] != sock.sent[j]:
                 sim_fail("client %d: it has %u of %u frames of sender %d", sock.client, client.got[j], sock.sent[j], j)
+        if client.broadcasts != sock.broadcasts or client.broadcast_sum != sock.broadcast_sum:
+            sim_fail("client %d: it has %u of %u frames for all", sock.client, client.broadcasts, sock.broadcasts)
     for i in range(world.engine.n_workers):
         accepted += world.engine.workers[i].stats.accepted
         closed += world.engine.workers[i].stats.closed
@@ -1229,6 +1491,9 @@ cdef tst_limits *choose_limits() noexcept nogil:
     limits.overflow = <uint8_t>sim_below(2)
     limits.auto_pause = <uint8_t>sim_below(2)
     limits.linger = 500
+    if world.block_on_overflow:
+        limits.overflow = OVERFLOW_REFUSE
+        limits.max_queued = limits.high_water + sim_below(1000)
     if world.deadlines:
         limits.first_byte = 10 + sim_below(100)
         limits.message = 10 + sim_below(100)
@@ -1280,6 +1545,20 @@ cdef void add_trouble() noexcept nogil:
     world.storm = sim_below(16) == 0
 
 
+cdef void choose_features() noexcept nogil:
+    """What most pools do not use."""
+    world.broadcasting = sim_below(4) == 0
+    world.transfers = sim_below(4) == 0
+    if world.transfers and not world.framed and sim_below(4) == 0:
+        world.clients[0].messages = 400    # long enough for a transfer that is received in place
+    world.reconnecting = 200 if sim_below(8) == 0 else 0
+    if world.reconnecting:
+        world.blocking = 80                # so that messages and the end are there at once
+    if world.block_on_overflow:
+        world.requests += 20
+        world.n_requesters = REQUESTERS
+
+
 cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     cdef sim_faults faults
     cdef int i, n_workers, n_shards, slow
@@ -1317,6 +1596,7 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     world.engine.max_connections = 1 + sim_below(4) if sim_below(4) == 0 else 0
     if sim_below(4) == 0:
         world.engine.total.most = 1 + sim_below(8000)
+    world.block_on_overflow = sim_below(8) == 0
     world.engine.limits = choose_limits()
     sim_quiet_begin = <uintptr_t>&world.engine.table.chunks[1]      # no-cython-lint
     sim_quiet_size = sizeof(void *) * (TABLE_CHUNKS - 1)      # no-cython-lint
@@ -1330,6 +1610,7 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     world.n_requesters = <int>sim_below(REQUESTERS + 1)
     narrow(seed, &faults)
     add_trouble()
+    choose_features()
     kernel_faults(&faults)
     for i in range(8):
         world.numbers[i] = i
@@ -1339,6 +1620,7 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     world.requesters_left = world.n_requesters
     for i in range(world.n_requesters):
         sim_spawn("requester", requester_main, &world.numbers[i + 1])
+    world.clients_left = True
     sim_spawn("clients", clients_main, NULL)
     if world.storm:
         sim_spawn("signals", signals_main, NULL)

@@ -329,7 +329,7 @@ static ssize_t transmit(int fd, const struct iovec *pieces, size_t n_pieces) {
         for (size_t j = 0; j < pieces[i].iov_len && n < room; j++, n++)
             stream->out[(stream->out_begin + stream->out_size + n) % SIM_BUFFER] =
                 ((const unsigned char *)pieces[i].iov_base)[j];
-    stream->out_size += n;
+    stream->out_size += stream->deaf ? 0 : n;
     stream->sent += n;
     stream->sent_at = sim_now();
     tally.bytes_sent += n;
@@ -419,11 +419,20 @@ static int k_accept4(int fd, struct sockaddr *address, socklen_t *size, int flag
     return fresh;
 }
 
+static short poll_bits(int fd) {
+    struct file *file = file_of(fd);
+    return (short)(file ? readiness(file) & (EPOLLOUT | EPOLLERR | EPOLLHUP) : POLLNVAL);
+}
+
+/* It looks before and after its time-out, not in between. */
 static int k_poll(struct pollfd *fds, unsigned long count, int timeout_ms) {
-    (void)count, (void)timeout_ms;
     sim_call();
-    fds->revents = (short)(readiness(file_of(fds->fd)) & (EPOLLOUT | EPOLLERR | EPOLLHUP));
-    sim_trace("poll", fds->fd, 0, fds->revents);
+    fds->revents = count ? poll_bits(fds->fd) : 0;
+    if (!fds->revents && timeout_ms > 0) {
+        sim_sleep((uint64_t)timeout_ms * SIM_MILLISECOND);
+        fds->revents = count ? poll_bits(fds->fd) : 0;
+    }
+    sim_trace("poll", fds->fd, timeout_ms, fds->revents);
     return fds->revents != 0;
 }
 
@@ -714,19 +723,44 @@ void kernel_free_all(void) {
         k_free(heap.next + 1);
 }
 
-int wire_connect(uint32_t in_capacity, uint32_t out_capacity) {
-    struct sim_stream *stream;
-    if (n_streams == SIM_STREAMS || !file_of(listener) || file_of(listener)->kind != LISTENER)
-        return -1;
-    stream = &streams[n_streams];
+static void begin_stream(struct sim_stream *stream, int fd, uint32_t in_capacity, uint32_t out_capacity) {
     memset(stream, 0, offsetof(struct sim_stream, in));
-    stream->fd = -1;
+    stream->fd = fd;
+    stream->accepted = fd >= 0;
+    stream->received_at = stream->sent_at = sim_now();
     stream->in_capacity = in_capacity;
     stream->out_capacity = out_capacity;
+}
+
+int wire_connect(uint32_t in_capacity, uint32_t out_capacity) {
+    if (n_streams == SIM_STREAMS || !file_of(listener) || file_of(listener)->kind != LISTENER)
+        return -1;
+    begin_stream(&streams[n_streams], -1, in_capacity, out_capacity);
     backlog[n_backlog++] = n_streams;
     poke(listener, EPOLLIN);
     sim_progress();
     sim_trace("connects", n_streams, 0, 0);
+    return n_streams++;
+}
+
+/* What a handler does that puts a fresh connection under its descriptor: connect(), dup2(). The old one ends with a reset. */
+int wire_replace(int fd, uint32_t in_capacity, uint32_t out_capacity) {
+    struct file *file = file_of(fd);
+    struct sim_stream *old = &streams[file->stream], *fresh = &streams[n_streams];
+    if (n_streams == SIM_STREAMS)
+        return -1;
+    old->closed = old->shut = old->aborted = 1;
+    old->fd = -1;
+    old->out_size = 0;
+    begin_stream(fresh, fd, in_capacity, out_capacity);
+    fresh->deaf = 1;
+    file->stream = n_streams;
+    if (sim_below(4))                   /* else a duplicate is left somewhere, and the set keeps the old one */
+        file->epoll = -1;
+    file->ready = 0;
+    sim_progress();
+    sim_wake(&wire, 1);
+    sim_trace("replaces", fd, n_streams, 0);
     return n_streams++;
 }
 

@@ -71,7 +71,7 @@ FAULTS = {
     ),
     "it breaks unnoticed after the last look": (
         "_entry",
-        "    if connection_is_over(connection):\n        return PEND_IN ",
+        "    if connection_is_over(connection, connection_takes_messages(connection)):\n        return PEND_IN ",
         "    if False:\n        return PEND_IN ",
     ),
     "a reply that was cut short ends cleanly": (
@@ -139,6 +139,61 @@ FAULTS = {
         "_entry",
         "armed = connection_arm(connection, want_input, &worker.stats)",
         "armed = 0 if connection.registered else connection_arm(connection, want_input, &worker.stats)",
+    ),
+    "broadcast: its references are not counted": (
+        "_queue",
+        "add32(&shared.users, 1, RELAXED)",
+        "add32(&shared.users, 1 if shared.object != NULL else 0, RELAXED)",
+    ),
+    "broadcast: its payload is never freed": (
+        "_queue",
+        "    if shared.object == NULL:\n        free(shared)\n        return\n",
+        "    if shared.object == NULL:\n        return\n",
+    ),
+    "transfer: input behind it is forgotten": (
+        "_entry",
+        "input_consume(&connection.input, <size_t>used)",
+        "input_consume(&connection.input, connection.input.size)",
+    ),
+    "transfer: bytes received in place do not count": (
+        "_entry",
+        "data_unpin(data, n, now)",
+        "data_unpin(data, 0, now)",
+    ),
+    "transfer: a SEND is done too early": (
+        "_entry",
+        "sent = connection.out.sent >= connection.send_mark",
+        "sent = True",
+    ),
+    "block: more than max_queued is taken": (
+        "_conn",
+        "if limits.max_queued and waits >= limits.max_queued:",
+        "if False:",
+    ),
+    "block: what was dropped still counts": (
+        "_conn",
+        "    if counts != connection.counted:\n",
+        "    if counts > connection.counted:\n",
+    ),
+    "reconnected: the new peer gets what is left": (
+        "_entry",
+        "# what it sends is the old one's\n    output_drop(connection)\n",
+        "# what it sends is the old one's\n",
+    ),
+    "reconnected: unread input is taken for the new peer's": (
+        "_entry",
+        "    cdef tst_data *data\n    input_free(&connection.input)\n",
+        "    cdef tst_data *data\n",
+    ),
+    "reconnected: epoll may still have the old one": (
+        "_entry",
+        "    sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2",
+        "    # dup2",
+    ),
+    "reconnected: a close that was heard comes again": (
+        "_entry",
+        "    connection_mark(connection, PEND_CLOSE, False, STATE_OWNED,",
+        "    connection_mark(connection, 0, False, STATE_OWNED,",
     ),
 }
 

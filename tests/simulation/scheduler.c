@@ -11,8 +11,8 @@ enum {
     THREADS = 24,
     STACK = 131072,
     STEPS_MOST = 20000000,   /* a seed that does not end has a live-lock */
-    CALLS_MOST = 2000,       /* kernel calls with which nothing is done, before whoever makes them spins ... */
-    CALLS_EACH = 100,        /* ... and so many more in each millisecond */
+    CALLS_MOST = 1000,       /* kernel calls with which nothing is done, before whoever makes them spins ... */
+    CALLS_EACH = 50,        /* ... and so many more in each millisecond */
 };
 
 #define REST_AFTER (600 * SIM_MILLISECOND)

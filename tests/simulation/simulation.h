@@ -165,6 +165,7 @@ struct sim_stream {
     int fin, reset;       /* by the client */
     int error;            /* errno that the server is to see once */
     int shut;             /* the server has sent its FIN */
+    int deaf;             /* what is sent may be another one's, and is dropped */
     int linger_off;       /* close() resets */
     int went_with_reset;  /* output was lost by a reset */
     uint32_t in_capacity, out_capacity;
@@ -191,6 +192,9 @@ void kernel_free_all(void);
 int kernel_backlog(void);
 const struct sim_tally *kernel_tally(void);
 const void *kernel_wire(void);            /* the channel on which a client waits for the server */
+
+/* A handler puts a fresh connection under its descriptor. Its stream, or -1. */
+int wire_replace(int fd, uint32_t in_capacity, uint32_t out_capacity);
 
 /* The client's end. */
 int wire_connect(uint32_t in_capacity, uint32_t out_capacity); /* its number, or -1 */
