@@ -104,6 +104,12 @@ FAULTS = {
         "return 0 if errno == EINTR else -errno\n    return n",
         "return -errno\n    return n",
     ),
+    "B08: after a signal it sleeps on, and says that it does not": (
+        "_turn",
+        "    store32(&shard.sleeping, SLEEPING_NOT, RELAXED)\n    if engine.busy_poll:",
+        "    store32(&shard.sleeping, SLEEPING_NOT, RELAXED)\n    if n == 0:\n"
+        "        n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, timeout)\n    if engine.busy_poll:",
+    ),
     "B08: a signal is taken for the end of idle_time": (
         "_turn",
         "now - load64(&worker.waiting_since, RELAXED) >= engine.idle_time:",
