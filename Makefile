@@ -16,6 +16,11 @@
 
 PYTHON ?= python3
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d%s" % (*sys.version_info[:2], sys.abiflags))' 2>/dev/null)
+INSTRUMENTED := $(findstring --with-thread-sanitizer,$(shell $(PYTHON) -c 'import sysconfig; \
+    print(sysconfig.get_config_var("CONFIG_ARGS"))' 2>/dev/null))
+ifneq ($(INSTRUMENTED),)
+TAG := $(TAG)-tsan
+endif
 ifeq ($(origin PYTHON),file)
 VENV ?= .venv
 else
@@ -48,7 +53,7 @@ help:
 	@echo "make parallel   the tests, each in four threads at the same time (for a free-threaded Python)"
 	@echo "make debug      the tests with the engine's invariants checked"
 	@echo "make asan       the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make tsan       the tests under ThreadSanitizer"
+	@echo "make tsan       the tests under ThreadSanitizer (free-threaded: PYTHON= one built with --with-thread-sanitizer)"
 	@echo "make fuzz       a minute of fuzzing for each target (ARGS=3600 for an hour each; best with clang)"
 	@echo "make werror     a build in which every compiler warning is an error"
 	@echo "make cov        the tests, counting which lines of the .py, .pyx and .pxd files they execute (needs gcov)"
@@ -67,12 +72,15 @@ build: $(BUILT) $(EXTRAS:%=$(VENV)/.extra-%)
 
 # pip builds without its usual throw-away environment (Cython goes into ours instead), so that a rebuild after a small
 # change does not install Cython anew. It is quiet unless something fails: then it prints everything.
-$(BUILT): $(SOURCES)
+# A Python that was built with ThreadSanitizer is for `make tsan` alone, which builds for itself: an extension in place
+# would have the name of an ordinary Python's. It says nothing of the races that it has in pip.
+$(BUILT): export TSAN_OPTIONS := report_bugs=0
+$(BUILT): $(if $(INSTRUMENTED),pyproject.toml,$(SOURCES))
 	@sh .ci/prepare "$(PYTHON)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "building tstpool for Python $(TAG) in $(VENV)"
 	@$(call install_lists,requires|test|cli)
-	@TSTPOOL_WHITEBOX=1 $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@$(if $(INSTRUMENTED),,TSTPOOL_WHITEBOX=1 $(PIP_INSTALL) --no-build-isolation --no-deps --editable .)
 	@touch $@
 
 demo: $(BUILT)

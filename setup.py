@@ -142,6 +142,13 @@ class BuildExt(build_ext):
         super().build_extensions()
 
 
+class Cythonize(BuildExt):
+    """`setup.py cythonize` makes the C files alone. They are the same for each interpreter, which compiles them."""
+
+    def run(self):
+        cythonize_strictly(self.distribution.ext_modules)
+
+
 extensions = [make_extension("tstpool._core", "tstpool/_core.pyx")]
 if WHITEBOX:
     for name in ("tests.whitebox._whitebox", "tests.downstream.downstream_handlers"):
@@ -156,6 +163,6 @@ if WHITEBOX:
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "cythonize": Cythonize},
     options={"build": {"build_base": BUILD_BASE}},
 )

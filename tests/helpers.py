@@ -24,6 +24,9 @@ PATIENCE = float(os.environ.get("TSTPOOL_TEST_PATIENCE", "1.0"))
 # "", "address,undefined" or "thread": which sanitizer the extension under test was built with.
 SANITIZER = os.environ.get("TSTPOOL_SANITIZE", "")
 
+# True where the interpreter itself was built with ThreadSanitizer.
+INSTRUMENTED = "--with-thread-sanitizer" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+
 # True on a python3.13t: handlers really run in parallel there.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 

@@ -262,7 +262,7 @@ def test_another_thread_takes_a_view_while_the_handler_returns(make_pool, make_c
                 view = memoryview(obj)
             except (IndexError, BufferError):
                 continue
-            time.sleep(1e-5)               # the next message arrives
+            time.sleep(1e-5)  # the next message arrives
             if bytes(view) != bytes([first]) * len(view) or bytes(part) != bytes(view[1:]):
                 torn.append((first, bytes(view), bytes(part)))
             del view, part

@@ -77,8 +77,7 @@ cdef class LengthPrefixed(Framing):
 
 cdef class TstSocket:
     cdef readonly uint64_t id              # public. generation << 32 | descriptor; never used twice
-    cdef void *state                       # public. owned: the TstNogilHandler's struct for this connection, else NULL.
-                                           # Atomic for whoever looks outside of its hooks
+    cdef void *state                       # public, atomic. owned: the TstNogilHandler's struct for this one, or NULL
     cdef TstNogilHandler state_handler     # whose `release` is called with it
     cdef tst_connection *connection        # shared: the slot; holds another connection once the generation differs
     cdef TstPool pool                      # keeps the table alive
