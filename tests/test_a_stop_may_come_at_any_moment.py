@@ -124,13 +124,18 @@ class Server:
         self.me = self
     def __del__(self):
         global hits
-        hits += 1
+        hits += inside
         pool.stop(0)
-hits = 0
-gc.set_threshold(20)
-for _ in range(60):
+hits, inside, kept = 0, False, []
+gc.set_threshold(20, 0)  # 0: a free-threaded Python collects as soon, however much there is
+for n in range(300):
     Server()
+    kept.append([[] for _ in range(n % 50)])  # it counts what stays, in hundreds: somewhere in here the next is full
+    inside = True
     pool.listen("127.0.0.1", 0)
+    inside = False
+    if hits > 3:
+        break
 gc.set_threshold(700)
 print(hits > 0)
 pool.stop()

@@ -690,8 +690,9 @@ class Server(TstHandler):
         ends.append(type(reason).__name__)
 
 ends, piece = [], bytearray(b"x" * 65536)
-pool = TstPool(Server(), workers=4, framing=LengthPrefixed(4), first_byte_timeout=5,
-               message_timeout=5, write_timeout=5, max_connections=2000)
+# idle_timeout: once too much waits for all together, one's output may be so little that the kernel takes it after all.
+pool = TstPool(Server(), workers=4, framing=LengthPrefixed(4), first_byte_timeout=5, message_timeout=5, write_timeout=5,
+               idle_timeout=5, max_connections=2000)
 print(pool.listen("127.0.0.1", 0)[1])
 pool.start()
 for line in sys.stdin:
