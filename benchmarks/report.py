@@ -313,7 +313,7 @@ def draw(document: dict[str, Any], path: Path) -> bool:
         [
             "Bars: median of the rounds; whiskers: lowest and highest round.",
             method(document) + ".",
-            *warnings(document)[:1],
+            *(warning.rstrip(".") + "." for warning in warnings(document)[:1]),
             f"Measured {document['machine']['date']}.",
         ]
     )
