@@ -13,7 +13,7 @@ cdef enum:
     QUICK_CALL = 2000          # nanoseconds: calls that take less are timed in groups
     GROUP_MOST = 32            # calls in a group
     LONG_GROUP = 100000        # nanoseconds: more than quick calls can take together
-    DEADLINE_KINDS = 7         # DEADLINE_* of _timer.pxd
+    DEADLINE_KINDS = 7         # room for a counter of each kind of deadline; whoever counts numbers them
 
 
 cdef inline uint64_t clock_now() noexcept nogil:
