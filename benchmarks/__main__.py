@@ -17,7 +17,7 @@ except ImportError:
         "The benchmarks need rich, matplotlib and uvloop: pip install 'tstpool[bench]' (or: pip install -e '.[bench]')"
     )
 
-from . import calls, counting, peers, report, results, workloads
+from . import calls, counting, pairs, peers, report, results, workloads
 from .build import BUILD, SOURCES, program
 from .machine import QUIET, describe, wait_until_quiet
 from .measure import Failure, choose_cores, measure
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
         dest="set",
         action="store_const",
         const="floors",
-        help="what floors.py is about, and every server at 64 B: twenty minutes; what --write-results measures",
+        help="what floors.py is about, and every server at 64 B: half an hour; what --write-results measures",
     )
     known = f"peers: {', '.join(peers.BY_NAME)}; workloads: {', '.join(workloads.BY_NAME)}"
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help=f"these peers, these workloads ({known})")
@@ -62,6 +62,11 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="system calls by name, too (needs strace), and what statistics cost; --floors and --full have this anyway",
     )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="what floors compare in many short turns, too; --floors and --full have this anyway, unless --only is given",
+    )
     parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
     parser.add_argument("--write-results", action="store_true", help="write into benchmarks/ instead: to be committed")
     parser.add_argument(
@@ -75,6 +80,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.set = options.set or ("floors" if options.write_results else "default")
     options.limits = options.limits or options.set in ("floors", "full")
+    options.pairs = options.pairs or (options.set in ("floors", "full") and not options.only)
     if options.rounds is None:
         options.rounds = 3 if options.set == "quick" else 5
     if options.seconds is None:
@@ -155,6 +161,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.cores == "split" and server == generator:
         console.print("! there is only one core: server and generator share it", style="yellow")
     samples = list(take(plan, options, console))
+    if options.pairs:
+        console.print("What floors compare, once more in short turns side by side: seven minutes.")
+        limits["pairs"] = pairs.measure(skipped, options.cores, lambda title: console.print(f"  {title}", style="dim"))
     settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")}
     return {
         "machine": describe(),

@@ -1,7 +1,7 @@
 """What tstpool shall reach, as data: a floor is a line here. What a run says about each is `findings`.
 
-A ratio is the median of those within each round, as everywhere (results.py). Where it is to several servers, the one
-that does best beside ours counts.
+A ratio is the median of those within each round, as everywhere (results.py): of the many short ones of pairs.py where
+a run has them. Where it is to several servers, the one that does best beside ours counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from . import counting
 from .peers import BY_NAME, REFERENCE
-from .results import ratio, select, split_us, spread, value
+from .results import paired, ratio, select, split_us, spread, value
 
 Document = dict[str, Any]
 
@@ -50,6 +50,11 @@ class Floor:
     wanted: float
     against: tuple[str, ...] = ()  # whom the ratio is to; empty: it is the figure itself
     gil: bool = False  # meant for a Python that has one
+
+    @property
+    def paired(self) -> bool:
+        """What pairs.py measures."""
+        return bool(self.against) and self.quantity in (RATE, P99)
 
     @property
     def format(self) -> str:
@@ -159,6 +164,8 @@ def _measured(floor: Floor, document: Document, against: str) -> tuple[float, ..
         return (_own_code(floor, document, floor.peer) / _own_code(floor, document, against),)
     mine = select(document["samples"], floor.workload, floor.peer)
     key, sub = floor.quantity.key, floor.quantity.sub
+    if floor.paired and (measured := paired(document, floor.workload, floor.peer, against, key, sub)):
+        return measured
     if not against:
         return tuple(spread(value(sample, key, sub) for sample in mine.values()))
     return tuple(ratio(mine, select(document["samples"], floor.workload, against), key, sub) or ())

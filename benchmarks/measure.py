@@ -227,18 +227,23 @@ def check_in_flight(sample: dict[str, Any], expected: int) -> None:
         raise Failure(f"rate x mean latency says that {found:.0f} messages were in flight, not {expected}")
 
 
-def measure(peer: Peer, workload: Workload, seconds: float, warm_up: float, cores: str) -> dict[str, Any]:
-    """One sample, with how much of the machine others took meanwhile. Raises Failure."""
-    server_cores, generator_cores = choose_cores(workload.cores or cores)
-    with running(peer, server_cores) as server:
-        time.sleep(0.05)  # a Python server prints its port just before it begins to wait
-        load = Load(peer, workload, server, seconds, warm_up, generator_cores)
-        before, ours = CpuTimes.now(), _cpu_seconds(server.pid) + _our_cpu_seconds()
-        result = DRIVERS[workload.driver](load)
-        after, ours = CpuTimes.now(), _cpu_seconds(server.pid) + _our_cpu_seconds() - ours
+def sample(load: Load) -> dict[str, Any]:
+    """One measurement of a server that runs, with how much of the machine others took meanwhile. Raises Failure."""
+    workload, pid = load.workload, load.server.pid
+    before, ours = CpuTimes.now(), _cpu_seconds(pid) + _our_cpu_seconds()
+    result = DRIVERS[workload.driver](load)
+    after, ours = CpuTimes.now(), _cpu_seconds(pid) + _our_cpu_seconds() - ours
     total = after.total - before.total
     result["others"] = round(max(0.0, after.busy - before.busy - ours) / total, 4)
     result["steal"] = round((after.steal - before.steal) / total, 4)
     if "latency_us" in result:
         check_in_flight(result, workload.connections * workload.depth)
     return result
+
+
+def measure(peer: Peer, workload: Workload, seconds: float, warm_up: float, cores: str) -> dict[str, Any]:
+    """A server of its own, and one sample of it. Raises Failure."""
+    server_cores, generator_cores = choose_cores(workload.cores or cores)
+    with running(peer, server_cores) as server:
+        time.sleep(0.05)  # a Python server prints its port just before it begins to wait
+        return sample(Load(peer, workload, server, seconds, warm_up, generator_cores))

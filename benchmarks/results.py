@@ -9,6 +9,7 @@ longest of all rounds.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from .peers import REFERENCE
 
 Sample = dict[str, Any]  # what the generator printed, and: workload, peer, round, others, steal; or: error
 Figures = dict[str, Any]
+LEAST_PAIRS = 10
 
 
 def select(samples: Iterable[Sample], workload: str, peer: str) -> dict[int, Sample]:
@@ -45,6 +47,25 @@ def ratio(mine: dict[int, Sample], reference: dict[int, Sample], key: str, sub: 
     """The spread of the rounds that both have."""
     rounds = [value(mine[r], key, sub) / value(reference[r], key, sub) for r in mine if r in reference]
     return spread(rounds) if rounds else None
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The median, and those of the values between which that of ever more of them would lie, 95 times of 100 (the
+    binomial law, whose normal approximation does from ten values on)."""
+    ordered, n = sorted(values), len(values)
+    reach = 1.96 * math.sqrt(n) / 2
+    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    return median(ordered), ordered[low], ordered[high]
+
+
+def paired(
+    document: dict[str, Any], workload: str, mine: str, other: str, key: str, sub: str = ""
+) -> tuple[float, ...]:
+    """The ratio that pairs.py has measured, with its interval; empty if it has too few rounds of it."""
+    name = f"{key}.{sub}" if sub else key
+    lines = {line["peer"]: line[name] for line in document.get("pairs", ()) if line["workload"] == workload}
+    rounds = [a / b for a, b in zip(lines.get(mine, ()), lines.get(other, ()), strict=False) if a and b]
+    return interval(rounds) if len(rounds) >= LEAST_PAIRS else ()
 
 
 def split_us(samples: Iterable[Sample]) -> dict[str, float | None]:
@@ -108,9 +129,12 @@ def trustworthy(samples: list[Sample]) -> bool:
 
 def save(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    text = json.dumps(document | {"samples": "@"}, indent=1)
-    samples = ",\n  ".join(json.dumps(sample) for sample in document["samples"])  # a line each: diffs can be read
-    path.write_text(text.replace('"@"', f"[\n  {samples}\n ]") + "\n")
+    long = [key for key in ("pairs", "samples") if key in document]
+    text = json.dumps(document | {key: f"@{key}" for key in long}, indent=1)
+    for key in long:
+        lines = ",\n  ".join(json.dumps(line) for line in document[key])  # a line each: diffs can be read
+        text = text.replace(f'"@{key}"', f"[\n  {lines}\n ]")
+    path.write_text(text + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -761,7 +761,7 @@ def test_floors_are_what_the_committed_run_measures() -> None:
 
 
 def floor_rows(text: str) -> list[list[str]]:
-    """Of the headline's workload: server, figure, beside, wanted, measured, lowest-highest, met."""
+    """Of the headline's workload: server, figure, beside, wanted, measured, between, met."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.count("|") == 9]
     return [row[1:] for row in rows if row[0] == "64 B, 50 connections, one in flight"]
 
@@ -790,6 +790,36 @@ def test_hardest_of_several_counts() -> None:
         print(json.dumps([[one.floor.wanted, one.against, one.measured, one.met] for one in found]))"""
     measured = ["uvloop-tuned-buffered", [1.2, 1.2, 1.2], False]
     assert in_benchmarks(code) == [[1.4, *measured], [1.5, *measured]]
+
+
+def test_pairs_are_what_ratios_of_floors_are_taken_from(tmp_path: Path) -> None:
+    """With the interval of their median, and a round that only one of the two has counts for nothing."""
+    samples = [sample("c-level", 0, 100e3), sample("tstpool", 0, 50e3)]
+    ours, theirs = [float(96 + number) for number in range(20)] + [1e6], [100.0] * 20 + [None]
+    pairs = [
+        {"workload": "echo-64B-c50", "peer": peer, "messages_per_s": rates, "latency_us.p99": rates}
+        for peer, rates in (("tstpool", ours), ("c-level", theirs))
+    ]
+    rows = floor_rows(report(tmp_path, samples, pairs=pairs))
+    ratio = ["1.055", "1.010 - 1.110"]  # 96 to 115 of 100; reach 1.96 * sqrt(20) / 2 = 4.4 of 20 places
+    assert rows[1][2:] == ["C epoll, level-triggered", ">= 0.95", *ratio, "yes"]
+    few = [line | {"messages_per_s": line["messages_per_s"][:9]} for line in pairs]
+    rows = floor_rows(report(tmp_path, samples, pairs=few))
+    assert rows[1][4:] == ["0.500", "0.500 - 0.500", "**no**"]
+
+
+def test_pairs_run_side_by_side_and_in_turns() -> None:
+    code = """if True:
+        from benchmarks import pairs, workloads
+        from benchmarks.peers import BY_NAME
+        pairs.STARTS, pairs.ROUNDS, pairs.TURN_SECONDS = 2, 2, 0.05
+        chosen = [BY_NAME["c-level"], BY_NAME["asyncio"]]
+        found = list(pairs.turns(workloads.BY_NAME["echo-64B-c50"], chosen, "split"))
+        names = [[peer.name for peer in servers] for _, servers in pairs.plan({"uvloop": "why"})]
+        print(json.dumps([sorted((number, peer) for number, peer, _ in found), names]))"""
+    turns, names = in_benchmarks(code)
+    assert turns == [[number, peer] for number in range(4) for peer in ("asyncio", "c-level")]
+    assert names[0] == ["tstpool-nogil", "c-level", "tstpool", "uvloop-aiofastnet"]
 
 
 def test_free_threaded_servers_have_an_interpreter_of_their_own() -> None:

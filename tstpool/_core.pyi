@@ -146,7 +146,7 @@ class TstPool:
         on_overflow: Literal["raise", "block", "close"] = "raise",
         auto_pause: bool = True,
         max_total_queued: int | None = 268435456,
-        busy_poll: float = 0.0,
+        busy_poll: float = 20e-6,
         keepalive: int | None = None,
         accepts_per_turn: int = 16,
         accept_pause: float = 0.1,

@@ -146,6 +146,8 @@ cdef struct tst_shard:
     uint32_t draining          # atomic, written by the holder: stop() was seen
     uint32_t aborted           # atomic, written by the holder: the time for draining is over
     bint napped                # holder only: the last sleep was shorter than busy_poll
+    uint32_t vain              # holder only: busy polls in a row that found nothing, POLLS_VAIN_MOST at most
+    uint32_t sit_out           # holder only: naps to come before the next busy poll
     bint requests_first        # holder only: requests and events take turns in being collected first
     uint32_t done              # atomic: all is closed, stop() is through with it
     tst_batch *batch           # holder only

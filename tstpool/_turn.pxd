@@ -39,6 +39,9 @@ cdef enum:
     DRAIN_LOOK = 20000000                  # nanoseconds between two looks whether all is closed, while stopping
 
 cdef enum:
+    POLLS_VAIN_MOST = 8                    # busy polls in vain: 2, 4, ... up to 256 naps are then slept as they come
+
+cdef enum:
     TURN_LOST = 0                          # the shard was taken over meanwhile
     TURN_RUN = 1                           # entries wait for the interpreter
     TURN_IDLE = 2                          # nothing came for idle_time, and a handler wants to know
@@ -218,12 +221,24 @@ cdef inline int shard_busy_poll(tst_engine *engine, tst_shard *shard, tst_batch 
     """Polls without sleeping, for busy_poll at most. Returns the number of events, 0: none, or somebody has a request;
     or -errno.
 
-    Waking a processor that sleeps costs a client more than its message does. A server that is faster than its clients
-    goes to sleep after each of them. (stop() is an event too.)
+    Going to sleep and being woken take longer than most messages do. A server that is faster than its clients pays that
+    for each of them. (stop() is an event too.)
+
+    It must not cost more than it spares: a client that needs this very processor, say, cannot answer while we poll. So
+    the next try after one in vain waits for 2 short sleeps, then for 4, 8, ... 256, until one pays again.
     """
     cdef int n = 0
-    while n == 0 and load_pointer(&shard.requests, RELAXED) == NULL and clock_now() - now < engine.busy_poll:
+    if shard.sit_out:
+        shard.sit_out -= 1
+        return 0
+    while n == 0 and load_pointer(&shard.requests, RELAXED) == NULL:
+        if clock_now() - now >= engine.busy_poll:
+            if shard.vain < POLLS_VAIN_MOST:
+                shard.vain += 1
+            shard.sit_out = <uint32_t>1 << shard.vain
+            return 0
         n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, 0)
+    shard.vain = 0
     return n
 
 
