@@ -1,8 +1,7 @@
 # cython: language_level=3
 """What the engine takes from the C library and the compiler: declarations only, grouped by header.
 
-The lowest layer. Nothing is defined here but other ways to call these, so that every other header can be read against
-one list of foreign names.
+The lowest layer. Nothing is defined here, so that every other header can be read against one list of foreign names.
 """
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -30,6 +29,7 @@ cdef extern from "<sys/epoll.h>" nogil:
 
     int epoll_create1(int flags)
     int epoll_ctl(int epfd, int operation, int fd, epoll_event *event)
+    int epoll_wait(int epfd, epoll_event *events, int capacity, int timeout_ms)
 
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -73,48 +73,14 @@ cdef extern from "<sys/socket.h>" nogil:
     int AF_INET6
     int AF_UNIX
 
+    # The C library's functions, not the system calls below them: in a process with threads each costs two atomic
+    # operations more, because a thread could be cancelled there, a hundredth of a short message's time in all. But who
+    # puts a network stack of their own under the program with LD_PRELOAD replaces these.
+    ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    ssize_t send(int fd, const void *buffer, size_t size, int flags)
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int setsockopt(int fd, int level, int name, const void *value, socklen_t size)
     int shutdown(int fd, int how)
-
-
-# The four calls of the hot path, past the C library: in a process with threads it makes each a place where the thread
-# may be cancelled, with two atomic operations, a hundredth of a message's time in all. Nobody cancels our threads. Not
-# past what stands in between on purpose: a sanitizer, the simulation.
-cdef extern from * nogil:
-    """
-    #include <sys/epoll.h>
-    #include <sys/socket.h>
-    #include <sys/syscall.h>
-    #include <unistd.h>
-    #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__) || defined(recv) || !defined(SYS_recvfrom) \\
-            || !defined(SYS_sendto) || !defined(SYS_sendmsg) || !(defined(SYS_epoll_wait) || defined(SYS_epoll_pwait))
-    #define tst_sys_recv(...) recv(__VA_ARGS__)
-    #define tst_sys_send(...) send(__VA_ARGS__)
-    #define tst_sys_sendmsg(...) sendmsg(__VA_ARGS__)
-    #define tst_sys_epoll_wait(...) epoll_wait(__VA_ARGS__)
-    #else
-    static inline ssize_t tst_sys_recv(int fd, void *buffer, size_t size, int flags) {
-        return syscall(SYS_recvfrom, fd, buffer, size, flags, NULL, NULL);
-    }
-    static inline ssize_t tst_sys_send(int fd, const void *buffer, size_t size, int flags) {
-        return syscall(SYS_sendto, fd, buffer, size, flags, NULL, 0);
-    }
-    static inline ssize_t tst_sys_sendmsg(int fd, const struct msghdr *message, int flags) {
-        return syscall(SYS_sendmsg, fd, message, flags);
-    }
-    static inline int tst_sys_epoll_wait(int epfd, struct epoll_event *events, int capacity, int timeout_ms) {
-    #ifdef SYS_epoll_wait
-        return (int)syscall(SYS_epoll_wait, epfd, events, capacity, timeout_ms);
-    #else
-        return (int)syscall(SYS_epoll_pwait, epfd, events, capacity, timeout_ms, NULL, 0);
-    #endif
-    }
-    #endif
-    """
-    ssize_t recv "tst_sys_recv"(int fd, void *buffer, size_t size, int flags)
-    ssize_t send "tst_sys_send"(int fd, const void *buffer, size_t size, int flags)
-    ssize_t sendmsg "tst_sys_sendmsg"(int fd, const msghdr *message, int flags)
-    int epoll_wait "tst_sys_epoll_wait"(int epfd, epoll_event *events, int capacity, int timeout_ms)
 
 
 cdef extern from "<sys/ioctl.h>" nogil:
