@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--pairs",
         action="store_true",
-        help="what floors compare in many short turns, too; --floors and --full have this anyway, unless --only is given",
+        help="what floors compare in many short turns, too; --floors and --full have this anyway, but not with --only",
     )
     parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
     parser.add_argument("--write-results", action="store_true", help="write into benchmarks/ instead: to be committed")

@@ -3,7 +3,7 @@
 Rounds of whole seconds, with fresh servers in between, are what a user sees, but on a virtual machine whose neighbours
 come and go their ratios spread by a third. Here all servers that a floor compares run at once, all but one of them
 asleep, and take turns of a quarter of a second, in each round in another order. The ratio is taken within a round, from
-turns that are a second apart at most; the figure is the median of all rounds, between the bounds within which the
+turns that are two seconds apart at most; the figure is the median of all rounds, between the bounds within which the
 median of ever more rounds would lie, 95 times of 100. Servers are started anew a few times, because where a process
 happens to have its memory is worth a few per cent, too.
 """

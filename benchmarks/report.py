@@ -346,10 +346,10 @@ def _between(document: dict[str, Any]) -> str:
         return "*Between*: the lowest and the highest of the rounds."
     rounds = max(len(line["messages_per_s"]) for line in document["pairs"])
     return (
-        "Ratios of messages/s and of p99, but that of the broadcast and those of the sleepers, are from rounds of their "
-        f"own: all servers that are compared run at once, all but one asleep, and take turns of a quarter of a second, "
-        f"{rounds} times. *Between* there is where the median of ever more rounds would lie, 95 times of 100; elsewhere "
-        "it is the lowest and the highest of the rounds."
+        "Ratios of messages/s and of p99, but that of the broadcast and those of the sleepers, are from rounds of "
+        "their own: all servers that are compared run at once, all but one asleep, and take turns of a quarter of a "
+        f"second, {rounds} times. *Between* there is where the median of ever more rounds would lie, 95 times of 100; "
+        "elsewhere it is the lowest and the highest of the rounds."
     )
 
 

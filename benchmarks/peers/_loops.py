@@ -4,8 +4,9 @@ Each is set up as its documentation says. That aiofastnet is slower than the uvl
 slower than a BufferedProtocol, has one reason: both receive into a new bytes object of 256 KiB, and then shrink it to
 what came. The C library takes blocks of that size from the kernel, so that a message of 64 bytes costs mmap, mremap,
 munmap and page faults: most of its CPU time. strace shows them; they are gone with MALLOC_MMAP_THRESHOLD_ and
-MALLOC_TOP_PAD_ at 1 MiB, which their users do not set, and often after the first clients have gone, which leaves such a
-block on the heap: in pairs.py, where clients come anew each turn, aiofastnet is as fast as uvloop. uvloop receives into one buffer that it keeps.
+MALLOC_TOP_PAD_ at 1 MiB, which their users do not set. Often they are gone, too, once the first clients have left, for
+then such a block lies on the heap: in pairs.py, where clients come anew each turn, aiofastnet is as fast as uvloop.
+uvloop receives into one buffer that it keeps.
 """
 
 import asyncio
