@@ -61,7 +61,7 @@ help:
 	@echo "make format     ruff's formatter over all Python files"
 	@echo "make bench      the benchmarks, five minutes of them: table and chart in benchmarks/build"
 	@echo "make bench-full all of them: an hour"
-	@echo "make bench-results  what benchmarks/RESULTS.md holds, twenty minutes: for a quiet machine, to be committed"
+	@echo "make bench-results  what benchmarks/RESULTS.md holds, half an hour: for a quiet machine, to be committed"
 	@echo "make bench-check  has it become slower? compares with benchmarks/baseline.json (ARGS=--store makes that)"
 	@echo "make wheel      source distribution and wheel in dist/"
 	@echo "make clean      remove what was built; make distclean: the virtual environments too"

@@ -162,7 +162,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print("! there is only one core: server and generator share it", style="yellow")
     samples = list(take(plan, options, console))
     if options.pairs:
-        console.print("What floors compare, once more in short turns side by side: seven minutes.")
+        console.print("What floors and the chart compare, once more in short turns side by side: ten minutes.")
         limits["pairs"] = pairs.measure(skipped, options.cores, lambda title: console.print(f"  {title}", style="dim"))
     settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")}
     return {

@@ -1,11 +1,11 @@
 """Ratios that a restless machine cannot spoil: short measurements, side by side, many times.
 
 Rounds of whole seconds, with fresh servers in between, are what a user sees, but on a virtual machine whose neighbours
-come and go their ratios spread by a third. Here all servers that a floor compares run at once, all but one of them
-asleep, and take turns of a quarter of a second, in each round in another order. The ratio is taken within a round, from
-turns that are two seconds apart at most; the figure is the median of all rounds, between the bounds within which the
-median of ever more rounds would lie, 95 times of 100. Servers are started anew a few times, because where a process
-happens to have its memory is worth a few per cent, too.
+come and go their ratios spread by a third. Here all servers that a floor or a part of the chart compares run at once,
+all but one of them asleep, and take turns of a quarter of a second, in each round in another order. The ratio is taken
+within a round, from turns that are three seconds apart at most; the figure is the median of all rounds, between the
+bounds within which the median of ever more rounds would lie, 95 times of 100. Servers are started anew a few times,
+because where a process happens to have its memory is worth a few per cent, too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ TURN_SECONDS, WARM_UP_SECONDS = 0.25, 0.05
 
 
 def plan(skipped: dict[str, str]) -> list[tuple[Workload, list[Peer]]]:
-    """Whom each workload's floors compare, without those that cannot run here."""
+    """Whom the chart shows and whom each workload's floors compare, without those that cannot run here."""
     found: dict[Workload, dict[str, None]] = {}
+    for workload in workloads.WORKLOADS:
+        if workload.charted:
+            found[workload] = dict.fromkeys(peer.name for peer in workload.able() if "default" in peer.sets)
     for floor in FLOORS:
         workload = workloads.BY_NAME[floor.workload]
         if floor.paired and workload.driver == "loadgen":

@@ -15,7 +15,7 @@ from rich.table import Table
 from . import counting, peers, workloads
 from .floors import Finding, findings
 from .machine import QUIET, one_line
-from .results import Figures, disturbed, trustworthy
+from .results import Figures, disturbed, pair_rounds, side_by_side, trustworthy
 
 # Heading, and whether a narrow terminal shows it.
 COLUMNS = (
@@ -208,7 +208,7 @@ def _charted(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, Figure
         if known is None or not known.charted:
             continue
         bars = [
-            (peer, figures)
+            (peer, side_by_side(document, workload, peer, figures))
             for peer, figures in rows.items()
             if peer != known.reference and figures.get("rate_ratio") and "default" in peers.BY_NAME[peer].sets
         ]
@@ -277,6 +277,16 @@ def _panel(axes: Any, workload: str, bars: list[tuple[str, Figures]], reference:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _about_bars(document: dict[str, Any]) -> list[str]:
+    if not (turns := pair_rounds(document)):
+        return ["Bars: median of the rounds; whiskers: lowest and highest round.", method(document) + "."]
+    return [
+        f"Bars: median of {turns} rounds in which the servers, all running, take turns of a quarter of a second; "
+        "whiskers: where the median of ever more rounds would lie, 95 times of 100. Closed-loop load over loopback, every byte "
+        "verified; each server process, with all its threads, pinned to one core and the generator to another.",
+    ]
+
+
 def draw(document: dict[str, Any], path: Path) -> bool:
     """The chart as a picture; False where matplotlib is missing or there is nothing to draw."""
     panels = _charted(document)
@@ -302,7 +312,9 @@ def draw(document: dict[str, Any], path: Path) -> bool:
     )
     figure.set_layout_engine("constrained", wspace=0.03)
     for axes, (workload, bars) in zip(grid.flat, panels, strict=False):
-        _panel(axes, workload, bars, document["summary"][workload][workloads.BY_NAME[workload].reference])
+        reference = workloads.BY_NAME[workload].reference
+        figures = side_by_side(document, workload, reference, document["summary"][workload][reference])
+        _panel(axes, workload, bars, figures)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     furthest = max(figures["rate_ratio"][2] for _, bars in panels for _, figures in bars)
@@ -311,8 +323,7 @@ def draw(document: dict[str, Any], path: Path) -> bool:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     about = " ".join(
         [
-            "Bars: median of the rounds; whiskers: lowest and highest round.",
-            method(document) + ".",
+            *_about_bars(document),
             *(warning.rstrip(".") + "." for warning in warnings(document)[:1]),
             f"Measured {document['machine']['date']}.",
         ]
@@ -342,11 +353,11 @@ def _table(headings: Iterable[str], rows: list[list[str]], names: int) -> list[s
 
 def _between(document: dict[str, Any]) -> str:
     """What the column of that name says."""
-    if "pairs" not in document:
+    if not (rounds := pair_rounds(document)):
         return "*Between*: the lowest and the highest of the rounds."
-    rounds = max(len(line["messages_per_s"]) for line in document["pairs"])
     return (
-        "Ratios of messages/s and of p99, but that of the broadcast and those of the sleepers, are from rounds of "
+        "The chart and the "
+        "ratios of messages/s and of p99, but that of the broadcast and those of the sleepers, are from rounds of "
         "their own: all servers that are compared run at once, all but one asleep, and take turns of a quarter of a "
         f"second, {rounds} times. *Between* there is where the median of ever more rounds would lie, 95 times of 100; "
         "elsewhere it is the lowest and the highest of the rounds."

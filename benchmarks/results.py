@@ -68,6 +68,21 @@ def paired(
     return interval(rounds) if len(rounds) >= LEAST_PAIRS else ()
 
 
+def pair_rounds(document: dict[str, Any]) -> int:
+    """How many rounds pairs.py took; 0: the document has none."""
+    return max((len(line["messages_per_s"]) for line in document.get("pairs", ())), default=0)
+
+
+def side_by_side(document: dict[str, Any], workload: str, peer: str, figures: Figures) -> Figures:
+    """The figures with rate and ratio as pairs.py has measured them, if it has."""
+    ratio_there = paired(document, workload, peer, reference_of(workload), "messages_per_s")
+    if not ratio_there:
+        return figures
+    lines = [line for line in document["pairs"] if (line["workload"], line["peer"]) == (workload, peer)]
+    rate = median(rate for rate in lines[0]["messages_per_s"] if rate)
+    return figures | {"rate_ratio": list(ratio_there), "messages_per_s": rate}
+
+
 def split_us(samples: Iterable[Sample]) -> dict[str, float | None]:
     """CPU per message in user mode and in the kernel. Over all rounds together: the split, the kernel's own, is too
     coarse for one."""

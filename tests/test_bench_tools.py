@@ -819,7 +819,7 @@ def test_pairs_run_side_by_side_and_in_turns() -> None:
         print(json.dumps([sorted((number, peer) for number, peer, _ in found), names]))"""
     turns, names = in_benchmarks(code)
     assert turns == [[number, peer] for number in range(4) for peer in ("asyncio", "c-level")]
-    assert names[0] == ["tstpool-nogil", "c-level", "tstpool", "uvloop-aiofastnet"]
+    assert names[0] == ["c-level", "tstpool", "tstpool-nogil", "asyncio", "socketserver", "uvloop-aiofastnet"]
 
 
 def test_free_threaded_servers_have_an_interpreter_of_their_own() -> None:
