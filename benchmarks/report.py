@@ -282,8 +282,9 @@ def _about_bars(document: dict[str, Any]) -> list[str]:
         return ["Bars: median of the rounds; whiskers: lowest and highest round.", method(document) + "."]
     return [
         f"Bars: median of {turns} rounds in which the servers, all running, take turns of a quarter of a second; "
-        "whiskers: where the median of ever more rounds would lie, 95 times of 100. Closed-loop load over loopback, every byte "
-        "verified; each server process, with all its threads, pinned to one core and the generator to another.",
+        "whiskers: where the median of ever more rounds would lie, 95 times of 100. Closed-loop load over loopback, "
+        "every byte verified; each server process, with all its threads, pinned to one core and the generator to "
+        "another.",
     ]
 
 
