@@ -160,7 +160,8 @@ def test_block_waits_for_the_peer(make_pool, make_client):
                 sock.send(PIECE)
 
     def leave():
-        wait_until(lambda: pool.stats().bytes_queued >= MOST)
+        # Only for a moment all of MOST: what the kernel still takes afterwards is not enough to go on.
+        wait_until(lambda: pool.stats().bytes_queued >= MOST // 2)
         client.close()
 
     in_threads(find_out, leave)
