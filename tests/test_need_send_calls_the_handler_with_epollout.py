@@ -76,14 +76,16 @@ def test_it_waits_while_the_send_buffer_is_full(make_pool, make_client, trigger)
 @every_style
 @every_trigger
 def test_it_sends_what_another_thread_put_into_the_send_buffer(make_pool, make_client, style, trigger):
-    """S7: fill send_data, call need_send; a worker sends it. (To assign req_pos as well would ask for the old bytes
-    once more, if the handler that was told of the last message returns between the two.)"""
+    """S7: fill send_data, call need_send; a worker sends it. (Each assignment asks for a transfer, and the handler that
+    was told of the last message may return between two: of nothing, then, not of the old length.)"""
     pool = serve(make_pool, style, ignore, trigger=trigger)
     client = make_client(pool)
     (sock,) = wait_until(pool.sockets)
     for i in range(20):
         text = b"message %04d" % i
+        sock.send_data.req_len = 0
         sock.send_data.s[: len(text)] = text
+        sock.send_data.req_pos = 0
         sock.send_data.req_len = len(text)
         assert pool.need_send(sock) is True
         assert recv_exact(client, len(text)) == text

@@ -372,8 +372,8 @@ cdef class TstData:
 
     `req_len` bytes are transferred to or from position `req_pos` of the buffer `s`; `com_len` of them are done. Fields
     may be read on any thread. Assign them inside the socket's handler; another thread may fill `send_data` and then
-    call `pool.need_send(sock)`. It writes the bytes first and assigns `req_len` last. To assign `req_pos` begins a
-    transfer too: a handler that returns just then could send the old length from there, and the new one after it.
+    call `pool.need_send(sock)`. It sets `req_len` to 0 first and to the new length last, for to assign `req_pos`
+    asks for a transfer too: a handler that returns just then would send the old length from there.
     """
 
     def __cinit__(self, key=None):
