@@ -161,9 +161,12 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.cores == "split" and server == generator:
         console.print("! there is only one core: server and generator share it", style="yellow")
     samples = list(take(plan, options, console))
+    side_by_side = {}
     if options.pairs:
         console.print("What floors and the chart compare, once more in short turns side by side: ten minutes.")
-        limits["pairs"] = pairs.measure(skipped, options.cores, lambda title: console.print(f"  {title}", style="dim"))
+        side_by_side["pairs"] = pairs.measure(
+            skipped, options.cores, lambda title: console.print(f"  {title}", style="dim")
+        )
     settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")}
     return {
         "machine": describe(),
@@ -171,6 +174,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "skipped": skipped,
         "summary": results.summarise(samples),
         **limits,
+        **side_by_side,
         "samples": samples,
     }
 

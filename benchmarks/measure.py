@@ -94,7 +94,9 @@ def running(peer: Peer, cores: set[int]) -> Iterator[Server]:
         with process:
             try:
                 assert process.stdin is not None
-                yield Server(process.pid, _read_port(process, errors), process.stdin.fileno())
+                port = _read_port(process, errors)
+                time.sleep(0.05)  # a Python server prints its port just before it begins to wait
+                yield Server(process.pid, port, process.stdin.fileno())
             finally:
                 process.kill()
 
@@ -245,5 +247,4 @@ def measure(peer: Peer, workload: Workload, seconds: float, warm_up: float, core
     """A server of its own, and one sample of it. Raises Failure."""
     server_cores, generator_cores = choose_cores(workload.cores or cores)
     with running(peer, server_cores) as server:
-        time.sleep(0.05)  # a Python server prints its port just before it begins to wait
         return sample(Load(peer, workload, server, seconds, warm_up, generator_cores))

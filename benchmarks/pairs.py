@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,7 +49,6 @@ def turns(workload: Workload, chosen: list[Peer], cores: str) -> Iterator[tuple[
             for peer in random.Random(start).sample(chosen, len(chosen)):
                 server = stack.enter_context(running(peer, server_cores))
                 loads.append(Load(peer, workload, server, TURN_SECONDS, WARM_UP_SECONDS, generator_cores))
-            time.sleep(0.05)  # a Python server prints its port just before it begins to wait
             for number in range(start * ROUNDS, (start + 1) * ROUNDS):
                 for load in random.Random(number).sample(loads, len(loads)):
                     with contextlib.suppress(Failure):
