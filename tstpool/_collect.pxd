@@ -433,4 +433,4 @@ cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard
 
 cdef inline bint batch_has_room(tst_batch *batch) noexcept nogil:
     return (batch.n_entries + ENTRIES_SPARE <= BATCH_ENTRIES
-            and batch.scratch_used < batch.scratch_size // SCRATCH_FULL)
+            and batch.scratch_used + batch.spares_used < batch.scratch_size // SCRATCH_FULL)

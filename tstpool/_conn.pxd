@@ -200,6 +200,7 @@ cdef struct tst_connection:
     size_t scanned             # owner: see frame_next
     tst_shared *body           # owner; counted: a long message that is received straight into its bytes object
     size_t body_size           # owner: bytes of it that have arrived
+    size_t expects             # owner: bytes of the last message, if it was large and came in one piece; else 0
     tst_data *recv             # borrowed from the TstSocket; atomic pointer, NULL until the handler asks for it
     tst_data *send             # the same
     PyObject *sock             # owned reference to the TstSocket, while OPEN; locked

@@ -29,9 +29,10 @@ from tstpool._data cimport (
     data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, input_consume,
     input_free, input_is_stored, input_keep, input_unread, tst_input)
 from tstpool._entry cimport (
-    batch_finish, connection_abort, connection_apply, connection_awaits_transfer, connection_begin_close,
-    connection_break, connection_cut, connection_due, connection_forget_frame, connection_keep_input,
-    connection_reconnect, connection_wait_for_flusher, connection_wants_body)
+    SPARE_LEAST, SPARE_VOTES, batch_finish, connection_abort, connection_apply, connection_awaits_transfer,
+    connection_begin_close, connection_break, connection_cut, connection_due, connection_expect,
+    connection_forget_frame, connection_keep_input, connection_reconnect, connection_wait_for_flusher,
+    connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, framing_settle, tst_framing)
 from tstpool._libc cimport (
@@ -102,6 +103,7 @@ cdef class Worker              # below
 
 cdef enum:
     READ_CHUNK = 65536                 # most that one read() without a size takes from the kernel
+    SPARES_MOST = 65536                # bytes of the objects that a worker keeps for messages to come
 
 cdef dict TRIGGERS = {"level": TRIGGER_LEVEL, "oneshot": TRIGGER_ONESHOT, "edge": TRIGGER_EDGE}
 cdef object THE_POOLS = object()       # "the pool's", where None means "none"
@@ -1847,6 +1849,8 @@ messages_per_turn=32)
                 worker_broke(worker, error)
             raise
         finally:
+            if worker is not None:
+                drop_spares(worker.worker)
             if not self.dead:              # of a forked child no other thread is there, but what it held may be
                 worker_ends(self)
 
@@ -2667,6 +2671,8 @@ cdef class Worker:
                 self.run_batch(shard, batch)
                 if self.pool.dead:
                     return NULL
+                if self.worker.spare_votes == SPARE_VOTES:
+                    self.make_spares()
                 if self.worker.accept_errno:
                     self.complain()
                 ran = True
@@ -2704,6 +2710,22 @@ cdef class Worker:
                 fault = system_error(-turn, "epoll_wait: " + os.strerror(-turn))
                 log(logging.CRITICAL, "%s stops: %s", self.pool.name, fault)
                 stop_for(self.pool, fault)
+
+    cdef int make_spares(self) except -1:
+        """Objects for the large messages of the next turn, which are likely to be of the size of the last ones."""
+        cdef tst_worker *worker = self.worker
+        cdef tst_shared *spare
+        if worker.spares != NULL and worker.spares.size != worker.spare_size:
+            drop_spares(worker)
+        while (worker.spares_left + 1) * worker.spare_size <= SPARES_MOST:
+            try:
+                spare = share_object(PyBytes_FromStringAndSize(NULL, <Py_ssize_t>worker.spare_size))
+            except MemoryError:
+                return 0                   # messages are received where there is room, as others are
+            spare.next = worker.spares
+            worker.spares = spare
+            worker.spares_left += 1
+        return 0
 
     cdef tst_batch *resume(self, tst_shard *shard) except? NULL:
         """Goes on where a stuck worker was: its batch's handlers that have not run, then the events it did not get to.
@@ -2945,10 +2967,17 @@ cdef class Worker:
         cdef uint64_t n = 0, untimed = 0
         cdef bytes data = b""
         while True:
-            size = message_at_hand(connection, &place)
-            if not tst_refill(<PyObject *>data, place, <Py_ssize_t>size):
-                data = PyBytes_FromStringAndSize(place, <Py_ssize_t>size)
-            message_take(connection, size)
+            if tst_rarely(connection.body != NULL):
+                data = take_body(connection)
+                connection.message_ready = connection.framed = False
+                connection.frame.needed = 0
+            else:
+                size = message_at_hand(connection, &place)
+                if not tst_refill(<PyObject *>data, place, <Py_ssize_t>size):
+                    data = PyBytes_FromStringAndSize(place, <Py_ssize_t>size)
+                if tst_rarely(size >= SPARE_LEAST):
+                    connection_expect(connection, worker, size)
+                message_take(connection, size)
             n += 1
             worker_enter(worker)
             result = tst_call(hook, <PyObject *>sock, <PyObject *>data)
@@ -3018,11 +3047,7 @@ cdef class Worker:
     cdef bint hand_out_body(self, TstSocket sock, Binding binding) except -1:
         """A long message, which has arrived in an object of its own."""
         cdef tst_connection *connection = sock.connection
-        cdef object body = <object>connection.body.object
-        unshare_object(connection.body)
-        connection.body = NULL
-        connection.windowed = True
-        connection.frame.begin = connection.frame.size = connection.frame.whole = 0
+        cdef object body = take_body(connection)
         if binding.function is not None:
             give_back(connection, body)
             self.function_message(sock, binding, True)
@@ -3344,6 +3369,17 @@ cdef object stack_of(unsigned long ident):
     return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()
 
 
+cdef void drop_spares(tst_worker *worker) noexcept:
+    """Lets go of objects for messages that have not come."""
+    cdef tst_shared *spare
+    while worker.spares != NULL:
+        spare = worker.spares
+        worker.spares = spare.next
+        spare.next = NULL
+        unshare_object(spare)
+    worker.spares_left = 0
+
+
 cdef Worker new_worker(TstPool pool, int no):
     cdef Worker worker = Worker.__new__(Worker)
     worker.pool = pool
@@ -3370,10 +3406,21 @@ cdef void frame_close(tst_connection *connection) noexcept:
 
 
 cdef bint is_quick(tst_connection *connection) noexcept:
-    """The message at hand lies in the input, whole: it is no transfer, not too large, and no compiled handler's."""
-    if connection.compiled != NULL or connection.body != NULL or (connection.framed and connection.too_large):
+    """The message at hand is there as it is: it is no transfer, not too large, and no compiled handler's."""
+    if connection.compiled != NULL or (connection.framed and connection.too_large):
         return False
     return connection.framed or not connection_awaits_transfer(connection)
+
+
+cdef bytes take_body(tst_connection *connection):
+    """The message at hand, which has arrived in an object of its own; the handler can read no more of it."""
+    cdef tst_shared *shared = connection.body
+    cdef bytes body = <bytes>shared.object
+    connection.body = NULL
+    unshare_object(shared)
+    connection.windowed = True
+    connection.frame.begin = connection.frame.size = connection.frame.whole = 0
+    return body
 
 
 cdef void message_take(tst_connection *connection, size_t size) noexcept:

@@ -9,6 +9,7 @@
 """
 from libc.errno cimport EAGAIN, ENOBUFS, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PRESSURE_GONE, STATE_OWNED, connection_is, connection_is_paused, connection_mark,
@@ -16,16 +17,16 @@ from tstpool._conn cimport (
     generation_of, output_account, output_drop, output_is_full, tst_connection)
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
-    input_free, input_keep, input_reserve, tst_data)
-from tstpool._frame cimport FRAME_DELIMITED, frame_next, tst_framing
+    input_free, input_is_stored, input_keep, input_reserve, tst_data)
+from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, load32,
+    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, iovec, load32,
     load64, sched_yield, shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_retire, connection_silence, flush_result, sys_control, sys_prepare, sys_recv, sys_reset_on_close,
-    sys_unread, sys_writable)
+    connection_retire, connection_silence, flush_result, sys_control, sys_prepare, sys_recv, sys_recv_pieces,
+    sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, connection_ask_relief, entry_move,
@@ -41,6 +42,9 @@ cdef enum:
     BULKY_TICKS = 256                      # a second: for so long after that
     LINGER_ROUNDS = 4                      # receives in a turn from a peer that we no longer listen to
     BODY_LEAST = 131072                    # bytes in a message from which it gets its object before it has arrived
+    SPARE_LEAST = 8192                     # bytes in a message from which one copy less is worth a dearer system call
+    SPARE_MOST = 65536                     # ... and up to which it is likely to arrive in one piece
+    SPARE_VOTES = 8                        # messages of one size after which there are objects for more of them
 
 cdef enum:
     STAT_SUSPEND = 0                       # TstStat's numbers
@@ -95,6 +99,82 @@ cdef inline ssize_t receive_body(tst_connection *connection) noexcept nogil:
     return n
 
 
+cdef inline void connection_expect(tst_connection *connection, tst_worker *worker, size_t size) noexcept nogil:
+    """A message of SPARE_LEAST bytes or more lies in the input, whole: the next one may be of the same size. It votes
+    for that size, or against the one that has most of the votes. Owner only."""
+    connection.expects = 0
+    if (size > SPARE_MOST or not connection.framed or connection.frame.whole != connection.input.size
+            or input_is_stored(&connection.input)):
+        return                 # it was not alone, or came in pieces
+    connection.expects = size
+    if size == worker.spare_size:
+        worker.spare_votes += worker.spare_votes < SPARE_VOTES
+    elif worker.spare_votes > 0:
+        worker.spare_votes -= 1
+    else:
+        worker.spare_size = size
+
+
+cdef inline bint connection_has_spare(tst_connection *connection, tst_batch *batch,
+                                      tst_worker *worker) noexcept nogil:
+    """There is an object for a message like the last one, and nothing has changed since. Owner only."""
+    cdef const tst_framing *framing = connection.framing
+    if worker.spares == NULL or worker.spares.size != connection.expects or framing == NULL:
+        return False
+    return (framing == connection.framed_by and framing.kind == FRAME_LENGTH and framing.dropped == framing.header
+            and batch.scratch_size - batch.scratch_used > framing.header + worker.spares.size
+            and connection.compiled == NULL and connection_recv(connection) == NULL
+            and not load32(&connection.rebind, RELAXED))
+
+
+cdef inline ssize_t receive_spare(tst_connection *connection, tst_batch *batch, tst_worker *worker) noexcept nogil:
+    """Receives what should be a message like the last one, its body straight into the bytes object that the handler is
+    to get.
+
+        what comes  [ header |      body      | nothing
+                        |            |             |
+        scratch     [ header |      hole      | rest
+                                     |
+        instead of the hole  [ spare object ]
+
+    If it is anything else, the bytes in the object move into the hole, and all lies in the scratch buffer as ever.
+    """
+    cdef tst_shared *spare = worker.spares
+    cdef size_t header = connection.framing.header
+    cdef char *place = batch.scratch.bytes + batch.scratch_used
+    cdef iovec pieces[3]
+    cdef size_t got
+    cdef ssize_t n
+    pieces[0].iov_base = place
+    pieces[0].iov_len = header
+    pieces[1].iov_base = <char *>spare.bytes
+    pieces[1].iov_len = spare.size
+    pieces[2].iov_base = place + header + spare.size
+    pieces[2].iov_len = batch.scratch_size - batch.scratch_used - header - spare.size
+    n = sys_recv_pieces(connection.fd, pieces, 3)
+    if n <= 0:
+        return n
+    got = <size_t>n
+    if (got == header + spare.size
+            and frame_next(connection.framing, place, got, &connection.scanned, &connection.frame) == 1
+            and connection.frame.whole == got):
+        worker.spares = spare.next
+        worker.spares_left -= 1
+        batch.spares_used += got
+        connection.body = spare
+        connection.body_size = spare.size
+        connection.message_ready = connection.framed = True
+        connection.too_large = False
+        return n
+    if got > header:
+        memcpy(place + header, spare.bytes, min(got - header, spare.size))
+    connection.expects = 0
+    batch.scratch_used += got
+    connection.input.view = place
+    connection.input.size = got
+    return n
+
+
 cdef inline bint connection_wants_body(tst_connection *connection) noexcept nogil:
     """Input begins with a message whose size is known, of which the larger part may be still to come."""
     return (connection.framed_by != NULL and connection.body == NULL and not connection.message_ready
@@ -106,8 +186,8 @@ cdef inline bint connection_wants_body(tst_connection *connection) noexcept nogi
 
 cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *batch, tst_worker *worker,
                                        uint64_t now) noexcept nogil:
-    """Receives once: into a long message, a large transfer, behind input that is still unread, or into the batch's
-    scratch buffer.
+    """Receives once: into a long message, a large transfer, behind input that is still unread, into an object made for
+    it, or into the batch's scratch buffer.
 
     Returns bytes received, 0 for the end of input, or -errno.
     """
@@ -120,21 +200,25 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
     elif data != NULL and connection.input.size == 0 and not connection.message_ready:
         n = receive_in_place(connection, data, now, &room)
     if room == 0 and connection.body == NULL:
-        if connection.input.size == 0:
+        if tst_rarely(connection.expects != 0) and connection.input.size == 0 and (
+                connection_has_spare(connection, batch, worker)):
+            n = receive_spare(connection, batch, worker)
+        elif connection.input.size == 0:
             room = batch.scratch_size - batch.scratch_used
             place = batch.scratch.bytes + batch.scratch_used
             n = sys_recv(connection.fd, place, room)
             if n > 0:
                 batch.scratch_used += <size_t>n
                 connection.input.view = place
+                connection.input.size = <size_t>n
         else:
             room = connection_room(connection)
             place = input_reserve(&connection.input, room)
             if place == NULL:
                 return -ENOMEM
             n = sys_recv(connection.fd, place, room)
-        if n > 0:
-            connection.input.size += <size_t>n
+            if n > 0:
+                connection.input.size += <size_t>n
     if n > 0:
         count(&worker.stats.bytes_in, <uint64_t>n)
         connection.heard = True

@@ -35,7 +35,7 @@ from tstpool._libc cimport (
     epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal, pthread_cond_t,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
 from tstpool._poll cimport connection_flush, sys_wake
-from tstpool._queue cimport tst_stock
+from tstpool._queue cimport tst_shared, tst_stock
 from tstpool._stats cimport clock_now, tst_stats, tst_tick_clock
 from tstpool._timer cimport tick_before, tst_wheel, wheel_put, wheel_remove
 
@@ -102,6 +102,7 @@ cdef struct tst_batch:
     int n_python               # entries that need the interpreter
     size_t scratch_size        # bytes received into in one turn
     size_t scratch_used
+    size_t spares_used         # bytes received into objects instead
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
     tst_scratch *scratch       # owned, counted; NULL: no memory
@@ -124,6 +125,10 @@ cdef struct tst_worker:
     uint64_t burst             # messages of one connection from which on others may get their turn
     uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
+    tst_shared *spares         # owned, linked by next: bytes objects for messages to come (receive_spare)
+    size_t spares_left
+    size_t spare_size          # bytes in a message that has an object to come
+    int spare_votes            # how much speaks for that size
     uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler ...
     uint64_t slow_since        # atomic: ... and when that call was seen first, monotonic nanoseconds
     uint64_t slow_logged       # atomic: `calls` of the slow handler that was logged last
@@ -273,7 +278,7 @@ cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
 cdef inline int batch_empty(tst_batch *batch) noexcept nogil:
     """Makes it ready for the next turn. -ENOMEM: it has nothing to receive into."""
     batch.n_entries = batch.n_python = 0
-    batch.scratch_used = 0
+    batch.scratch_used = batch.spares_used = 0
     if batch.scratch != NULL and load32(&batch.scratch.users, ACQUIRE) > 1:
         scratch_leave(batch.scratch)       # somebody still looks at what was received last
         batch.scratch = NULL
