@@ -42,7 +42,7 @@ cdef enum:
     BULKY_TICKS = 256                      # a second: for so long after that
     LINGER_ROUNDS = 4                      # receives in a turn from a peer that we no longer listen to
     BODY_LEAST = 131072                    # bytes in a message from which it gets its object before it has arrived
-    SPARE_LEAST = 8192                     # bytes in a message from which one copy less is worth a dearer system call
+    SPARE_LEAST = 12288                    # bytes in a message from which one copy less is worth a dearer system call
     SPARE_MOST = 65536                     # ... and up to which it is likely to arrive in one piece
     SPARE_VOTES = 8                        # messages of one size after which there are objects for more of them
 
