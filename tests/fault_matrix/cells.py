@@ -67,6 +67,13 @@ CALLS = [
         every="EAGAIN EINTR",
     ),
     Call("recvfrom", "framed_echo", {"ended": ENDS_RECV}, later=False),
+    Call(
+        "recvmsg",
+        "alike",
+        {"served": "EAGAIN EINTR", "ended": ENDS_RECV},
+        edge={"late": "EAGAIN"},
+        later=False,
+    ),
     Call("sendto", "echo", {"served": "EAGAIN EINTR", "ended": ENDS_SEND}, every="EAGAIN EINTR"),
     Call("sendmsg", "pieces", {"served": "EAGAIN EINTR", "ended": ENDS_SEND}, every="EAGAIN EINTR"),
     Call("sendto", "large", {"served": "EINTR", "ended": "EPIPE ENOMEM ECONNRESET"}, later=False),

@@ -128,6 +128,16 @@ def framed_echo(server):
         return late
 
 
+def alike(server):
+    """Large messages of one size, each sent when the last was answered: they come straight into objects before long."""
+    message = framed(b"e" + os.urandom(20000))
+    with Client(server.framed) as client:
+        for _ in range(30):
+            client.talk(message)
+        yield
+        return client.talk(message)
+
+
 def long(server):
     """Messages that get buffers of their own."""
     with Client(server.framed) as client:
