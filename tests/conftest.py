@@ -9,12 +9,18 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, RunningPool, connect, native_threads, open_fds, patient
+from hypothesis import Phase, settings
 from thread_safety import reason_for
 
 # A leak is only a leak when it does not go away: a closing socket or an ending thread gets this long.
 LEAK_DEADLINE = 3.0
 
 test_failed = pytest.StashKey[bool]()
+
+# An example that fails over a socket takes its whole deadline, and one that is being shrunk takes it again and again:
+# longer than a test may last. `pytest --hypothesis-profile=default` shrinks.
+settings.register_profile("suite", phases=(Phase.explicit, Phase.reuse, Phase.generate), print_blob=True)
+settings.load_profile("suite")
 
 
 def pytest_report_header(config):
