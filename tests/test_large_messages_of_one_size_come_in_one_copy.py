@@ -107,6 +107,7 @@ def test_any_sizes_in_any_pieces(one_pool, sizes, cuts):
 def one_pool():
     running = RunningPool(handler(on_message=lambda sock, data: data), framing=LengthPrefixed(4))
     with connect(running.pool) as client:
+        open_sockets(running.pool, 1)  # before the test's own look at open descriptors
         yield running.pool, client
     running.stop()
 

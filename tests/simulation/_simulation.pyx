@@ -91,7 +91,7 @@ from tstpool._libc cimport (
     timerfd_create)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
-from tstpool._poll cimport connection_flush, sys_control, sys_wake
+from tstpool._poll cimport connection_drop_body, connection_flush, sys_control, sys_wake
 from tstpool._queue cimport (
     queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
 from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
@@ -836,6 +836,33 @@ cdef bint disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
     return True
 
 
+cdef void expect_message(tst_worker *worker, sock_t *sock) noexcept nogil:
+    """As if messages were large and had been of one size so far: an object for the next one, which may be of another."""
+    cdef tst_connection *connection = sock.connection
+    cdef uint32_t size = body_size(sock.client, sock.messages + (1 if sim_chance(300) else 0))
+    cdef tst_shared *spare
+    drop_spares(worker)
+    connection.expects = 0
+    if not world.framed or world.framing.kind != FRAME_LENGTH or sim_chance(300):
+        return
+    spare = <tst_shared *>malloc(sizeof(tst_shared) + size)
+    if spare == NULL:
+        return
+    memset(spare, 0, sizeof(tst_shared))
+    spare.users = 1
+    spare.bytes = <const char *>(spare + 1)
+    spare.size = size
+    worker.spares = spare
+    worker.spares_left = 1
+    connection.expects = size
+
+
+cdef void drop_spares(tst_worker *worker) noexcept nogil:
+    free(worker.spares)
+    worker.spares = NULL
+    worker.spares_left = 0
+
+
 cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
     cdef tst_connection *connection = sock.connection
     cdef const char *bytes = NULL
@@ -845,13 +872,16 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
     cdef int stat
     cdef bint transfer
     while connection_cut(connection):
-        if load32(&connection.rebind, RELAXED):
+        if load32(&connection.rebind, RELAXED) and connection.body == NULL:
             adopt_binding(sock)
         if connection.compiled != NULL and not connection.passed_on & PASSED_MESSAGE:
             if not run_messages(world.engine, worker, connection):
                 break
         connection.passed_on &= PASSED_WRITABLE
         size = message_at_hand(connection, &bytes)
+        if connection.body != NULL:
+            bytes = connection.body.bytes
+            size = connection.body.size
         copy = <char *>malloc(size + 1)
         if copy == NULL:
             connection_begin_close(connection)
@@ -860,7 +890,10 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
         transfer = not connection.framed and connection_awaits_transfer(connection)
         connection.message_ready = False
         if connection.framed:
-            input_consume(&connection.input, connection.frame.whole)
+            if connection.body != NULL:
+                connection_drop_body(connection)
+            else:
+                input_consume(&connection.input, connection.frame.whole)
             connection.framed = False
             connection.frame.begin = connection.frame.size = connection.frame.whole = connection.frame.needed = 0
         elif not transfer:
@@ -872,6 +905,7 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
         free(copy)
         connection_apply(connection, worker, stat)
         kernel_stream(sock.stream).deaf = False
+        expect_message(worker, sock)
         n += 1
         if n % 4 == 0:
             break
@@ -1045,6 +1079,7 @@ cdef void worker_main(void *argument) noexcept nogil:
     while True:
         parked = engine_park(world.engine, worker, &shard, &taken_over)
         if parked == PARK_END:
+            drop_spares(worker)
             break
         if parked == PARK_IDLE:
             idle(worker, NULL)

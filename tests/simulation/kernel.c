@@ -250,11 +250,13 @@ static struct sim_stream *stream_of(int fd, const char *call) {
     return &streams[file->stream];
 }
 
-static ssize_t k_recv(int fd, void *buffer, size_t size, int flags) {
+static ssize_t receive(int fd, const struct iovec *pieces, size_t n_pieces) {
     struct sim_stream *stream;
-    uint32_t n;
-    (void)flags;
+    uint32_t n, done = 0;
+    size_t size = 0;
     sim_call();
+    for (size_t piece = 0; piece < n_pieces; piece++)
+        size += pieces[piece].iov_len;
     stream = stream_of(fd, "recv");
     if (sim_chance(faults.recv_eintr))
         return fail("recv", fd, EINTR);
@@ -280,8 +282,9 @@ static ssize_t k_recv(int fd, void *buffer, size_t size, int flags) {
         sim_trace("recv", fd, (int64_t)size, 0);
         return 0;
     }
-    for (uint32_t i = 0; i < n; i++)
-        ((unsigned char *)buffer)[i] = stream->in[(stream->in_begin + i) % SIM_BUFFER];
+    for (size_t piece = 0; piece < n_pieces; piece++)
+        for (size_t i = 0; i < pieces[piece].iov_len && done < n; i++)
+            ((unsigned char *)pieces[piece].iov_base)[i] = stream->in[(stream->in_begin + done++) % SIM_BUFFER];
     stream->in_begin = (stream->in_begin + n) % SIM_BUFFER;
     stream->in_size -= n;
     stream->received += n;
@@ -292,6 +295,17 @@ static ssize_t k_recv(int fd, void *buffer, size_t size, int flags) {
     sim_trace("recv", fd, (int64_t)size, n);
     sim_point();
     return n;
+}
+
+static ssize_t k_recv(int fd, void *buffer, size_t size, int flags) {
+    struct iovec piece = {buffer, size};
+    (void)flags;
+    return receive(fd, &piece, 1);
+}
+
+static ssize_t k_recvmsg(int fd, struct msghdr *message, int flags) {
+    (void)flags;
+    return receive(fd, message->msg_iov, message->msg_iovlen);
 }
 
 static ssize_t transmit(int fd, const struct iovec *pieces, size_t n_pieces) {
@@ -663,7 +677,7 @@ static void *k_realloc(void *place, size_t size) {
 }
 
 static const struct tst_kernel fake = {
-    k_epoll_create1, k_epoll_ctl, k_epoll_wait, k_eventfd, k_timerfd_create, k_timerfd_settime, k_recv, k_send, k_sendmsg,
+    k_epoll_create1, k_epoll_ctl, k_epoll_wait, k_eventfd, k_timerfd_create, k_timerfd_settime, k_recv, k_recvmsg, k_send, k_sendmsg,
     k_setsockopt, k_shutdown, k_ioctl, k_accept4, k_poll, k_fcntl, k_open, k_close, k_read, k_write, k_gettid,
     k_sched_yield, k_clock_gettime, k_init, k_mutex_destroy, k_mutex_lock, k_mutex_unlock, k_cond_init, k_cond_destroy,
     k_cond_wait, k_cond_timedwait, k_cond_signal, k_cond_broadcast, k_malloc, k_calloc, k_realloc, k_free,

@@ -196,6 +196,23 @@ FAULTS = {
         "    sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2",
         "    # dup2",
     ),
+    "spare: what is no message like the last one stays in its object": (
+        "_entry",
+        "        memcpy(place + header, spare.bytes, min(got - header, spare.size))\n",
+        "        pass\n",
+    ),
+    "spare: the header is not looked at": (
+        "_entry",
+        "    if (got == header + spare.size\n"
+        "            and frame_next(connection.framing, place, got, &connection.scanned, &connection.frame) == 1\n"
+        "            and connection.frame.whole == got):\n",
+        "    if got == header + spare.size:\n",
+    ),
+    "spare: what is behind the message is dropped": (
+        "_entry",
+        "    if (got == header + spare.size\n",
+        "    if (got >= header + spare.size\n",
+    ),
     "reconnected: a close that was heard comes again": (
         "_entry",
         "    connection_mark(connection, PEND_CLOSE, False, STATE_OWNED,",
