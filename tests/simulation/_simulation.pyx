@@ -837,7 +837,7 @@ cdef bint disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
 
 
 cdef void expect_message(tst_worker *worker, sock_t *sock) noexcept nogil:
-    """As if messages were large and had been of one size so far: an object for the next one, which may be of another."""
+    """As if messages were large and had been of one size so far: an object for the next one, which may have another."""
     cdef tst_connection *connection = sock.connection
     cdef uint32_t size = body_size(sock.client, sock.messages + (1 if sim_chance(300) else 0))
     cdef tst_shared *spare
