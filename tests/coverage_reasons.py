@@ -19,6 +19,10 @@ REASONS = {
         "tstpool/_core.pyx TstPool.add": ['raise MemoryError("no slot for the socket")'],
         "tstpool/_core.pyx TstPool.add_listener": ["self.listeners.pop()", "raise"],
         "tstpool/_core.pyx make_room": ["raise MemoryError()"],
+        "tstpool/_core.pyx Worker.make_spares": [
+            "except MemoryError:",
+            "return 0                   # messages are received where there is room, as others are",
+        ],
         "tstpool/_core.pyx Worker.serve": [
             'log(logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
             "time.sleep(0.01)",

@@ -141,6 +141,13 @@ def test_connections_may_differ_in_their_sizes(make_pool, make_client):
             assert recv_exact(client, size + 4) == frame(body(size, number))
 
 
+def test_the_size_may_change_for_good(make_pool, make_client):
+    pool = make_pool(handler(on_message=lambda sock, data: data), framing=LengthPrefixed(4), workers=1)
+    client = make_client(pool)
+    for size in (SIZE, 20_000, 60_000, SIZE):
+        accustom(client, size)
+
+
 def test_one_that_is_too_long_is_refused(make_pool, make_client):
     errors = []
     pool = make_pool(
