@@ -752,7 +752,7 @@ def test_five_hundred_that_trickle_and_five_hundred_that_never_read():
             f"memory {idle / 1e6:.0f} MB before, {resident / 1e6:.0f} MB at most, {queued / 1e6:.0f} MB of it queued"
         )
         assert now[:3] == [1, 1000, 1000]
-        assert gone < patient(12)
+        assert gone < patient(15)  # 5 s, or twice that where a byte has come that was not read yet
         most = (256 << 20) + 500 * 2 * 65536  # max_total_queued, and who has less than high_water is not counted yet
         assert queued <= most
         assert resident < idle + most * 1.1
