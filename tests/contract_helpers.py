@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import INSTRUMENTED, ROOT, patient, recv_exact, wait_until
+from helpers import INSTRUMENTED, ROOT, SANITIZER, patient, recv_exact, wait_until
 
 from tstpool import EPOLLIN, EPOLLOUT, TstHandler
 
@@ -195,6 +195,25 @@ def in_threads(*functions, timeout=30):
     if errors:
         raise errors[0]
     return results
+
+
+def needs_strace(test):
+    """Marks a test that calls system_calls()."""
+    test = pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer's runtime does not like to be traced")(test)
+    return pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")(test)
+
+
+def system_calls(log, calls, code, *arguments):
+    """Runs Python code in a new process; returns strace's lines about these system calls ("recvmsg,close") of all its
+    threads, which go by way of the file `log`. Skips the test where strace may not trace."""
+    command = ["strace", "-f", "-qq", "-o", str(log), "-e", f"trace={calls}"]
+    allowed = subprocess.run([*command, "true"], capture_output=True, text=True)
+    if allowed.returncode:
+        pytest.skip(f"strace may not trace here: {allowed.stderr.strip()}")
+    python = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run([*command, *python], cwd=ROOT, capture_output=True, text=True, timeout=patient(60))
+    assert done.returncode == 0, done.stderr
+    return log.read_text()
 
 
 def read_line(fd, timeout=20):

@@ -2,14 +2,10 @@
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 import time
 
-import pytest
-from contract_helpers import every_trigger, handler, round_trip
-from helpers import ROOT, SANITIZER, patient, process_cpu_seconds, wait_until
+from contract_helpers import every_trigger, handler, needs_strace, round_trip, system_calls
+from helpers import SANITIZER, process_cpu_seconds, wait_until
 
 TRACED = """
 import os, socket, sys, time, tstpool
@@ -41,22 +37,12 @@ with tstpool.TstPool(Echo(), workers=2, trigger=sys.argv[1]) as pool:
 """
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-@pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer's runtime does not like to be traced")
+@needs_strace
 @every_trigger
 def test_it_is_taken_out_of_epoll_first(tmp_path, trigger):
     """B03: whoever ends the connection: of each descriptor that was accepted, the log has EPOLL_CTL_DEL, then close."""
-    log = tmp_path / "log"
-    command = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=accept4,epoll_ctl,close"]
-    allowed = subprocess.run([*command, "true"], capture_output=True, text=True)
-    if allowed.returncode:
-        pytest.skip(f"strace may not trace here: {allowed.stderr.strip()}")
-    done = subprocess.run(
-        [*command, sys.executable, "-c", TRACED, trigger], cwd=ROOT, capture_output=True, text=True, timeout=patient(60)
-    )
-    assert done.returncode == 0, done.stderr
     registered, ended = {}, 0
-    for line in log.read_text().splitlines():
+    for line in system_calls(tmp_path / "log", "accept4,epoll_ctl,close", TRACED, trigger).splitlines():
         if accepted := re.search(r"accept4.*= (\d+)$", line):
             registered[accepted[1]] = "accepted"
         elif change := re.search(r"epoll_ctl\(\d+, EPOLL_CTL_(ADD|DEL), (\d+)", line):

@@ -3,15 +3,12 @@ straight into the object that the handler gets. Whatever comes instead of it arr
 
 import itertools
 import re
-import shutil
-import subprocess
-import sys
 import threading
 
 import downstream_handlers
 import pytest
-from contract_helpers import every_trigger, handler, open_sockets
-from helpers import ROOT, SANITIZER, RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+from contract_helpers import every_trigger, handler, needs_strace, open_sockets, system_calls
+from helpers import RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,10 +35,6 @@ def echo_one(client, data):
 def accustom(client, size=SIZE, count=USUAL):
     for number in range(count):
         echo_one(client, body(size, number))
-
-
-def received(pool, before, size):
-    wait_until(lambda: pool.stats().bytes_in == before + size)
 
 
 ANOMALIES = {
@@ -71,12 +64,11 @@ def test_anything_may_come_instead(make_pool, make_client, trigger, pieces):
     client = make_client(pool)
     for _ in range(2):
         accustom(client)
-        before = pool.stats().bytes_in
+        sent = pool.stats().bytes_in
         for piece in pieces:
             client.sendall(piece)
-            before += len(piece)
-            if piece is not pieces[-1]:
-                received(pool, before - len(piece), len(piece))
+            sent += len(piece)
+            wait_until(lambda sent=sent: pool.stats().bytes_in == sent)  # each is received by itself
         whole = b"".join(pieces)
         assert recv_exact(client, len(whole)) == whole
 
@@ -98,7 +90,7 @@ def test_any_sizes_in_any_pieces(one_pool, sizes, cuts):
     for begin, end in itertools.pairwise(places):
         client.sendall(stream[begin:end])
         sent += end - begin
-        wait_until(lambda: pool.stats().bytes_in >= sent)  # noqa: B023
+        wait_until(lambda sent=sent: pool.stats().bytes_in >= sent)
     reader.join(patient(10))
     assert results == [stream]
 
@@ -233,6 +225,7 @@ def test_a_message_may_have_to_wait(make_pool, make_client, end):
     elif end == "close":
         sock.close()
         recv_until_eof(client)
+    # "stop": the pool ends while it waits.
 
 
 COUNTED = """
@@ -255,17 +248,9 @@ with tstpool.TstPool(Echo(), framing=tstpool.LengthPrefixed(4), workers=1) as po
 """
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-@pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer's runtime does not like to be traced")
+@needs_strace
 @pytest.mark.parametrize(("size", "least", "most"), [(SIZE, 60, 200), (1000, 0, 0), (200_000, 0, 0)])
 def test_it_is_done_where_it_pays(tmp_path, size, least, most):
     """recvmsg is what receives into several places; nothing else in the engine does."""
-    log = tmp_path / "log"
-    command = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=recvmsg"]
-    allowed = subprocess.run([*command, "true"], capture_output=True, text=True)
-    if allowed.returncode:
-        pytest.skip(f"strace may not trace here: {allowed.stderr.strip()}")
-    arguments = [sys.executable, "-c", COUNTED, str(size)]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=patient(60))
-    assert done.returncode == 0, done.stderr
-    assert least <= len(re.findall(rf"recvmsg\(.*= {size + 4}$", log.read_text(), re.M)) <= most
+    lines = system_calls(tmp_path / "log", "recvmsg", COUNTED, size)
+    assert least <= len(re.findall(rf"recvmsg\(.*= {size + 4}$", lines, re.M)) <= most

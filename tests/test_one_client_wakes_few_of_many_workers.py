@@ -1,14 +1,11 @@
 """B15: eight workers sleep; who comes, or says something, wakes those who are needed."""
 
 import re
-import shutil
-import subprocess
-import sys
 import time
 
 import pytest
-from contract_helpers import echo, every_trigger, handler, round_trip
-from helpers import ROOT, SANITIZER, connect, patient, scaled, wait_until
+from contract_helpers import echo, every_trigger, handler, needs_strace, round_trip, system_calls
+from helpers import connect, scaled, wait_until
 from test_a_blocked_handler_blocks_nobody_else import voluntary_switches
 
 CLIENTS = 50
@@ -29,8 +26,7 @@ with tstpool.TstPool(Echo(), workers=8, trigger=sys.argv[1], shards=int(sys.argv
 """
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-@pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer's runtime does not like to be traced")
+@needs_strace
 @every_trigger
 @pytest.mark.parametrize("shards", [1, 4])
 def test_accept_is_called_twice_for_each_client_at_most(tmp_path, trigger, shards):
@@ -38,15 +34,8 @@ def test_accept_is_called_twice_for_each_client_at_most(tmp_path, trigger, shard
 
     The call with -1 only asks whether the kernel has it.
     """
-    log = tmp_path / "log"
-    command = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=accept4"]
-    allowed = subprocess.run([*command, "true"], capture_output=True, text=True)
-    if allowed.returncode:
-        pytest.skip(f"strace may not trace here: {allowed.stderr.strip()}")
-    arguments = [sys.executable, "-c", COUNTED, trigger, str(shards), str(CLIENTS)]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=patient(60))
-    assert done.returncode == 0, done.stderr
-    calls = re.findall(r"accept4\((?!-1,)", log.read_text())
+    lines = system_calls(tmp_path / "log", "accept4", COUNTED, trigger, shards, CLIENTS)
+    calls = re.findall(r"accept4\((?!-1,)", lines)
     assert CLIENTS <= len(calls) <= 2 * CLIENTS
 
 

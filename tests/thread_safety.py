@@ -19,6 +19,7 @@ SAFE_FIXTURES = {
 
 WORDS = {
     r"\b(run_python|ServerProcess|subprocess|Command|in_time_namespace)\b": "starts processes, which share nothing",
+    r"\bsystem_calls\b": "has a process traced, into a file",
     r"\b(open_fds|native_threads|active_count|threading\.enumerate|/proc/self)\b": "counts what the process has",
     r"\b(process_cpu_seconds|process_time|voluntary_switches|getrusage|thread_time|resident)\b": "measures the process",
     r"\b(setrlimit|signal\.|fork|chdir|environ|umask|quick_switches|setswitchinterval|settrace|setprofile)\b": (

@@ -125,10 +125,10 @@ cdef struct tst_worker:
     uint64_t burst             # messages of one connection from which on others may get their turn
     uint64_t clock             # when its last job ended; begin of the next one in the same batch
     int accept_errno           # the last failure of accept, to be logged
-    tst_shared *spares         # owned, linked by next: bytes objects for messages to come (receive_spare)
+    tst_shared *spares         # owned, linked by next: bytes objects for messages to come, all of one size
     size_t spares_left
-    size_t spare_size          # bytes in a message that has an object to come
-    int spare_votes            # how much speaks for that size
+    size_t spare_size          # bytes in a message that objects are, or are to be, made for
+    int spare_votes            # messages of that size less those of others, within bounds
     uint64_t slow_calls        # atomic: `calls` when somebody last looked whether it is in a slow handler ...
     uint64_t slow_since        # atomic: ... and when that call was seen first, monotonic nanoseconds
     uint64_t slow_logged       # atomic: `calls` of the slow handler that was logged last
