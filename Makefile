@@ -29,7 +29,7 @@ endif
 
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
-SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.pxd tests/*/*.pyx tests/simulation/*.[ch])
+SOURCES := pyproject.toml setup.py $(wildcard tstpool/*.pyx tstpool/*.px[di] tests/*/*.pyx tests/simulation/*.[ch])
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -40,7 +40,7 @@ install_lists = sed -nE 's/^($(1)) = \[/[/p' pyproject.toml \
     | $(BIN)/python -c 'import ast, sys; print(*[r for line in sys.stdin for r in ast.literal_eval(line)], sep="\n")' \
     | $(PIP_INSTALL) --prefer-binary -r /dev/stdin
 
-.PHONY: help build demo test test-slow model simulate faults parallel debug asan tsan werror cov fuzz lint format bench bench-full bench-results bench-check wheel clean distclean
+.PHONY: help build demo test test-slow model simulate faults parallel debug asan tsan cov fuzz lint format bench bench-full bench-results bench-check wheel clean distclean
 
 help:
 	@echo "make demo       run a server and clients of several kinds, check every byte"
@@ -55,8 +55,7 @@ help:
 	@echo "make asan       the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the tests under ThreadSanitizer (free-threaded: PYTHON= one built with --with-thread-sanitizer)"
 	@echo "make fuzz       a minute of fuzzing for each target (ARGS=3600 for an hour each; best with clang)"
-	@echo "make werror     a build in which every compiler warning is an error"
-	@echo "make cov        the tests, counting which lines of the .py, .pyx and .pxd files they execute (needs gcov)"
+	@echo "make cov        the tests, counting which lines of the package they execute (needs gcov)"
 	@echo "make lint       ruff, cython-lint, mypy, stubtest"
 	@echo "make format     ruff's formatter over all Python files"
 	@echo "make bench      the benchmarks, five minutes of them: table and chart in benchmarks/build"
@@ -92,7 +91,7 @@ test: $(BUILT)
 test-slow: $(BUILT)
 	$(BIN)/pytest -m slow -o faulthandler_timeout=900 $(ARGS)
 
-debug asan tsan werror: $(BUILT)
+debug asan tsan: $(BUILT)
 	bash .ci/flavour $@ $(VENV) $(ARGS)
 
 cov: $(VENV)/.extra-cov

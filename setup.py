@@ -79,7 +79,7 @@ def make_extension(name, source, *c_sources):
         name,
         [source, *c_sources],
         # A changed layer rebuilds all that is made of it.
-        depends=glob.glob("tstpool/*.pxd") + glob.glob(os.path.dirname(source) + "/*.h"),
+        depends=glob.glob("tstpool/*.px[di]") + glob.glob(os.path.dirname(source) + "/*.h"),
         include_dirs=[os.path.dirname(source)] if c_sources else [],
         define_macros=[("TST_DEBUG", "1" if DEBUG else "0")],
         extra_compile_args=compile_args(),
@@ -119,7 +119,7 @@ def cythonize_strictly(extensions):
             # Directives that change what the code means stand in the head of each .pyx file, not here.
             compiler_directives={"language_level": "3"},
             build_dir=os.path.join(BUILD_BASE, "c"),
-            # Reports of sanitizers and debuggers then name lines of the .pyx and .pxd files.
+            # Reports of sanitizers and debuggers then name lines of the Cython files.
             emit_linenums=bool(SANITIZE or DEBUG),
         )
     complaints = [line for line in heard.text.splitlines() if line.startswith(("warning:", "performance hint:"))]

@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from fnmatch import fnmatch
 from pathlib import Path
 
 from coverage_reasons import REASONS
@@ -54,7 +53,7 @@ def indentation(line):
 
 def cython_counts(tree):
     """{file: {line: how often it was executed}} of the package's Cython files, all modules together."""
-    counts = {path: Counter() for path in files(tree, "*.p[xy][dx]")}
+    counts = {path: Counter() for path in files(tree, "*.pyx", "*.px[di]")}
     for data in sorted(tree.glob("build/coverage/**/*.gcda")):
         command = ["gcov", "--json-format", "--stdout", str(data)]
         report = json.loads(subprocess.run(command, cwd=tree, check=True, capture_output=True).stdout)
@@ -106,8 +105,9 @@ def python_counts(tree):
     }
 
 
-def files(tree, pattern):
-    return sorted(str(path.relative_to(tree)) for path in (tree / "tstpool").rglob("*") if fnmatch(path.name, pattern))
+def files(tree, *patterns):
+    found = (path for pattern in patterns for path in (tree / "tstpool").rglob(pattern))
+    return sorted(str(path.relative_to(tree)) for path in found)
 
 
 def collect(tree):
@@ -147,7 +147,7 @@ def percent(paths, found):
 def totals(found):
     """[(what, its files)]: both must reach LEAST."""
     cython = [path for path in found if not path.endswith(".py")]
-    return [("all .pyx and .pxd", cython), ("all of the package", list(found))]
+    return [("all of the Cython files", cython), ("all of the package", list(found))]
 
 
 def table(found):

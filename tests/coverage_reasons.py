@@ -15,22 +15,22 @@ REASONS = {
             "continue",
         ],
         "tstpool/_conn.pxd queue_frame": ["return -ENOMEM"],
-        "tstpool/_core.pyx make_state": ["return -ENOMEM"],
-        "tstpool/_core.pyx TstPool.add": ['raise MemoryError("no slot for the socket")'],
-        "tstpool/_core.pyx TstPool.add_listener": ["self.listeners.pop()", "raise"],
-        "tstpool/_core.pyx make_room": ["raise MemoryError()"],
-        "tstpool/_core.pyx Worker.make_spares": [
+        "tstpool/_socket.pxi make_state": ["return -ENOMEM"],
+        "tstpool/_pool.pxi TstPool.add": ['raise MemoryError("no slot for the socket")'],
+        "tstpool/_pool.pxi TstPool.add_listener": ["self.listeners.pop()", "raise"],
+        "tstpool/_workers.pxi make_room": ["raise MemoryError()"],
+        "tstpool/_worker.pxi Worker.make_spares": [
             "except MemoryError:",
             "return 0                   # messages are received where there is room, as others are",
         ],
-        "tstpool/_core.pyx Worker.serve": [
+        "tstpool/_worker.pxi Worker.serve": [
             'log(logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
             "time.sleep(0.01)",
             "with nogil:",
             "shard_yield(self.engine, self.worker, shard)",
         ],
-        "tstpool/_core.pyx Worker.resume": ["time.sleep(0.01)", "own = batch_get(self.engine)"],
-        "tstpool/_core.pyx Worker.adopt_binding": [
+        "tstpool/_worker.pxi Worker.resume": ["time.sleep(0.01)", "own = batch_get(self.engine)"],
+        "tstpool/_worker.pxi Worker.adopt_binding": [
             "connection_break(connection, ENOMEM)",
             "connection_begin_close(connection)",
         ],
@@ -53,15 +53,15 @@ REASONS = {
             "return True",
         ],
         "tstpool/_collect.pxd collect_event": ["count_stale(&worker.stats, connection)", "return"],
-        "tstpool/_core.pyx TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
-        "tstpool/_core.pyx wait_ended": ["return True", "return ended.is_set()"],
-        "tstpool/_core.pyx Worker.make_body": ["return 0"],
-        "tstpool/_core.pyx Worker.log_slow": [
+        "tstpool/_pool.pxi TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
+        "tstpool/_workers.pxi wait_ended": ["return True", "return ended.is_set()"],
+        "tstpool/_worker.pxi Worker.make_body": ["return 0"],
+        "tstpool/_worker.pxi Worker.log_slow": [
             "store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)"
         ],
-        "tstpool/_core.pyx Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
-        "tstpool/_core.pyx Worker.run_compiled_messages": ["self.report(sock)"],
-        "tstpool/_core.pyx Worker.resume": ["return NULL"],
+        "tstpool/_worker.pxi Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
+        "tstpool/_worker.pxi Worker.run_compiled_messages": ["self.report(sock)"],
+        "tstpool/_worker.pxi Worker.resume": ["return NULL"],
         "tstpool/_entry.pxd connection_reconnect": ["sys_reset_on_close(connection.fd, False)"],
         "tstpool/_entry.pxd connection_wait_for_flusher": [
             "spin_unlock(&connection.lock)",
@@ -94,7 +94,7 @@ REASONS = {
             "connection_break(connection, broken)       # nobody will make room for what may still be there",
             "return",
         ],
-        "tstpool/_core.pyx Worker.writable": [
+        "tstpool/_worker.pxi Worker.writable": [
             "stat = self.notify(sock, connection.compiled.writable)",
             "if stat != TST_RUN:",
             "connection_apply(connection, self.worker, stat)",
@@ -111,14 +111,14 @@ REASONS = {
         "tstpool/_collect.pxd engine_is_full": ["return False"],
         "tstpool/_collect.pxd listener_request": ["place = &place[0].timer_next"],
         "tstpool/_conn.pxd connection_release": ['tst_bug("release of a connection that nobody owns")'],
-        "tstpool/_core.pyx check": ["raise system_error(<int>-result, what)"],
-        "tstpool/_core.pyx TstData.__getbuffer__": ["except BaseException:", "self.release_export()", "raise"],
-        "tstpool/_core.pyx TstSocket.raise_unsent": ["return 0"],
-        "tstpool/_core.pyx Worker.drop_entry": [
+        "tstpool/_check.pxi check": ["raise system_error(<int>-result, what)"],
+        "tstpool/_transfer.pxi TstData.__getbuffer__": ["except BaseException:", "self.release_export()", "raise"],
+        "tstpool/_socket.pxi TstSocket.raise_unsent": ["return 0"],
+        "tstpool/_worker.pxi Worker.drop_entry": [
             'log(logging.ERROR, "the connection with socket %d is broken", connection.fd, exc_info=error)',
             "worker_leave(self.worker)",
         ],
-        "tstpool/_core.pyx Worker.log_slow": [
+        "tstpool/_worker.pxi Worker.log_slow": [
             "except BaseException as error:",
             'log(logging.ERROR, "a slow handler could not be logged", exc_info=error)',
         ],
@@ -129,25 +129,25 @@ REASONS = {
         "tstpool/_poll.pxd sys_unread": ["return 0"],
     },
     "A machine of another kind: a clock that is not the processor's counter, no /sys.": {
-        "tstpool/_core.pyx kernel_counts_ticks": ["except OSError:", "return False"],
-        "tstpool/_core.pyx tick_scale": ["return 0"],
+        "tstpool/_workers.pxi kernel_counts_ticks": ["except OSError:", "return False"],
+        "tstpool/_workers.pxi tick_scale": ["return 0"],
     },
     "Room for hooks to come: nobody calls them, and a module that knows one of them brings its own.": {
-        "tstpool/_core.pyx TstNogilHandler._reserved_0": ["cdef void _reserved_0(self) noexcept nogil:"],
-        "tstpool/_core.pyx TstNogilHandler._reserved_1": ["cdef void _reserved_1(self) noexcept nogil:"],
-        "tstpool/_core.pyx TstNogilHandler._reserved_2": ["cdef void _reserved_2(self) noexcept nogil:"],
-        "tstpool/_core.pyx TstNogilHandler._reserved_3": ["cdef void _reserved_3(self) noexcept nogil:"],
-        "tstpool/_core.pyx TstNogilHandler._reserved_4": ["cdef void _reserved_4(self) noexcept nogil:"],
-        "tstpool/_core.pyx TstNogilHandler._reserved_5": ["cdef void _reserved_5(self) noexcept nogil:"],
-        "tstpool/_core.pyx TstNogilHandler._reserved_6": ["cdef void _reserved_6(self) noexcept nogil:"],
-        "tstpool/_core.pyx TstNogilHandler._reserved_7": ["cdef void _reserved_7(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_0": ["cdef void _reserved_0(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_1": ["cdef void _reserved_1(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_2": ["cdef void _reserved_2(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_3": ["cdef void _reserved_3(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_4": ["cdef void _reserved_4(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_5": ["cdef void _reserved_5(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_6": ["cdef void _reserved_6(self) noexcept nogil:"],
+        "tstpool/_handler.pxi TstNogilHandler._reserved_7": ["cdef void _reserved_7(self) noexcept nogil:"],
     },
     "Executed only in processes that end without counting, by _exit or a signal: forked children, the interpreter's "
     "exit.": {
-        "tstpool/_core.pyx TstPool.check_alive": [
+        "tstpool/_pool.pxi TstPool.check_alive": [
             'raise TstError("this pool belongs to the parent process: after fork() make a new one")'
         ],
-        "tstpool/_core.pyx TstPool.start_locked": ['raise TstError("the interpreter is shutting down")'],
+        "tstpool/_pool.pxi TstPool.start_locked": ['raise TstError("the interpreter is shutting down")'],
     },
     "Another system, or a package without its compiled part. tests/test_packaging.py has the second; it makes builds "
     "of its own and does not run in this one.": {

@@ -111,6 +111,6 @@ def test_a_line_without_a_reason_is_found_also_when_its_twin_has_one(monkeypatch
 
 def test_cython_files_are_measured_apart_from_python_files():
     assert totals({"a.pxd": {}, "b.pyx": {}, "c.py": {}}) == [
-        ("all .pyx and .pxd", ["a.pxd", "b.pyx"]),
+        ("all of the Cython files", ["a.pxd", "b.pyx"]),
         ("all of the package", ["a.pxd", "b.pyx", "c.py"]),
     ]

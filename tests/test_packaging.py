@@ -145,7 +145,7 @@ def test_wheel_holds_the_package_its_types_and_the_cython_headers(built):
     expected = {extension} | package_files("*.py", "*.pxd", "*.pyi", "py.typed")
     assert {"tstpool/__init__.pxd", "tstpool/_core.pxd", "tstpool/py.typed"} <= expected
     found = {name for name in names if ".dist-info/" not in name}
-    assert found == expected  # so: no tests, no .pyx, no C
+    assert found == expected  # so: no tests, no .pyx, no .pxi, no C
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
 
 
@@ -153,7 +153,7 @@ def test_sdist_holds_what_it_takes_to_build_and_test(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {"pyproject.toml", "setup.py", "Makefile", "LICENSE", "README.md", "tests/helpers.py", ".ci/prepare"}
-    assert expected | package_files("*.py", "*.pyx", "*.pxd", "*.pyi", "py.typed") <= names
+    assert expected | package_files("*.py", "*.pyx", "*.pxi", "*.pxd", "*.pyi", "py.typed") <= names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name in ("tstpool/_core.c",)]
 
 

@@ -5,7 +5,7 @@
     output      what a handler has returned or wants sent
     finish      what handlers have left: send, release, arm
 
-`_collect.pxd` makes the entries, `_run.pxd` and `_core.pyx` run their handlers.
+`_collect.pxd` makes the entries, `_run.pxd` and `_worker.pxi` run their handlers.
 """
 from libc.errno cimport EAGAIN, ENOBUFS, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t

@@ -8,7 +8,7 @@
                  Compiled handlers run here
     5  return    when an entry needs the interpreter; else go back to 1                       shard_turn
 
-Between 5 and 1 `_core.pyx` attaches to the interpreter once and runs the remaining entries' handlers.
+Between 5 and 1 `_worker.pxi` attaches to the interpreter once and runs the remaining entries' handlers.
 """
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t

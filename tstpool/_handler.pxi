@@ -1,0 +1,164 @@
+# TstHandler and TstNogilHandler, which users subclass; Binding, a handler whose hooks have been looked up.
+
+cdef class TstHandler:
+    """What a pool calls. Override what you need; a hook that is not overridden costs nothing.
+
+    Hooks of one socket never run at the same time, and its messages come in order. A hook may block: other connections
+    go on as long as the pool has workers left. Unless said otherwise a hook returns None or a TstStat.
+    """
+
+    def on_connect(self, sock):
+        """A connection is there; no message has been handed out yet. It may send. Anything above TstStat.SEND refuses
+        it: what is queued is sent, it is closed, and on_disconnect is not called."""
+
+    def on_message(self, sock, data):
+        """`data`: one whole message as bytes, or, if the pool was made with copy=False, as a memoryview; without
+        framing, whatever has arrived. Returning bytes sends them as one message."""
+
+    def on_writable(self, sock):
+        """need_send() was asked for and the kernel takes output; a TstStat.SEND has been handed to it whole; or, of a
+        socket for which more than high_water had waited, no more than low_water still does. Of a TstNogilHandler it is
+        not called for the last of these: tst_need_send() asks for it."""
+
+    def on_disconnect(self, sock, reason):
+        """The connection is over; called once for each on_connect that accepted. reason: None when the peer or this
+        side closed cleanly, else an exception."""
+
+    def on_idle(self, worker_no):
+        """Worker `worker_no` has had nothing to do for the pool's idle_time."""
+
+    def on_slow(self, sock, seconds):
+        """A hook of `sock` took longer than the pool's slow_handler. It is called when that hook has returned.
+
+        Unless overridden it logs a warning; another one, with the stack of the thread, is logged while the hook still
+        runs, by a worker that is free. (Without a GIL there is no stack: frames of a running thread change.)
+        """
+        logger.warning("a handler took %.3f s on socket %d", seconds, sock.sd)
+
+    def on_error(self, sock, exc):
+        """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected
+        afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND.
+
+        Unless overridden it logs each of them: a hook's with its traceback, in which control characters are escaped.
+        """
+        if isinstance(exc, MessageTooLarge):
+            logger.warning("socket %d is closed: %s", sock.sd, exc)
+        else:
+            logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
+
+
+cdef class TstNogilHandler(TstHandler):
+    """A handler whose hooks may be written in Cython, without the GIL: subclass it there, with `cimport tstpool`. What
+    its C hooks pass on with TST_RUN reaches the Python hooks of TstHandler. See _core.pxd for the C hooks."""
+
+    cdef TstStat connected(self, TstSocket sock) noexcept nogil:
+        return TST_RUN
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        return TST_RUN
+
+    cdef TstStat writable(self, TstSocket sock) noexcept nogil:
+        return TST_RUN
+
+    cdef void disconnected(self, TstSocket sock) noexcept nogil:
+        pass
+
+    cdef void release(self, void *state) noexcept nogil:
+        pass
+
+    cdef void _reserved_0(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_1(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_2(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_3(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_4(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_5(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_6(self) noexcept nogil:
+        pass
+
+    cdef void _reserved_7(self) noexcept nogil:
+        pass
+
+
+# The engine calls a TstNogilHandler through these: it knows no classes.
+
+cdef int call_connected(void *handler, void *sock) noexcept nogil:
+    return (<TstNogilHandler>handler).connected(<TstSocket>sock)
+
+
+cdef int call_received(void *handler, void *sock, const char *data, size_t size) noexcept nogil:
+    return (<TstNogilHandler>handler).received(<TstSocket>sock, data, size)
+
+
+cdef int call_writable(void *handler, void *sock) noexcept nogil:
+    return (<TstNogilHandler>handler).writable(<TstSocket>sock)
+
+
+cdef int call_disconnected(void *handler, void *sock) noexcept nogil:
+    (<TstNogilHandler>handler).disconnected(<TstSocket>sock)
+    return 0
+
+
+cdef tuple HOOKS = ("on_connect", "on_message", "on_writable", "on_disconnect", "on_idle", "on_slow", "on_error",
+                    "on_most_elapsed")
+
+
+@cython.final
+cdef class Binding:
+    """A handler with its hooks looked up: None where the user has not overridden one."""
+
+
+cdef object hook_of(object handler, str name):
+    """The handler's hook as a bound method; None when it is TstHandler's own and does nothing."""
+    method = getattr(handler, name, None)
+    if name not in ("on_slow", "on_error") and getattr(type(handler), name, None) is getattr(TstHandler, name, None):
+        if name not in getattr(handler, "__dict__", ()):
+            return None
+    return method
+
+
+cdef bint logs_slow(Binding binding):
+    """on_slow is TstHandler's own."""
+    return getattr(binding.on_slow, "__func__", None) is TstHandler.on_slow or binding.function is not None
+
+
+cdef Binding bind(object handler, dict hooks):
+    """Looks a handler's hooks up; `hooks` from setEvent... win. TypeError for what is no handler."""
+    cdef Binding binding = Binding.__new__(Binding)
+    cdef object source = handler
+    if not isinstance(handler, TstHandler):
+        if not callable(handler) or isinstance(handler, type):
+            raise TypeError(f"a handler is a TstHandler instance or a function of one socket, not {handler!r}")
+        binding.function = handler
+        source = DEFAULT_HANDLER
+    found = {name: hooks.get(name) or hook_of(source, name) for name in HOOKS}
+    binding.handler = handler
+    binding.on_connect = found["on_connect"]
+    binding.on_message = found["on_message"]
+    binding.on_writable = found["on_writable"]
+    binding.on_disconnect = found["on_disconnect"]
+    binding.on_idle = found["on_idle"]
+    binding.on_slow = found["on_slow"]
+    binding.on_error = found["on_error"]
+    binding.on_most_elapsed = found["on_most_elapsed"]
+    if isinstance(handler, TstNogilHandler):
+        binding.compiled.handler = <void *>handler     # borrowed: binding.handler holds it
+        binding.compiled.connected = call_connected
+        binding.compiled.received = call_received
+        binding.compiled.writable = call_writable
+        binding.compiled.disconnected = call_disconnected
+    return binding
+
+
+DEFAULT_HANDLER = TstHandler()

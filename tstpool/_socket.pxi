@@ -1,0 +1,606 @@
+# TstSocket: one connection, as users see it; how it comes into being and is let go; the functions for nogil handlers.
+
+cdef enum:
+    READ_CHUNK = 65536                 # bytes: most that one read() without a size takes from the kernel
+
+
+@cython.final
+@cython.trashcan(True)                  # a long chain of sockets in user_data must not end on the C stack
+cdef class TstSocket:
+    """One connection of a pool.
+
+    It stays valid for as long as somebody holds it. send(), close(), pause() and resume() may be called on any thread,
+    at any time, without a lock; read(), read_into() and the fields of `recv_data` belong to the socket's own handler.
+    """
+
+    def __cinit__(self, key=None):
+        if key is not POOLS_KEY:
+            raise TypeError("a TstSocket is made by its pool, not by hand")
+
+    cdef uint32_t generation(self) noexcept nogil:
+        return generation_of(self.id)
+
+    cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
+        """Queues output and sees to it that somebody sends it. Returns what waits, or -errno."""
+        cdef ssize_t result
+        cdef bint flush = False, again = True
+        while True:
+            result = connection_append(
+                self.connection, self.generation(), bytes, size, shared, framed, &flush)
+            if flush:
+                shard_ask(self.connection, self.generation(), 0)
+            if not tst_rarely(result == -ENOBUFS):
+                return result
+            if not again:
+                return self.overflow()
+            again = False
+            self.flush_once()      # perhaps too much waits only because it is a long handler that sends
+
+    cdef ssize_t overflow(self) noexcept nogil:
+        """Too much waits: the limits say what to do. Returns -ENOBUFS, or -ENOTCONN when it was closed for that."""
+        if self.limits.overflow != OVERFLOW_CLOSE:         # our own: the slot may be another connection's by now
+            add64(&self.pool.engine.total.overflow_refused, 1, RELAXED)
+            return -ENOBUFS
+        if connection_abort(self.connection, self.generation(), ENOBUFS):
+            shard_ask(self.connection, self.generation(), PEND_CLOSE)
+        return -ENOTCONN
+
+    cdef void flush_once(self) noexcept nogil:
+        """Gives the kernel what it takes now."""
+        cdef tst_stats outside
+        memset(&outside, 0, sizeof(outside))
+        if connection_flush(self.connection, self.generation(), True, True, clock_now(), &outside) < 0:
+            shard_ask(self.connection, self.generation(), PEND_IN)     # no event may come to tell its owner
+        connection_ask_relief(self.connection, self.generation())
+        add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
+
+    cdef int wait_for_room(self) except -1:
+        """Blocks until less than high_water waits; for a moment if that is so, for then it is the other connections
+        that have too much. ConnectionClosed when it ends before."""
+        cdef pollfd watched
+        cdef size_t waits, enough = self.limits.high_water
+        cdef bint gone, overdue, waited = False
+        watched.fd = <int><uint32_t>self.id
+        watched.events = POLLOUT
+        while True:
+            spin_lock(&self.connection.lock)
+            gone = self.connection.out_closed or not connection_is(self.connection, self.generation())
+            overdue = not gone and connection_output_is_overdue(self.connection, clock_now())
+            waits = queue_size(&self.connection.out)
+            spin_unlock(&self.connection.lock)
+            if overdue and connection_abort(self.connection, self.generation(), ETIMEDOUT):
+                shard_ask(self.connection, self.generation(), PEND_CLOSE)      # all workers may be waiting like this
+            if gone or overdue:
+                raise ConnectionClosed("the socket was closed while a send waited for room")
+            if waits <= enough and waited:
+                return 0
+            waited = True
+            with nogil:
+                # Short, for the descriptor may be closed meanwhile.
+                poll(&watched, 1 if waits > enough else 0, 10)
+                self.flush_once()
+            self.pool.drop_all_litter()
+            PyErr_CheckSignals()
+
+    cdef ssize_t append_object(self, object data, bint framed) except? -1:
+        """append() for whatever has a buffer. Large `bytes` are kept instead of copied: they never change."""
+        cdef ssize_t queued = self.append_now(data, framed)
+        while queued == -ENOBUFS and self.limits.overflow == OVERFLOW_BLOCK and not self.in_handler():
+            self.wait_for_room()
+            queued = self.append_now(data, framed)
+        return queued
+
+    cdef ssize_t append_now(self, object data, bint framed) except? -1:
+        cdef Py_buffer view
+        cdef tst_shared *shared
+        cdef ssize_t queued
+        if type(data) is bytes:
+            if PyBytes_GET_SIZE(data) < SHARE_LEAST:
+                return self.append(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data), NULL, framed)
+            shared = share_object(data)
+            queued = self.append(shared.bytes, shared.size, shared, framed)
+            unshare_object(shared)
+            return queued
+        data = contiguous(data)
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            return self.append(<const char *>view.buf, <size_t>view.len, NULL, framed)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef bint in_handler(self) noexcept:
+        """The calling thread is the worker that is in this socket's handler."""
+        cdef int no = <int>load32(<uint32_t *>&self.connection.thread_no, RELAXED)
+        cdef tst_worker *worker
+        if no < 0 or no >= worker_count(self.pool.engine) or not connection_is(self.connection, self.generation()):
+            return False
+        worker = &self.pool.engine.workers[no]
+        return worker.ident == PyThread_get_thread_ident() and worker.current == self.connection
+
+    def __repr__(self):
+        return f"<TstSocket sd={self.sd} id={self.id:#x} {'closed' if self.closed else 'open'}>"
+
+    # -- what it is
+
+    @property
+    def sd(self):
+        """The descriptor's number; after the close, the number it had."""
+        return <int><uint32_t>self.id
+
+    def fileno(self):
+        """The descriptor's number, or -1 once the connection is gone."""
+        return self.sd if connection_is(self.connection, self.generation()) else -1
+
+    @property
+    def type(self):
+        """The TstSockType: SUB when accepted, else what addsocket() was told."""
+        return TstSockType(self.type_number)
+
+    @property
+    def closed(self):
+        """True from the moment a close was asked for, by anybody."""
+        cdef bint result
+        spin_lock(&self.connection.lock)
+        result = self.connection.out_closed or not connection_is(self.connection, self.generation())
+        spin_unlock(&self.connection.lock)
+        return result
+
+    @property
+    def events(self):
+        """The epoll bits (EPOLLIN, EPOLLOUT ...) that the running handler call is about."""
+        return load32(&self.connection.events, RELAXED) if connection_is(self.connection, self.generation()) else 0
+
+    @property
+    def thread_no(self):
+        """Number of the worker that ran this socket's handler last, -1 before the first time or after the close."""
+        if not connection_is(self.connection, self.generation()):
+            return -1
+        return <int>load32(<uint32_t *>&self.connection.thread_no, RELAXED)
+
+    @property
+    def peer(self):
+        """(host, port) of the other side, known after the close too; for a unix socket "unix:path", None if it has no
+        name."""
+        if self.peer_path is not None:
+            return self.peer_path
+        return _net.text_address(self.peer_address.family, self.peer_address.bytes[:sizeof(self.peer_address.bytes)])
+
+    @property
+    def local(self):
+        """(host, port) of this side, or a unix socket's "unix:path"; None once the connection is gone."""
+        try:
+            with socket.socket(fileno=os.dup(self.fileno())) as copy:
+                return _net.address_of(copy) if copy.family != socket.AF_UNIX else _net.address_of(copy)[0]
+        except OSError:
+            return None
+
+    # -- what the user hangs on it
+
+    @property
+    def user_data(self):
+        """Any object of the user's; let go when the connection is gone."""
+        with cython.critical_section(self):
+            return self.data
+
+    @user_data.setter
+    def user_data(self, value):
+        with cython.critical_section(self):
+            self.data = value
+
+    @property
+    def handler(self):
+        """The handler for this socket: a TstHandler or a function. Assigning one overrides the pool's; None goes
+        back."""
+        with cython.critical_section(self):
+            binding = self.binding
+        if binding is None:
+            with cython.critical_section(self.pool):
+                binding = self.pool.binding
+        return None if binding is None else (<Binding>binding).handler
+
+    @handler.setter
+    def handler(self, value):
+        binding = None if value is None else bind(value, {})
+        with cython.critical_section(self):
+            self.binding = binding
+        spin_lock(&self.connection.lock)
+        if connection_is(self.connection, self.generation()):
+            store32(&self.connection.rebind, 1, RELEASE)
+        spin_unlock(&self.connection.lock)
+
+    @property
+    def framing(self):
+        """How this socket's input is cut into messages; None: as it arrives. Assigned inside the socket's own handler
+        it counts from the next message on, for what was read already too. TstError elsewhere."""
+        with cython.critical_section(self):
+            return self.own_framing
+
+    @framing.setter
+    def framing(self, value):
+        framing = framing_from(value)
+        self.check_reading()
+        with cython.critical_section(self):
+            spin_lock(&self.connection.lock)           # another thread's send_message() may be reading the old one
+            self.connection.framing = framing_pointer(framing)
+            spin_unlock(&self.connection.lock)
+            # Unread input is cut anew, except for the message that is being handed out. The old one may be freed below,
+            # and a later one lie where it lay.
+            if self.connection.windowed:
+                self.connection.framed_by = NULL
+            else:
+                connection_forget_frame(self.connection)
+            self.own_framing, framing = framing, self.own_framing
+
+    @property
+    def recv_data(self):
+        """The TstData for receiving."""
+        with cython.critical_section(self):
+            if self.recv_transfer is None:
+                self.recv_transfer = new_transfer(self.pool.max_recv_size)
+                if self.in_handler():
+                    data_set_unread(&self.recv_transfer.data, self.connection.input.size)
+                self.publish(<void **>&self.connection.recv, &self.recv_transfer.data)
+            return self.recv_transfer
+
+    @property
+    def send_data(self):
+        """The TstData for sending."""
+        with cython.critical_section(self):
+            if self.send_transfer is None:
+                self.send_transfer = new_transfer(self.pool.max_send_size)
+                self.publish(<void **>&self.connection.send, &self.send_transfer.data)
+            return self.send_transfer
+
+    cdef void publish(self, void **place, void *transfer) noexcept:
+        """Shows a transfer to the engine; it reads it only while the slot holds a reference to us."""
+        spin_lock(&self.connection.lock)
+        if self.connection.sock == <PyObject *>self:
+            store_pointer(place, transfer, RELEASE)
+        spin_unlock(&self.connection.lock)
+
+    # -- output
+
+    def send(self, data):
+        """Queues bytes and returns at once; they are copied, so `data` may be changed afterwards.
+
+        data: any object with the buffer protocol. Returns how many bytes of this connection wait now for the kernel to
+        take them. Inside a handler they go out, in one piece, when the handlers of this turn have run. Any thread; what
+        one thread sends keeps its order and is never mixed with another's inside one call. Raises ConnectionClosed,
+        SendQueueFull (see TstPool's max_queued), TypeError, MemoryError.
+        """
+        cdef ssize_t queued = self.append_object(data, False)
+        if queued < 0:
+            check(queued, "no memory to queue output")
+        return queued
+
+    def send_message(self, data):
+        """Queues one message in the frame of the socket's framing; without framing it is send().
+
+        Raises MessageTooLarge when the framing has no frame for so many bytes, ValueError when the message holds the
+        delimiter or is not of the fixed size; else as send(). Any thread.
+        """
+        cdef ssize_t queued = self.append_object(data, True)
+        if queued < 0:
+            self.raise_unsent(queued, data)
+        return queued
+
+    cdef int raise_unsent(self, ssize_t result, object data) except -1:
+        """Says why append_object() did not take a message."""
+        size = memoryview(data).nbytes
+        with cython.critical_section(self):
+            framing = self.own_framing
+        if result == -EINVAL:
+            raise ValueError(f"the message holds the delimiter of {framing!r}")
+        if result == -EMSGSIZE and isinstance(framing, Fixed):
+            raise ValueError(f"{framing!r} has no frame for a message of {size} bytes")
+        check(result, "no memory to queue output" if result == -ENOMEM else
+              f"{framing!r} has no frame for a message of {size} bytes")
+        return 0
+
+    def flush(self, timeout=None):
+        """Blocks until all that was queued before the call has been handed to the kernel.
+
+        timeout: seconds, None for ever. Inside a handler this blocks the handler's worker, as any blocking call does;
+        other connections go on. Raises TimeoutError, and ConnectionClosed when the connection breaks first.
+        """
+        cdef uint64_t goal
+        cdef uint64_t until = 0 if timeout is None else clock_now() + nanoseconds(timeout, "timeout")
+        cdef pollfd watched
+        spin_lock(&self.connection.lock)
+        goal = self.connection.out.queued
+        spin_unlock(&self.connection.lock)
+        watched.fd = <int><uint32_t>self.id
+        watched.events = POLLOUT
+        try:
+            while not self.sent_up_to(goal):
+                with nogil:
+                    self.flush_once()
+                if self.sent_up_to(goal):
+                    return
+                if until and clock_now() >= until:
+                    raise TimeoutError(f"output of {self!r} still waits after {timeout} seconds")
+                with nogil:
+                    poll(&watched, 1, 10)      # short, for the descriptor may be closed meanwhile
+                PyErr_CheckSignals()
+        finally:
+            self.pool.drop_all_litter()
+
+    cdef bint sent_up_to(self, uint64_t goal) except -1:
+        cdef bint gone, sent
+        spin_lock(&self.connection.lock)
+        gone = (not connection_is(self.connection, self.generation()) or self.connection.aborted
+                or load32(&self.connection.out_error, RELAXED) != 0)
+        sent = self.connection.out.sent >= goal
+        spin_unlock(&self.connection.lock)
+        if gone:
+            raise ConnectionClosed("the connection ended before its output was sent")
+        return sent
+
+    # -- input, inside the handler
+
+    def read(self, n=-1):
+        """Takes up to `n` bytes of input that has arrived, without blocking; without `n`, all that is at hand.
+
+        Returns b"" when nothing is there. Only inside the socket's own handler; TstError elsewhere.
+        """
+        cdef size_t most
+        cdef size_t buffered
+        cdef ssize_t more
+        self.check_reading()
+        buffered = self.unread()
+        most = buffered if self.holds_no_more() else buffered + READ_CHUNK
+        if n >= 0:
+            most = min(size_from(n, "n"), most)
+        if buffered and (n < 0 or buffered >= most):
+            buffered = min(buffered, most)
+            taken = PyBytes_FromStringAndSize(self.connection.input.view, <Py_ssize_t>buffered)
+            self.took(buffered)
+            return taken
+        room = bytearray(most)
+        more = self.read_to(<char *>room, <size_t>len(room))
+        return bytes(memoryview(room)[:more])
+
+    def read_into(self, buffer):
+        """As read(), into a writable buffer. Returns the number of bytes."""
+        cdef Py_buffer view
+        self.check_reading()
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            return self.read_to(<char *>view.buf, <size_t>view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int check_reading(self) except -1:
+        if not self.in_handler():
+            raise TstError("reading is for the socket's own handler, while it runs")
+        return 0
+
+    cdef size_t unread(self) noexcept:
+        """Bytes at hand: what is left of the message, or, without framing, of what was read ahead."""
+        return self.connection.frame.size if self.connection.windowed else self.connection.input.size
+
+    cdef bint holds_no_more(self) noexcept:
+        """What the kernel has is not the handler's to read: it belongs to the next message, or to one under way."""
+        return self.connection.windowed or self.connection.body != NULL
+
+    cdef void took(self, size_t size) noexcept:
+        input_consume(&self.connection.input, size)
+        self.connection.has_read = True
+        if self.connection.windowed:
+            self.connection.frame.size -= size
+            self.connection.frame.whole -= size
+        elif self.connection.framed_by != NULL:
+            connection_forget_frame(self.connection)
+
+    cdef ssize_t read_to(self, char *place, size_t size) except -1:
+        """Input that was read ahead first, then what the kernel has."""
+        cdef tst_connection *connection = self.connection
+        cdef size_t buffered = min(self.unread(), size)
+        cdef ssize_t n = 0
+        if buffered:
+            memcpy(place, connection.input.view, buffered)
+            self.took(buffered)
+        if buffered == size or connection.end_of_input or self.holds_no_more():
+            return <ssize_t>buffered
+        with nogil:
+            n = sys_recv(connection.fd, place + buffered, size - buffered)
+        if n > 0:
+            connection.has_read = True
+            count(&self.pool.engine.workers[connection.thread_no].stats.bytes_in, <uint64_t>n)
+            connection.readable = connection.trigger == TRIGGER_EDGE
+            return <ssize_t>buffered + n
+        connection.readable = False
+        if n == 0:
+            connection.end_of_input = True
+        elif n != -EAGAIN:
+            connection_break(connection, <int>-n)
+        return <ssize_t>buffered
+
+    # -- control
+
+    def close(self, abort=False):
+        """Closes the connection once what is queued has been sent; a peer that takes none of it for the pool's
+        linger_timeout is cut off. What the peer sends meanwhile is read and dropped, so that the reply reaches it.
+
+        abort: at once instead: what is queued is dropped, and the peer gets a reset. Any thread, any number of times.
+        Returns True for the call that began it. Messages not yet handled are dropped.
+        """
+        cdef bint began
+        self.pool.check_alive()
+        if abort:
+            began = not self.closed
+            if connection_abort(self.connection, self.generation(), 0):
+                shard_ask(self.connection, self.generation(), PEND_CLOSE)
+            return began
+        if connection_close_output(self.connection, self.generation()) != 1:
+            return False
+        shard_ask(self.connection, self.generation(), PEND_CLOSE)
+        return True
+
+    def pause(self):
+        """No more messages until resume(): TCP holds the peer back. Any thread; a call that runs already is not
+        stopped."""
+        connection_mark(self.connection, STATE_PAUSED, True, STATE_OPEN, self.generation())
+
+    def resume(self):
+        """Goes on after pause(). Any thread."""
+        if connection_mark(self.connection, STATE_PAUSED, False, STATE_OPEN, self.generation()):
+            shard_ask(self.connection, self.generation(), PEND_ARM)
+
+
+cdef tst_shared *share_object(bytes data) except NULL:
+    """Bytes of an object for queues, used once; the object lives for as long as one of them holds them."""
+    cdef tst_shared *shared = <tst_shared *>malloc(sizeof(tst_shared))
+    if shared == NULL:
+        raise MemoryError("no memory to queue output")
+    Py_INCREF(data)
+    shared.users = 1
+    shared.object = <void *>data
+    shared.next = NULL
+    shared.bytes = PyBytes_AS_STRING(data)
+    shared.size = <size_t>PyBytes_GET_SIZE(data)
+    return shared
+
+
+cdef void unshare_object(tst_shared *shared) noexcept:
+    """Gives the first use back."""
+    cdef tst_stock own
+    memset(&own, 0, sizeof(own))
+    shared_leave(shared, &own)
+    drop_litter(&own)
+
+
+cdef void drop_litter(tst_stock *stock) noexcept:
+    """Lets objects go that were queued and are sent."""
+    cdef tst_shared *shared = stock_take_litter(stock)
+    cdef tst_shared *next
+    while shared != NULL:
+        next = shared.next
+        Py_DECREF(<object>shared.object)
+        free(shared)
+        shared = next
+
+
+cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil:
+    return sock.append(<const char *>data, size, NULL, False)
+
+
+cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noexcept nogil:
+    return sock.append(<const char *>data, size, NULL, True)
+
+
+cdef int tst_close(TstSocket sock) noexcept nogil:
+    cdef int began = connection_close_output(sock.connection, sock.generation())
+    if began == GONE:
+        return -ENOTCONN
+    if began:
+        shard_ask(sock.connection, sock.generation(), PEND_CLOSE)
+    return began
+
+
+cdef int tst_need_send(TstSocket sock) noexcept nogil:
+    return connection_need_send(sock.connection, sock.generation())
+
+
+cdef int connection_need_send(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """0, or -ENOTCONN when the connection is gone or closing."""
+    cdef bint closed
+    spin_lock(&connection.lock)
+    closed = connection.out_closed or not connection_is(connection, generation)
+    spin_unlock(&connection.lock)
+    if closed or shard_ask(connection, generation, PEND_OUT) == GONE:
+        return -ENOTCONN
+    return 0
+
+
+cdef TstSocket new_socket(TstPool pool, tst_connection *connection):
+    """The Python side of a connection that the caller owns."""
+    cdef TstSocket sock = make_socket(pool, connection)
+    publish_socket(connection, sock)
+    return sock
+
+
+cdef TstSocket make_socket(TstPool pool, tst_connection *connection):
+    cdef TstSocket sock = TstSocket.__new__(TstSocket, POOLS_KEY)
+    sock.id = connection_id(connection)
+    sock.connection = connection
+    sock.pool = pool
+    sock.limits = connection.limits
+    sock.type_number = connection.type
+    sock.peer_address = connection.peer
+    if connection.framing != NULL:
+        sock.own_framing = <Framing>connection.framing.object
+    return sock
+
+
+cdef int publish_socket(tst_connection *connection, TstSocket sock) except -1:
+    """Others may find it from here on; the slot holds a reference until the connection is gone."""
+    Py_INCREF(sock)
+    spin_lock(&connection.lock)
+    connection.sock = <PyObject *>sock
+    spin_unlock(&connection.lock)
+    return 0
+
+
+cdef TstSocket take_socket(tst_connection *connection):
+    """The slot lets go of its TstSocket, which is to be let go of with let_socket_go(). None: it had none."""
+    cdef TstSocket sock
+    spin_lock(&connection.lock)
+    held = connection.sock
+    connection.sock = NULL
+    store_pointer(<void **>&connection.recv, NULL, RELEASE)
+    store_pointer(<void **>&connection.send, NULL, RELEASE)
+    spin_unlock(&connection.lock)
+    connection.compiled = NULL
+    if held == NULL:
+        return None
+    sock = <TstSocket>held
+    Py_DECREF(sock)
+    return sock
+
+
+cdef int let_socket_go(TstSocket sock) except -1:
+    """A socket whose connection is over lets go of what hangs on it. Whatever that is may run code of the user's."""
+    free_state(sock)
+    sock.active = None
+    sock.reason = None
+    sock.user_data = None
+    sock.handler = None
+    return 0
+
+
+cdef int let_sockets_go(list socks) except -1:
+    """Those that close_down() has taken; no lock is held."""
+    for sock in socks:
+        if sock is not None:
+            let_socket_go(sock)
+    return 0
+
+
+cdef int forget_socket(tst_connection *connection) except -1:
+    cdef TstSocket sock = take_socket(connection)
+    return 0 if sock is None else let_socket_go(sock)
+
+
+cdef int make_state(TstSocket sock, TstNogilHandler handler) noexcept:
+    """The C state of a connection that begins. Owner only. -ENOMEM: there is none."""
+    cdef void *state
+    if handler.state_size:
+        state = calloc(1, handler.state_size)
+        if state == NULL:
+            return -ENOMEM
+        store_pointer(&sock.state, state, RELEASE)
+    sock.state_handler = handler
+    return 0
+
+
+cdef void free_state(TstSocket sock) noexcept:
+    """Ends the life of a connection's C state. Owner only."""
+    cdef TstNogilHandler handler = sock.state_handler
+    cdef void *state = sock.state
+    if state != NULL:
+        with nogil:
+            handler.release(state)
+        store_pointer(&sock.state, NULL, RELEASE)
+        free(state)
+    sock.state_handler = None

@@ -1,0 +1,951 @@
+# Worker: a thread's loop, which has the engine find something to do, calls the handler, and gives the result back.
+
+cdef enum:
+    SPARES_MOST = 65536                # bytes of the objects that a worker keeps for messages to come
+
+cdef object NOTHING = object()         # "no argument", where None is one
+
+cdef extern from *:
+    """
+    /* hook(sock, data) without the detour over a bound method. A new reference, or NULL with an exception set. */
+    static inline PyObject *tst_call(PyObject *hook, PyObject *sock, PyObject *data) {
+        PyObject *arguments[] = {NULL, NULL, sock, data};
+        if (!PyMethod_Check(hook))
+            return PyObject_Vectorcall(hook, arguments + 2, 2, NULL);
+        arguments[1] = PyMethod_GET_SELF(hook);
+        hook = PyMethod_GET_FUNCTION(hook);
+        return PyObject_Vectorcall(hook, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    }
+    /* The exception is set already. */
+    static inline int tst_raise(void) { return -1; }
+    /* Puts the next message into the bytes object of the last one, if its size is the same and nobody but the caller
+       holds it: an object that nobody else can see may change, as it does while bytes are joined. Making and freeing
+       one for each message costs a quarter of what calling a small handler does. 0: make a new one. */
+    static inline int tst_refill(PyObject *data, const char *place, Py_ssize_t size) {
+    #ifndef Py_GIL_DISABLED
+        if (Py_REFCNT(data) == 1 && PyBytes_GET_SIZE(data) == size && size > 1) {
+            memcpy(PyBytes_AS_STRING(data), place, (size_t)size);
+    #pragma GCC diagnostic push
+    #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+            ((PyBytesObject *)data)->ob_shash = -1;
+    #pragma GCC diagnostic pop
+            return 1;
+        }
+    #else
+        (void)data; (void)place; (void)size;       /* there another thread may be about to take it */
+    #endif
+        return 0;
+    }
+    """
+    PyObject *tst_call(PyObject *hook, PyObject *sock, PyObject *data)
+    int tst_raise() except -1
+    bint tst_refill(PyObject *data, const char *place, Py_ssize_t size)
+
+
+@cython.final
+cdef class Loan:
+    """Bytes of the input, read-only, for as long as a handler's call lasts. If the handler keeps a part of the view
+    beyond that, the memory is not used again until it lets go."""
+
+    cdef const char *bytes                 # borrowed until the handler returns, then NULL
+    cdef size_t size
+    cdef uint32_t exports                  # views that are held
+    cdef tst_scratch *scratch              # counted: held for views that were kept
+    cdef char *storage                     # owned: the same
+
+    def __cinit__(self, key=None):
+        if key is not POOLS_KEY:
+            raise TypeError("not to be made by hand")
+
+    def __dealloc__(self):
+        scratch_leave(self.scratch)
+        free(self.storage)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        # Without a GIL: another thread may ask, by view.obj, or let a part go, while the handler returns.
+        with cython.critical_section(self):
+            if self.bytes == NULL:
+                raise BufferError("the message is gone: its handler has returned")
+            PyBuffer_FillInfo(buffer, self, <void *>self.bytes, <Py_ssize_t>self.size, True, flags)
+            self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        with cython.critical_section(self):
+            self.exports -= 1
+
+    cdef int end(self, tst_connection *connection, tst_batch *batch) except -1:
+        """The call is over. What is kept takes the memory with it."""
+        cdef tst_input *input = &connection.input
+        cdef bint kept
+        with cython.critical_section(self):
+            self.bytes = NULL
+            kept = self.exports != 0
+        if not kept:
+            return 0
+        if not input_is_stored(input):
+            self.scratch = batch.scratch
+            add32(&batch.scratch.users, 1, RELAXED)
+            return 0
+        self.storage = input.storage
+        input.storage = NULL
+        input.capacity = 0
+        check(input_keep(input), "no memory for input")
+        return 0
+
+
+cdef char NOWHERE = 0
+
+
+cdef Loan new_loan(const char *bytes, size_t size):
+    cdef Loan loan = Loan.__new__(Loan, POOLS_KEY)
+    loan.bytes = bytes if bytes != NULL else &NOWHERE      # an empty message may lie nowhere
+    loan.size = size
+    return loan
+
+
+cdef int release_view(object view) except -1:
+    """From here on using the view raises. Refused while somebody has a buffer of it, like an array: that one stays
+    valid."""
+    try:
+        view.release()
+    except BufferError:
+        pass
+    return 0
+
+
+@cython.final
+cdef class Worker:
+    """One worker thread: parks, takes a shard, turns, runs handlers, until the pool has stopped. The only thing that
+    touches its tst_worker, except for readers of counters."""
+
+    cdef TstPool pool
+    cdef Binding binding                   # its own copy, so that workers do not share reference counts
+    cdef tst_engine *engine                # borrowed from the pool
+    cdef tst_worker *worker                # borrowed from the engine
+    cdef tst_batch *batch                  # borrowed: the one whose entries it runs
+    cdef double complained                 # when accept's failure was last logged
+
+    cdef int run(self) except -1:
+        cdef tst_shard *shard = NULL
+        cdef bint taken_over = False
+        cdef int parked
+        while True:
+            with nogil:
+                parked = engine_park(self.engine, self.worker, &shard, &taken_over)
+            if parked == PARK_END:
+                return 0
+            if parked == PARK_IDLE:
+                self.idle(NULL)
+                shard = NULL
+            while shard != NULL:
+                shard = self.serve(shard, &taken_over)
+            if self.pool.dead:
+                return 0                   # a handler has forked, and this is the child
+
+    cdef tst_shard *serve(self, tst_shard *shard, bint *taken_over) except? NULL:
+        """Turns a shard until it is taken over by another worker, or has ended, or another shard needs us more.
+
+        Returns that other shard (`taken_over` then), or NULL: there may be a free one to be had by parking.
+        """
+        cdef tst_batch *batch
+        cdef tst_shard *other = NULL
+        cdef int turn
+        cdef bint ran = False
+        batch = self.resume(shard) if taken_over[0] else batch_get(self.engine)
+        if batch == NULL:
+            if not taken_over[0]:          # no memory: somebody else may have a batch, or we the next time
+                log(logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)
+                time.sleep(0.01)
+                with nogil:
+                    shard_yield(self.engine, self.worker, shard)
+            return NULL
+        taken_over[0] = False
+        self.worker.since = clock_now()
+        shard.batch = batch
+        while True:
+            with nogil:
+                turn = shard_turn(self.engine, self.worker, shard, batch, ran)
+            ran = False
+            if turn == TURN_RUN:
+                if stock_has_litter(&shard.stock):
+                    drop_litter(&shard.stock)
+                self.run_batch(shard, batch)
+                if self.pool.dead:
+                    return NULL
+                if self.worker.spare_votes == SPARE_VOTES:
+                    self.make_spares()
+                if self.worker.accept_errno:
+                    self.complain()
+                ran = True
+            elif turn == TURN_LOST:
+                batch_leave(self.engine, batch, 1)     # the token's use goes with the token
+                return NULL
+            elif turn == TURN_ENDED:
+                shard.batch = NULL
+                batch_leave(self.engine, batch, 2)
+                with nogil:
+                    engine_shard_ended(self.engine, shard)
+                return NULL
+            elif turn == TURN_ELSEWHERE:
+                with nogil:
+                    other = engine_look(self.engine, self.worker)
+                if other == NULL and not turn_elsewhere(self.engine, shard) & ELSEWHERE_FREE:
+                    continue
+                taken_over[0] = other != NULL
+                shard.batch = NULL
+                batch_leave(self.engine, batch, 2)
+                with nogil:
+                    shard_yield(self.engine, self.worker, shard)
+                return other
+            elif turn == TURN_IDLE:
+                self.idle(shard)
+                ran = True
+            elif turn == TURN_SLOW:
+                self.log_slow(shard)
+                ran = True
+            elif turn == TURN_COMPLAIN:
+                self.complain()
+            elif turn == TURN_LITTER:
+                drop_litter(&shard.stock)
+            else:
+                fault = system_error(-turn, "epoll_wait: " + os.strerror(-turn))
+                log(logging.CRITICAL, "%s stops: %s", self.pool.name, fault)
+                stop_for(self.pool, fault)
+
+    cdef int make_spares(self) except -1:
+        """Objects for the large messages of the next turn, which are likely to be of the size of the last ones."""
+        cdef tst_worker *worker = self.worker
+        cdef tst_shared *spare
+        if worker.spares != NULL and worker.spares.size != worker.spare_size:
+            drop_spares(worker)
+        while (worker.spares_left + 1) * worker.spare_size <= SPARES_MOST:
+            try:
+                spare = share_object(PyBytes_FromStringAndSize(NULL, <Py_ssize_t>worker.spare_size))
+            except MemoryError:
+                return 0                   # messages are received where there is room, as others are
+            spare.next = worker.spares
+            worker.spares = spare
+            worker.spares_left += 1
+        return 0
+
+    cdef tst_batch *resume(self, tst_shard *shard) except? NULL:
+        """Goes on where a stuck worker was: its batch's handlers that have not run, then the events it did not get to.
+
+        Returns a batch of our own with those events, or NULL when the shard was taken from us in turn.
+        """
+        cdef tst_batch *stuck = shard.batch
+        cdef tst_batch *own
+        cdef bint kept
+        add32(&stuck.users, 1, ACQUIRE)
+        with nogil:
+            batch_detach(stuck, &self.worker.stats)
+        self.run_batch(shard, stuck)
+        if self.pool.dead:
+            return NULL
+        with nogil:
+            batch_finish(self.worker, stuck, clock_now())
+            kept = shard_leave_running(self.worker, shard)
+        if not kept:
+            batch_leave(self.engine, stuck, 1)
+            return NULL
+        own = batch_get(self.engine)
+        while own == NULL:             # events must not be lost: wait until there is memory
+            time.sleep(0.01)
+            own = batch_get(self.engine)
+        own.n_events = stuck.n_events - stuck.next_event
+        memcpy(own.events, stuck.events + stuck.next_event, <size_t>own.n_events * sizeof(own.events[0]))
+        batch_leave(self.engine, stuck, 2)
+        return own
+
+    cdef int run_batch(self, tst_shard *shard, tst_batch *batch) except -1:
+        """Runs the handlers of the entries that nobody else runs. Replies that wait for long are sent in between."""
+        cdef int i
+        cdef tst_entry *left = self.worker.left
+        cdef uint64_t flushed = tick_now(&self.worker.ticks)
+        self.worker.clock = flushed
+        self.batch = batch
+        if left != NULL:
+            self.worker.left = NULL
+            self.run_one(shard, left)
+            if self.pool.dead or not token_held(shard, self.worker.no):
+                return 0
+        for i in range(batch.n_entries):
+            if not self.run_one(shard, &batch.entries[i]):
+                continue
+            if self.pool.dead or not token_held(shard, self.worker.no):
+                return 0
+            if self.worker.clock - flushed >= RUN_TIME:
+                with nogil:
+                    batch_finish(self.worker, batch, self.worker.clock)
+                self.worker.clock = flushed = tick_now(&self.worker.ticks)
+        return 0
+
+    cdef bint run_one(self, tst_shard *shard, tst_entry *entry) except -1:
+        """False: another thread runs the entry, or has run it, or it has nothing to be run."""
+        if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
+            return False
+        if not token_held(shard, self.worker.no):
+            # Who took the shard over may have looked at the entry before it was RUNNING (batch_detach).
+            connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
+        try:
+            self.run_entry(entry)
+        except BaseException as error:
+            if self.pool.dead:
+                raise
+            self.drop_entry(entry, error)
+        finally:
+            self.worker.current = NULL
+            store32(&entry.state, ENTRY_RAN, RELEASE)
+        return True
+
+    cdef int drop_entry(self, tst_entry *entry, object error) except -1:
+        """Something failed outside a handler, for want of memory most likely: this connection ends, the worker goes
+        on."""
+        cdef tst_connection *connection = entry.connection
+        cdef bint no_memory = isinstance(error, MemoryError)
+        if not no_memory:
+            log(logging.ERROR, "the connection with socket %d is broken", connection.fd, exc_info=error)
+        if self.worker.calls % 2:
+            worker_leave(self.worker)
+        connection_break(connection, ENOMEM if no_memory else EIO)
+        connection_keep_input(connection)
+        if connection.sock == NULL or (connection.closing and not no_memory):
+            entry.what = DO_RETIRE     # no handler has heard of it, or it was its end that failed
+            forget_socket(connection)
+        return 0
+
+    cdef int run_entry(self, tst_entry *entry) except -1:
+        """All that is due for one connection: connect, writable, messages, disconnect, in this order."""
+        cdef tst_connection *connection = entry.connection
+        cdef TstSocket sock
+        cdef uint32_t due = entry.what
+        store32(<uint32_t *>&connection.thread_no, <uint32_t>self.worker.no, RELAXED)
+        self.worker.current = connection
+        sock = <TstSocket>connection.sock if connection.sock != NULL else new_socket(self.pool, connection)
+        if due & DO_CONNECT:
+            self.adopt_binding(sock)
+            self.connect(sock)
+        if connection.report:
+            self.report(sock)
+        if due & DO_BODY:
+            self.make_body(sock)
+        if due & DO_WRITABLE and not connection.closing:
+            self.writable(sock)
+        if not due & DO_CONNECT:
+            self.read_messages(sock, connection.events)
+            due = connection_due(connection)
+        elif connection.closing:
+            due = connection_due(connection)
+        if self.pool.dead:
+            return 0
+        if due & DO_DISCONNECT and self.disconnect(sock):
+            entry.what = DO_RETIRE
+        else:
+            connection_keep_input(connection)
+        return 0
+
+    cdef Binding binding_of(self, TstSocket sock):
+        """The socket's handler as it is now; the pool's as this worker's own copy of it."""
+        if load32(&sock.connection.rebind, RELAXED) and sock.connection.body == NULL:
+            self.adopt_binding(sock)
+        return self.binding if sock.active is None else sock.active
+
+    cdef int make_body(self, TstSocket sock) except -1:
+        """A long message has begun: from here on it is received straight into the object that the handler gets."""
+        cdef tst_connection *connection = sock.connection
+        cdef size_t have
+        if not connection_wants_body(connection):
+            return 0
+        have = connection.input.size - connection.frame.begin
+        try:
+            body = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>connection.frame.size)
+            connection.body = share_object(body)
+        except MemoryError as error:
+            self.failed(sock, self.binding_of(sock), error)
+            return 0
+        memcpy(PyBytes_AS_STRING(body), connection.input.view + connection.frame.begin, have)
+        connection.body_size = have
+        input_consume(&connection.input, connection.input.size)
+        return 0
+
+    cdef int adopt_binding(self, TstSocket sock) except -1:
+        """The connection is new, or its sock.handler was assigned: from here on that is its handler."""
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding, source
+        store32(&connection.rebind, 0, SEQ_CST)        # before the look: what is assigned later sets it again
+        with cython.critical_section(sock):
+            binding = sock.binding
+        source = self.pool.binding if binding is None else binding
+        if source.compiled.handler != <void *>sock.state_handler:
+            free_state(sock)
+            if source.compiled.handler != NULL and make_state(sock, <TstNogilHandler>source.compiled.handler) < 0:
+                connection_break(connection, ENOMEM)
+                connection_begin_close(connection)
+        connection.compiled = NULL if sock.state_handler is None else &source.compiled
+        sock.active = binding
+        connection.passed_on = 0           # the handler that was there before has done it
+        # Not a function or a compiled handler: there EPOLLOUT answers need_send or SEND, and nothing else.
+        connection.tell_room = connection.compiled == NULL and source.on_writable is not None
+        return 0
+
+    cdef bint connect(self, TstSocket sock) except -1:
+        """on_connect. A connection that is refused closes like any other, but was never connected for on_disconnect."""
+        cdef Binding binding = self.binding_of(sock)
+        cdef object hook = binding.on_connect if binding.on_connect is not None else self.binding.on_connect
+        cdef int stat = TST_RUN
+        if sock.connection.closing or load32(&self.engine.phase, ACQUIRE) != PHASE_RUNNING:
+            connection_begin_close(sock.connection)
+            return False
+        sock.connection.connected = True
+        if sock.connection.compiled != NULL:
+            stat = self.notify(sock, sock.connection.compiled.connected)
+        if stat != TST_RUN:
+            hook = None
+            if stat <= TST_SEND:
+                connection_apply(sock.connection, self.worker, stat)
+        if hook is not None:
+            result = self.call(sock, binding, hook, NOTHING)
+            stat = stat_from(result) if isinstance(result, int) else TST_SUSPEND
+            if stat <= TST_SEND:
+                self.apply(sock, binding, result, None, NOTHING)
+        if stat > TST_SEND:
+            sock.connection.connected = False
+            count(&self.worker.stats.rejected, 1)
+            connection_begin_close(sock.connection)
+        return True
+
+    cdef int notify(self, TstSocket sock, tst_notified hook) except -1:
+        """Calls a compiled handler's hook other than `received`. Returns its TstStat."""
+        cdef int stat
+        cdef void *handler = sock.connection.compiled.handler
+        with nogil:
+            worker_enter(self.worker)
+            stat = hook(handler, <void *>sock)
+            worker_leave(self.worker)
+            worker_job(self.engine, self.worker, sock.connection, 1)
+        if sock.connection.report:
+            self.report(sock)
+        return stat if stat >= 0 else TST_DISCONNECT
+
+    cdef int read_messages(self, TstSocket sock, uint32_t events) except -1:
+        """Hands out the whole messages that are there, up to a fair share of time."""
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding
+        cdef uint64_t began = self.worker.clock
+        cdef uint64_t n = 0
+        while connection_cut(connection):
+            binding = self.binding_of(sock)
+            if connection.compiled != NULL and not connection.passed_on & PASSED_MESSAGE:
+                if not self.run_compiled_messages(sock):
+                    break
+            connection.passed_on &= PASSED_WRITABLE
+            store32(&connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
+            if connection.framed and connection.too_large:
+                self.refuse(sock, binding)
+            elif binding is self.binding and self.pool.copy and is_quick(connection) and binding.on_message is not None:
+                n += self.quick_messages(sock, binding, began)
+                if self.worker.clock - began >= RUN_TIME:
+                    break
+                continue
+            elif not self.message(sock, binding):
+                n += 1
+                break
+            n += 1
+            if n >= self.worker.burst and self.worker.clock - began >= RUN_TIME:
+                break
+        count(&self.worker.stats.messages, n)
+        return 0
+
+    cdef uint64_t quick_messages(self, TstSocket sock, Binding binding, uint64_t began) except? 0:
+        """The straight way from the input to the pool's on_message and back, for what most connections do:
+        read_messages without the questions whose answers is_quick knows. Returns how many messages it handed out."""
+        cdef tst_connection *connection = sock.connection
+        cdef tst_worker *worker = self.worker
+        cdef PyObject *hook = <PyObject *>binding.on_message
+        cdef PyObject *result
+        cdef const char *place = NULL
+        cdef size_t size
+        cdef uint64_t n = 0, untimed = 0
+        cdef bytes data = b""
+        while True:
+            if tst_rarely(connection.body != NULL):
+                data = take_body(connection)
+                connection.message_ready = connection.framed = False
+                connection.frame.needed = 0
+            else:
+                size = message_at_hand(connection, &place)
+                if not tst_refill(<PyObject *>data, place, <Py_ssize_t>size):
+                    data = PyBytes_FromStringAndSize(place, <Py_ssize_t>size)
+                if tst_rarely(size >= SPARE_LEAST):
+                    connection_expect(connection, worker, size)
+                message_take(connection, size)
+            n += 1
+            worker_enter(worker)
+            result = tst_call(hook, <PyObject *>sock, <PyObject *>data)
+            worker_leave(worker)
+            connection.windowed = False
+            untimed += 1
+            if untimed >= worker.group:
+                worker_job(self.engine, worker, connection, untimed)
+                untimed = 0
+            self.quick_result(sock, binding, result)
+            if connection.report:      # not before: hooks that run while an exception waits would lose it
+                self.report(sock)
+            if n >= worker.burst and worker.clock - began >= RUN_TIME:
+                break
+            if load32(&connection.rebind, RELAXED) or not connection_cut(connection) or not is_quick(connection):
+                break
+        if untimed:
+            worker_job(self.engine, worker, connection, untimed)
+        return n
+
+    cdef int quick_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
+        """What on_message has returned: a reference that is ours, or NULL with an exception set."""
+        cdef ssize_t queued
+        if result == NULL:
+            try:
+                tst_raise()
+            except BaseException as error:
+                self.failed(sock, binding, error)
+        elif result == <PyObject *>None:
+            if connection_send(sock.connection) != NULL:
+                connection_apply(sock.connection, self.worker, TST_SUSPEND)
+        elif type(<object>result) is bytes and PyBytes_GET_SIZE(<object>result) < SHARE_LEAST:
+            queued = sock.append(PyBytes_AS_STRING(<object>result), <size_t>PyBytes_GET_SIZE(<object>result), NULL,
+                                 True)
+            if queued < 0:
+                self.reply(sock, binding, <object>result)
+        else:
+            self.apply(sock, binding, <object>result, None, NOTHING)
+        Py_XDECREF(result)
+        return 0
+
+    cdef bint run_compiled_messages(self, TstSocket sock) except -1:
+        """True: there is a message that its compiled handler has passed on, or that is too large for its framing."""
+        cdef bint passed
+        with nogil:
+            passed = run_messages(self.engine, self.worker, sock.connection)
+        if sock.connection.report:
+            self.report(sock)
+        return passed
+
+    cdef bint message(self, TstSocket sock, Binding binding) except -1:
+        """One message. False: a function left it unread, so it is to be called again, after the others."""
+        cdef tst_connection *connection = sock.connection
+        cdef bint whole = connection.framed or connection_awaits_transfer(connection)
+        cdef bint handed_out
+        connection.message_ready = False
+        connection.has_read = False
+        if not connection.framed:
+            return self.hand_out(sock, binding, whole)
+        if connection.body != NULL:
+            return self.hand_out_body(sock, binding)
+        frame_open(connection)
+        handed_out = self.hand_out(sock, binding, True)
+        frame_close(connection)
+        return handed_out
+
+    cdef bint hand_out_body(self, TstSocket sock, Binding binding) except -1:
+        """A long message, which has arrived in an object of its own."""
+        cdef tst_connection *connection = sock.connection
+        cdef object body = take_body(connection)
+        if binding.function is not None:
+            give_back(connection, body)
+            self.function_message(sock, binding, True)
+        else:
+            self.hand_over(sock, binding, body, True)
+        frame_close(connection)
+        return True
+
+    cdef bint refuse(self, TstSocket sock, Binding binding) except -1:
+        """The peer sends a message longer than allowed: on_error hears of it, and the connection closes anyway."""
+        count(&self.worker.stats.too_large_closed, 1)
+        sock.connection.message_ready = False
+        sock.connection.unfinished = True      # it is still sending: what it is told must survive that (linger)
+        input_free(&sock.connection.input)
+        self.failed(sock, binding, MessageTooLarge(f"the peer's message is longer than {sock.own_framing!r} allows"))
+        connection_begin_close(sock.connection)
+        return True
+
+    cdef bint hand_out(self, TstSocket sock, Binding binding, bint whole) except -1:
+        """Gives the message at hand to whoever it is for. `whole`: to be handed out once, read or not."""
+        if binding.function is not None:
+            return self.function_message(sock, binding, whole)
+        if self.pool.copy:
+            return self.hand_over(sock, binding, self.payload(sock), whole)
+        return self.lend(sock, binding, whole)
+
+    cdef bint hand_over(self, TstSocket sock, Binding binding, object data, bint whole) except -1:
+        """Calls on_message with the message as bytes, which are gone from the input."""
+        cdef tst_connection *connection = sock.connection
+        cdef object view = None
+        if binding.on_message is None:
+            return True
+        if not self.pool.copy:
+            view = memoryview(data)
+        result = self.call(sock, binding, binding.on_message, data if view is None else view)
+        if binding is self.binding or not is_run(result):
+            self.apply(sock, binding, result, None, NOTHING)
+        elif self.binding.function is None:
+            verdict = self.message_to_pool(sock, data if view is None else view)
+            self.apply(sock, self.binding, verdict, None, NOTHING)
+        else:
+            if not whole or connection.windowed:
+                give_back(connection, data)
+            self.function_message(sock, self.binding, whole)
+        if view is not None:
+            release_view(view)             # a part of it that the handler kept holds the bytes object
+        return True
+
+    cdef bint lend(self, TstSocket sock, Binding binding, bint whole) except -1:
+        """Calls on_message with a view of the message where it lies (copy=False), and takes it back afterwards."""
+        cdef tst_connection *connection = sock.connection
+        cdef bint transfer = not connection.windowed and whole
+        cdef bint framed = connection.windowed
+        cdef size_t size
+        cdef Loan loan = None
+        if binding.on_message is None:
+            sock.took(sock.unread())
+            return True
+        size = sock.unread()
+        if transfer:
+            begin = connection_recv(connection).req_pos
+            view = memoryview(sock.recv_data)[begin:begin + connection_recv(connection).req_len].toreadonly()
+        else:
+            loan = new_loan(connection.input.view, size)
+            view = memoryview(loan)
+            connection.windowed = True     # reading gets nothing while the message is lent
+            connection.frame.size = 0
+        result = self.call(sock, binding, binding.on_message, view)
+        passed_on = binding is not self.binding and is_run(result)
+        if passed_on and self.binding.function is None:
+            result = self.message_to_pool(sock, view)
+        release_view(view)
+        if loan is not None:
+            loan.end(connection, self.batch)
+            connection.windowed = framed
+            connection.frame.size = size
+        if passed_on and self.binding.function is not None:
+            return self.function_message(sock, self.binding, whole)
+        if loan is not None:
+            sock.took(size)
+        self.apply(sock, self.binding if passed_on else binding, result, None, NOTHING)
+        return True
+
+    cdef object message_to_pool(self, TstSocket sock, object data):
+        """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler. If that is a compiled
+        one with a C state for each connection, which this connection has not, its on_message gets it. Returns what it
+        has returned, to be applied when `data` is not needed any more."""
+        cdef const tst_compiled *compiled = &self.pool.binding.compiled
+        cdef Py_buffer view
+        cdef int stat = TST_RUN
+        if compiled.handler != NULL and (<TstNogilHandler>compiled.handler).state_size == 0:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            with nogil:
+                worker_enter(self.worker)
+                stat = compiled.received(compiled.handler, <void *>sock, <const char *>view.buf, <size_t>view.len)
+                worker_leave(self.worker)
+            PyBuffer_Release(&view)
+            if stat != TST_RUN:
+                return stat
+        return None if self.binding.on_message is None else self.call(sock, self.binding, self.binding.on_message, data)
+
+    cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1:
+        """A message for a function, which reads it itself. False: it did not, so it is to be called again."""
+        cdef tst_connection *connection = sock.connection
+        if connection_recv(connection) != NULL:
+            data_set_unread(connection_recv(connection), 0 if whole and not connection.windowed else sock.unread())
+        result = self.call(sock, binding, binding.function, NOTHING)
+        if binding is not self.binding and is_run(result):
+            if self.binding.function is None:
+                if whole or sock.unread():
+                    verdict = self.message_to_pool(sock, self.payload(sock))
+                    self.apply(sock, self.binding, verdict, None, NOTHING)
+                    return True
+            else:
+                return self.function_message(sock, self.binding, whole)
+        self.apply(sock, binding, result, None, NOTHING)
+        if whole or connection.has_read or connection.closing or connection.hold_input or (
+                connection_awaits_transfer(connection)):
+            return True
+        if not connection_takes_messages(connection):      # it has paused the socket, say: it is to have it later
+            connection.message_ready = True
+            return False
+        if connection.end_of_input:
+            input_free(&connection.input)      # the handler has seen it and does not want it, and no more will come
+            return True
+        count(&self.worker.stats.spins, 1)
+        connection.message_ready = True
+        return False
+
+    cdef object payload(self, TstSocket sock):
+        """The message as bytes: of its frame, of the transfer that was asked for, or all that has arrived."""
+        cdef tst_connection *connection = sock.connection
+        if not connection.windowed and connection_awaits_transfer(connection):
+            return PyBytes_FromStringAndSize(connection_recv(connection).s + connection_recv(connection).req_pos,
+                                             <Py_ssize_t>connection_recv(connection).req_len)
+        data = PyBytes_FromStringAndSize(connection.input.view, <Py_ssize_t>sock.unread())
+        sock.took(sock.unread())
+        return data
+
+    cdef int writable(self, TstSocket sock) except -1:
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding = self.binding_of(sock)
+        cdef object hook = binding.function if binding.function is not None else binding.on_writable
+        cdef int stat
+        store32(&connection.events, _EPOLLOUT, RELAXED)
+        if connection.compiled != NULL and not connection.passed_on & PASSED_WRITABLE:
+            stat = self.notify(sock, connection.compiled.writable)
+            if stat != TST_RUN:
+                connection_apply(connection, self.worker, stat)
+                return 0
+        connection.passed_on &= PASSED_MESSAGE
+        if hook is not None:
+            self.apply(sock, binding, self.call(sock, binding, hook, NOTHING),
+                       self.binding.function if self.binding.function is not None else self.binding.on_writable,
+                       NOTHING)
+        return 0
+
+    cdef bint disconnect(self, TstSocket sock) except -1:
+        """on_disconnect, and the end of the TstSocket's life in the table. False: the handler has reconnected it."""
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding = self.binding_of(sock)
+        cdef object hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
+        reason, sock.reason = sock.reason, None
+        if reason is None and connection.reason:
+            reason = system_error(connection.reason)
+        if connection.connected and connection.compiled != NULL:
+            self.notify(sock, connection.compiled.disconnected)
+        if connection.connected and hook is not None:
+            result = self.call(sock, binding, hook, reason)
+            # Not while the pool stops: nobody would ask the fresh connection to close.
+            if (isinstance(result, int) and stat_from(result) == TST_RECONNECTED
+                    and load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING):
+                connection_reconnect(connection)
+                return False
+        forget_socket(connection)
+        return True
+
+    cdef object call(self, TstSocket sock, Binding binding, object hook, object argument):
+        """Calls hook(sock), or hook(sock, argument), measures it, and deals with what it raises; then the result is
+        None, and the connection closes unless on_error says else."""
+        worker_enter(self.worker)
+        try:
+            result = hook(sock) if argument is NOTHING else hook(sock, argument)
+        except BaseException as error:
+            self.failed(sock, binding, error)
+            result = None
+        worker_leave(self.worker)
+        worker_job(self.engine, self.worker, sock.connection, 1)
+        if sock.connection.report:
+            self.report(sock)
+        return result
+
+    cdef int report(self, TstSocket sock) except -1:
+        """on_slow and on_most_elapsed for a job that has ended."""
+        cdef uint64_t elapsed = sock.connection.report
+        cdef bint began = self.begin_hook()
+        sock.connection.report = 0
+        try:
+            if elapsed == self.worker.stats.most_elapsed and self.binding.on_most_elapsed is not None:
+                self.binding.on_most_elapsed(sock, elapsed / 1e9)
+            if elapsed >= self.engine.slow_handler and self.binding.on_slow is not None:
+                self.binding.on_slow(sock, elapsed / 1e9)
+        except BaseException as error:
+            log(logging.ERROR, "on_slow raised", exc_info=error)
+        self.end_hook(began)
+        return 0
+
+    cdef bint begin_hook(self) noexcept:
+        """A hook begins, within another one or by itself: it may block, and then the shard is to be taken over. True:
+        by itself, and end_hook is to say that it has ended."""
+        if self.worker.calls % 2:
+            return False
+        worker_enter(self.worker)
+        return True
+
+    cdef void end_hook(self, bint began) noexcept:
+        if began:
+            worker_leave(self.worker)
+
+    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1:
+        """Does what a handler's return value says. `hook`: the pool's, for TstStat.RUN from a socket's own handler."""
+        cdef tst_connection *connection = sock.connection
+        cdef int stat
+        if result is None:
+            if connection_send(connection) != NULL:
+                connection_apply(connection, self.worker, TST_SUSPEND)
+            return 0
+        if type(result) is bytes:
+            return self.reply(sock, binding, result)
+        if not isinstance(result, int):
+            wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {type(result).__name__}")
+            self.failed(sock, binding, wrong)
+            return 0
+        stat = stat_from(result)
+        if stat == TST_RUN and binding is not self.binding and hook is not None:
+            return self.apply(sock, self.binding, self.call(sock, self.binding, hook, argument), None, NOTHING)
+        connection_apply(connection, self.worker, stat)
+        return 0
+
+    cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
+        """A handler has returned bytes: they go out as one message."""
+        cdef ssize_t queued
+        try:
+            queued = sock.append_object(message, True)
+            if queued < 0 and queued != -ENOTCONN:     # closed meanwhile: nobody waits for the reply
+                sock.raise_unsent(queued, message)
+        except Exception as error:
+            self.failed(sock, binding, error)
+        return 0
+
+    cdef int failed(self, TstSocket sock, Binding binding, object error) except -1:
+        """A hook raised: on_error, then the socket is disconnected, unless on_error says SUSPEND."""
+        cdef object hook = binding.on_error if binding.function is None else self.binding.on_error
+        cdef bint began
+        if self.pool.dead:
+            raise error                    # in a forked child: it is for whoever forked
+        verdict = None
+        began = self.begin_hook()
+        try:
+            verdict = hook(sock, error)
+        except BaseException as second:
+            log(logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
+        self.end_hook(began)
+        if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
+            return 0
+        sock.reason = error
+        connection_begin_close(sock.connection)
+        return 0
+
+    cdef int idle(self, tst_shard *shard) except -1:
+        """on_idle; with the shard it polls open to take-over, for the hook may block."""
+        if shard != NULL:
+            shard_enter_running(self.engine, self.worker, shard)
+        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        try:
+            if self.binding.on_idle is not None:
+                self.binding.on_idle(self.worker.no)
+        except BaseException as error:
+            log(logging.ERROR, "on_idle raised", exc_info=error)
+        finally:
+            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        return 0
+
+    cdef int log_slow(self, tst_shard *shard) except -1:
+        """Logs where handlers are that have been stuck for slow_handler; open to take-over, as in idle()."""
+        cdef bint again = False
+        cdef int no
+        shard_enter_running(self.engine, self.worker, shard)
+        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        store64(&self.worker.slow_logged, self.worker.calls, RELAXED)      # this call is none of a handler
+        try:
+            no = slow_next(self.engine, 0, &again)
+            while no >= 0:
+                log(logging.WARNING, "%s-%d has been in a handler for %.3f s and more%s", self.pool.name, no,
+                    self.engine.slow_handler / 1e9, stack_of(self.engine.workers[no].ident))
+                no = slow_next(self.engine, no + 1, &again)
+        except BaseException as error:
+            log(logging.ERROR, "a slow handler could not be logged", exc_info=error)
+        finally:
+            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        if again:
+            store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)
+        return 0
+
+    cdef int complain(self) except -1:
+        """accept has failed: one line a second at most, however often it fails."""
+        cdef int number = self.worker.accept_errno
+        text = "there are max_connections of them" if number == EUSERS else os.strerror(number)
+        self.worker.accept_errno = 0
+        if time.monotonic() - self.complained >= 1.0:
+            self.complained = time.monotonic()
+            log(logging.WARNING, "%s accepts no more connections for now: %s", self.pool.name, text)
+        return 0
+
+
+cdef object stack_of(unsigned long ident):
+    """Where a thread is, on lines of their own. Without a GIL its frames may change while one looks: then nothing."""
+    frame = sys._current_frames().get(ident) if gil_is_on() else None
+    return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()
+
+
+cdef void drop_spares(tst_worker *worker) noexcept:
+    """Lets go of objects for messages that have not come."""
+    cdef tst_shared *spare
+    while worker.spares != NULL:
+        spare = worker.spares
+        worker.spares = spare.next
+        spare.next = NULL
+        unshare_object(spare)
+    worker.spares_left = 0
+
+
+cdef Worker new_worker(TstPool pool, int no):
+    cdef Worker worker = Worker.__new__(Worker)
+    worker.pool = pool
+    worker.engine = pool.engine
+    worker.worker = &pool.engine.workers[no]
+    worker.worker.ident = PyThread_get_thread_ident()
+    worker.worker.tid = gettid()
+    worker.binding = bind(pool.binding.handler, pool.hooks)
+    return worker
+
+
+cdef void frame_open(tst_connection *connection) noexcept:
+    """The handler is about to be given the message at hand: what is before it is dropped; it may read no further."""
+    input_consume(&connection.input, connection.frame.begin)
+    connection.frame.whole -= connection.frame.begin
+    connection.windowed = True
+
+
+cdef void frame_close(tst_connection *connection) noexcept:
+    """The handler has had its message: what it did not read of it, and what is behind it, is dropped."""
+    input_consume(&connection.input, min(connection.frame.whole, connection.input.size))
+    connection.windowed = connection.framed = False
+    connection.frame.needed = 0
+
+
+cdef bint is_quick(tst_connection *connection) noexcept:
+    """The message at hand is there as it is: it is no transfer, not too large, and no compiled handler's."""
+    if connection.compiled != NULL or (connection.framed and connection.too_large):
+        return False
+    return connection.framed or not connection_awaits_transfer(connection)
+
+
+cdef bytes take_body(tst_connection *connection):
+    """The message at hand, which has arrived in an object of its own; the handler can read no more of it."""
+    cdef tst_shared *shared = connection.body
+    cdef bytes body = <bytes>shared.object
+    connection.body = NULL
+    unshare_object(shared)
+    connection.windowed = True
+    connection.frame.begin = connection.frame.size = connection.frame.whole = 0
+    return body
+
+
+cdef void message_take(tst_connection *connection, size_t size) noexcept:
+    """The message at hand, of `size` bytes, was copied: it is gone from the input, and the handler can read no more of
+    it."""
+    connection.message_ready = False
+    connection.windowed = connection.framed
+    if not connection.framed:
+        input_consume(&connection.input, size)
+        return
+    input_consume(&connection.input, connection.frame.whole)
+    connection.framed = False
+    connection.frame.begin = connection.frame.size = connection.frame.whole = connection.frame.needed = 0
+
+
+cdef int give_back(tst_connection *connection, bytes data) except -1:
+    """A message that was taken as bytes can be read by a function after all."""
+    cdef size_t size = <size_t>PyBytes_GET_SIZE(data)
+    check(input_unread(&connection.input, PyBytes_AS_STRING(data), size), "no memory for input")
+    if connection.windowed:
+        connection.frame.size += size
+        connection.frame.whole += size
+    return 0
+
+
+cdef bint is_run(object result) except -1:
+    return isinstance(result, int) and stat_from(result) == TST_RUN
