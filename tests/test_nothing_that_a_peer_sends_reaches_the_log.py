@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import socket
 import time
 
@@ -11,7 +12,7 @@ from contract_helpers import ServerProcess, echo, faults, handler, round_trip
 from helpers import connect, reset, wait_until
 
 from tstpool import Delimited, LengthPrefixed, TstStat
-from tstpool._log import escape_traceback
+from tstpool._log import _allowances, escape_traceback, left_out
 
 EVIL = b"\r\nCRITICAL forged \x1b[31m\x00\x07 secret \xff\xfe"
 
@@ -115,6 +116,44 @@ def test_the_exception_stays_with_its_record(caplog):
     assert escape_traceback(record) and record.exc_text == "written already"
     record.exc_text, record.exc_info = None, (None, None, None)
     assert escape_traceback(record) and record.exc_text is None
+
+
+@pytest.mark.parametrize("data", [b"raise", b"x" * 100], ids=["exception", "too large"])
+def test_no_peer_fills_the_log(make_pool, log, data):
+    """B63: ten records a second, and one that says how many were left out; on_error and the counters have them all."""
+
+    def fail(sock, data):
+        raise ZeroDivisionError
+
+    def provoke(times):
+        for _ in range(times):
+            with connect(pool.addresses[0]) as client, contextlib.suppress(ConnectionError):
+                client.sendall(data + b"\n")
+                assert client.recv(1) == b""
+
+    def records():
+        return log().count("on socket") + log().count("is closed")
+
+    pool = make_pool(handler(on_message=fail), framing=Delimited(b"\n", max_message=64))
+    begin = time.monotonic()
+    provoke(50)
+    seconds = time.monotonic() - begin
+    assert 10 <= records() <= 10 * (seconds + 1)
+    logged = records()
+    time.sleep(1.1)  # a window to measure in, not a wait
+    provoke(1)
+    wait_until(lambda: records() == logged + 1)
+    assert sum(map(int, re.findall(r"(\d+) like it were left out", log()))) + records() == 51
+
+
+def test_what_others_cause_is_counted_by_itself(make_pool):
+    """B63: a flood of one kind hides no other, of one pool none of another's; kinds that never end take no memory."""
+    one, other = make_pool(handler()), make_pool(handler())
+    assert [left_out(one, ValueError) for _ in range(12)] == [0] * 10 + [None] * 2
+    assert left_out(one, KeyError) == left_out(other, ValueError) == 0
+    for n in range(200):
+        assert left_out(one, type(f"Error{n}", (Exception,), {})) == 0
+    assert len(_allowances[one]) <= 100
 
 
 def test_the_name_of_a_peers_socket(make_pool, tmp_path, log):

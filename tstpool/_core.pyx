@@ -86,7 +86,7 @@ import traceback
 import weakref
 
 from tstpool import _net
-from tstpool._log import log, logger
+from tstpool._log import log, log_failure, logger
 from tstpool._types import (
     ConnectionClosed, MessageTooLarge, PoolStats, SendQueueFull, TstError, TstSockType, WorkerStats)
 

@@ -39,12 +39,11 @@ cdef class TstHandler:
         """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected
         afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND.
 
-        Unless overridden it logs each of them: a hook's with its traceback, in which control characters are escaped.
+        Unless overridden it logs them, a hook's with its traceback, in which control characters are escaped. Of each
+        class of exceptions that is at most ten records a second and pool, for peers may cause any number; the next
+        record says how many were left out.
         """
-        if isinstance(exc, MessageTooLarge):
-            logger.warning("socket %d is closed: %s", sock.sd, exc)
-        else:
-            logger.error("a handler raised on socket %d", sock.sd, exc_info=exc)
+        log_failure((<TstSocket?>sock).pool, sock.sd, exc)
 
 
 cdef class TstNogilHandler(TstHandler):

@@ -1,13 +1,24 @@
 """The engine's logger. A handler may raise an exception whose text a peer has chosen: neither its line ends nor its
-control characters are to reach a log as they are."""
+control characters are to reach a log as they are, nor as many records as the peer likes."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import textwrap
+import threading
+import time
+import weakref
+
+from tstpool._types import MessageTooLarge
 
 logger = logging.getLogger("tstpool")
+
+# Of what a peer can cause, this many records of a kind in a second: enough to see what goes wrong, and too few to fill
+# a disk in a day.
+RECORDS_A_SECOND = 10
+KINDS_MOST = 100  # kinds that a pool's records are counted by: handlers may make classes of exceptions as they go
 
 
 def escaped(text: str) -> str:
@@ -35,3 +46,55 @@ def log(level: int, text: str, *arguments: object, exc_info: BaseException | boo
     except BaseException as error:
         with contextlib.suppress(BaseException):
             logger.error("a record could not be logged", exc_info=error)
+
+
+class Allowance:
+    """What may be logged of one kind in this second."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+        self.records = 0
+        self.left_out = 0
+
+
+_allowances: weakref.WeakKeyDictionary[object, dict[type, Allowance]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # a finalizer may come while the same thread holds it
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def left_out(pool: object, kind: type) -> int | None:
+    """Asks for a record that a peer has caused. None: there are too many of that kind, this one is to be left out; else
+    how many were left out since the last one. On any thread."""
+    now = time.monotonic()
+    with _lock:
+        kinds = _allowances.setdefault(pool, {})
+        if len(kinds) >= KINDS_MOST and kind not in kinds:
+            kinds.clear()
+        allowance = kinds.setdefault(kind, Allowance())
+        if now - allowance.since >= 1.0:
+            allowance.since, allowance.records = now, 0
+        allowance.records += 1
+        if allowance.records > RECORDS_A_SECOND:
+            allowance.left_out += 1
+            return None
+        before, allowance.left_out = allowance.left_out, 0
+        return before
+
+
+def log_failure(pool: object, sd: int, exc: BaseException) -> None:
+    """What TstHandler.on_error does unless it is overridden."""
+    before = left_out(pool, type(exc))
+    if before is None:
+        return
+    more = f" ({before} like it were left out)" if before else ""
+    if isinstance(exc, MessageTooLarge):
+        logger.warning("socket %d is closed: %s%s", sd, exc, more)
+    else:
+        logger.error("a handler raised on socket %d%s", sd, more, exc_info=exc)
