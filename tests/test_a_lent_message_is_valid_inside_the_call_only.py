@@ -310,3 +310,25 @@ def test_a_message_for_nobody_is_dropped(make_pool, make_client):
     client.close()
     wait_until(lambda: ended)
     assert ended == [None]
+
+
+def test_slices_of_many_small_messages_keep_little(make_pool, make_client):
+    """One of each is kept: that takes what they hold, not what lay behind them, nor the time to copy that."""
+    kept = []
+
+    def on_message(sock, data):
+        kept.append(data[:1])
+
+    n = 30_000
+    pool = make_pool(handler(on_message=on_message), framing=Fixed(8), copy=False, workers=1, receive_size=1 << 20)
+    client = make_client(pool)
+    before = resident()
+    client.sendall(b"".join(b"%08d" % i for i in range(n)))
+    wait_until(lambda: len(kept) == n, 20)
+    assert resident() - before < 64 << 20
+    assert b"".join(bytes(each) for each in kept) == b"".join((b"%08d" % i)[:1] for i in range(n))
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096

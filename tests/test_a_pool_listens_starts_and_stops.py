@@ -481,6 +481,39 @@ def test_serve_on_a_thread_leaves_signals_alone_and_ends_when_somebody_stops_the
     assert not server.is_alive()
 
 
+def test_while_it_drains_it_still_counts_whose_handlers_run(make_pool, make_client):
+    """S28: listeners go first, and are not taken for connections that have gone."""
+    gate = Gate()
+    pool = make_pool(handler(on_message=lambda sock, data: gate.wait()))
+    client = make_client(pool)
+    client.sendall(b"hello")
+    wait_until(lambda: gate.inside)
+    thread = threading.Thread(target=pool.stop)
+    thread.start()
+    try:
+        wait_until(lambda: not accepts(client.getpeername()))
+        assert len(pool) == pool.stats().connections == 1
+    finally:
+        gate.open()
+        thread.join()
+    assert len(pool) == 0
+
+
+def accepts(address):
+    try:
+        connect(address).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("drain", "error"), [(-1, ValueError), (float("nan"), ValueError), (None, TypeError)])
+def test_serve_forever_says_at_once_that_drain_is_wrong(drain, error):
+    """Not when it is interrupted: it would go on serving."""
+    with pytest.raises(error):
+        TstPool(handler()).serve_forever(drain=drain)
+
+
 def test_serve_forever_ends_when_somebody_stops_the_pool(make_client):
     """Issue 2: serve_forever starts if needed and blocks until stop()."""
     pool = TstPool(handler(on_message=echo), workers=2)

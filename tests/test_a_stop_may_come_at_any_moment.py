@@ -12,7 +12,7 @@ import pytest
 from contract_helpers import echo, handler, in_threads, round_trip
 from helpers import RunningPool, connect, patient, run_python, scaled, wait_until
 
-from tstpool import TstError, TstPool, TstStat
+from tstpool import TstError, TstPool, TstSockType, TstStat
 
 PRELUDE = """
 import faulthandler, gc, os, signal, socket, sys, threading, time
@@ -324,3 +324,54 @@ thread.join()
 print(len(answers), pool.running)
 """)
     assert out == "1 False\n"
+
+
+def test_of_another_pool_while_this_one_is_entered_among_the_open_ones():
+    """B49: a signal handler or finalizer that comes in between stops the other one as ever."""
+    other, results = TstPool(handler()), []
+
+    class Entered(TstPool):
+        def __hash__(self):  # what a signal's handler could do just then
+            results.append(other.stop(0))
+            return id(self)
+
+        def __eq__(self, other):
+            return self is other
+
+    other.start()
+    pool = Entered(handler())
+    pool.listen("127.0.0.1")
+    pool.stop()
+    assert all(results)
+    assert other.stop(0) is True
+
+
+def test_while_a_stop_takes_the_files_away_is_over_with_it(monkeypatch, tmp_path):
+    """B49: the next start is not stopped for it."""
+    pool = TstPool(handler())
+    pool.listen(f"unix:{tmp_path}/first")
+    monkeypatch.setattr("tstpool._net.unlink_socket", lambda address: pool.stop(0))
+    pool.stop()
+    monkeypatch.undo()
+    try:
+        address = pool.listen("127.0.0.1")
+        assert pool.addresses == [address]
+    finally:
+        pool.stop()
+
+
+def test_while_a_listener_is_added():
+    """B49: it is stopped then, as it is by a stop() while it listens by itself."""
+    pool = TstPool(handler())
+
+    class Listener(socket.socket):
+        def setblocking(self, flag):
+            pool.stop(0)
+            super().setblocking(flag)
+
+    listener = Listener()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    pool.addsocket(listener, TstSockType.LISTEN)
+    assert pool.addresses == []
+    pool.stop()

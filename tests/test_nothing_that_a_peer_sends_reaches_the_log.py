@@ -11,7 +11,7 @@ import pytest
 from contract_helpers import ServerProcess, echo, faults, handler, round_trip
 from helpers import connect, reset, wait_until
 
-from tstpool import Delimited, LengthPrefixed, TstStat
+from tstpool import Delimited, LengthPrefixed, MessageTooLarge, TstStat
 from tstpool._log import _allowances, escape_traceback, left_out
 
 EVIL = b"\r\nCRITICAL forged \x1b[31m\x00\x07 secret \xff\xfe"
@@ -81,7 +81,8 @@ def test_exceptions_and_slow_handlers(make_pool, make_client, log):
     assert "ZeroDivisionError" in log() and "a handler took" in log() and "TypeError" in log()
 
 
-def test_what_a_handlers_exception_says_forges_no_line(make_pool, make_client, log):
+@pytest.mark.parametrize("kind", [ValueError, MessageTooLarge])
+def test_what_a_handlers_exception_says_forges_no_line(make_pool, make_client, log, kind):
     """B63: the handler has put the peer's bytes into it, as handlers do; and into the one that this one comes from."""
 
     def fail(sock, data):
@@ -89,7 +90,7 @@ def test_what_a_handlers_exception_says_forges_no_line(make_pool, make_client, l
         try:
             raise KeyError(text)
         except KeyError:
-            raise ValueError(f"unknown command: {text}") from LookupError(text)
+            raise kind(f"unknown command: {text}") from LookupError(text)
 
     pool = make_pool(handler(on_message=fail))
     client = make_client(pool)
@@ -118,12 +119,19 @@ def test_the_exception_stays_with_its_record(caplog):
     assert escape_traceback(record) and record.exc_text is None
 
 
-@pytest.mark.parametrize("data", [b"raise", b"x" * 100], ids=["exception", "too large"])
+@pytest.mark.parametrize("data", [b"raise", b"slow", b"twice", b"x" * 100], ids=["raise", "slow", "twice", "too large"])
 def test_no_peer_fills_the_log(make_pool, log, data):
     """B63: ten records a second, and one that says how many were left out; on_error and the counters have them all."""
 
     def fail(sock, data):
-        raise ZeroDivisionError
+        if data == b"slow":
+            time.sleep(0.002)
+            sock.close()
+        else:
+            raise ZeroDivisionError
+
+    def fail_again(sock, error):
+        raise KeyError
 
     def provoke(times):
         for _ in range(times):
@@ -134,7 +142,8 @@ def test_no_peer_fills_the_log(make_pool, log, data):
     def records():
         return log().count("on socket") + log().count("is closed")
 
-    pool = make_pool(handler(on_message=fail), framing=Delimited(b"\n", max_message=64))
+    hooks = {"on_error": fail_again} if data == b"twice" else {}
+    pool = make_pool(handler(on_message=fail, **hooks), framing=Delimited(b"\n", max_message=64), slow_handler=0.001)
     begin = time.monotonic()
     provoke(50)
     seconds = time.monotonic() - begin
@@ -151,9 +160,9 @@ def test_what_others_cause_is_counted_by_itself(make_pool):
     one, other = make_pool(handler()), make_pool(handler())
     assert [left_out(one, ValueError) for _ in range(12)] == [0] * 10 + [None] * 2
     assert left_out(one, KeyError) == left_out(other, ValueError) == 0
-    for n in range(200):
-        assert left_out(one, type(f"Error{n}", (Exception,), {})) == 0
-    assert len(_allowances[one]) <= 100
+    answers = [left_out(one, type(f"Error{n}", (Exception,), {})) for n in range(200)]
+    assert answers.count(None) > 80
+    assert len(_allowances[one]) <= 101
 
 
 def test_the_name_of_a_peers_socket(make_pool, tmp_path, log):

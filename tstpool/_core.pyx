@@ -24,13 +24,13 @@ from tstpool._conn cimport (
     PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
     TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is,
     connection_mark, connection_recv, connection_send, connection_takes_messages, generation_of, output_drop,
-    table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified)
+    table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified, word_is)
 from tstpool._data cimport (
-    data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, input_consume,
-    input_free, input_is_stored, input_keep, input_unread, tst_input)
+    data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, data_unpin, input_consume,
+    input_free, input_is_stored, input_keep, input_unread, tst_data, tst_input)
 from tstpool._entry cimport (
-    SPARE_LEAST, SPARE_VOTES, batch_finish, connection_abort, connection_apply, connection_awaits_transfer,
-    connection_begin_close, connection_break, connection_cut, connection_due, connection_expect,
+    SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
+    connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due, connection_expect,
     connection_forget_frame, connection_keep_input, connection_reconnect, connection_wait_for_flusher,
     connection_wants_body)
 from tstpool._frame cimport (
@@ -38,15 +38,15 @@ from tstpool._frame cimport (
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED,
     RELEASE, SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd,
-    exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
+    compare_exchange32, exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
     pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
     pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, store32, store64, store_pointer, sub32,
     timerfd_create, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_flush, sys_control, sys_prepare, sys_recv, sys_unread,
-    sys_wake)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_flush, sys_control, sys_prepare,
+    sys_recv, sys_unread, sys_wake)
 from tstpool._queue cimport (
     SHARE_LEAST, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
     tst_stock)
@@ -54,7 +54,7 @@ from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter,
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
     ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief,
-    entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch,
+    entry_detach, entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch,
     tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport (
@@ -73,6 +73,7 @@ from tstpool._libc cimport EPOLLPRI as _EPOLLPRI
 from tstpool._libc cimport EPOLLRDHUP as _EPOLLRDHUP
 
 import atexit
+import functools
 import inspect
 import logging
 import operator
@@ -86,7 +87,7 @@ import traceback
 import weakref
 
 from tstpool import _net
-from tstpool._log import log, log_failure, logger
+from tstpool._log import log, log_caused, log_failure
 from tstpool._types import (
     ConnectionClosed, MessageTooLarge, PoolStats, SendQueueFull, TstError, TstSockType, WorkerStats)
 
@@ -124,16 +125,19 @@ def _stop_all():
     global interpreter_ends
     with WORKERS_END:
         interpreter_ends = True
-        pools = list(_open)
+        pools = [ref() for ref in list(_open.values())]
     for pool in pools:
-        pool.stop(1.0)
+        if pool is not None:
+            pool.stop(1.0)
 
 
 def _after_fork_in_child():
     global WORKERS_END
     WORKERS_END = threading.RLock()
-    for pool in list(_open):
-        (<TstPool>pool)._forked()
+    for ref in list(_open.values()):
+        pool = ref()
+        if pool is not None:
+            (<TstPool>pool)._forked()
     _open.clear()
 
 

@@ -7,12 +7,12 @@
 
 `_collect.pxd` makes the entries, `_run.pxd` and `_worker.pxi` run their handlers.
 """
-from libc.errno cimport EAGAIN, ENOBUFS, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, EIO, ENOBUFS, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PRESSURE_GONE, STATE_OWNED, connection_is, connection_is_paused, connection_mark,
+    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, STATE_OWNED, connection_is, connection_is_paused, connection_mark,
     connection_recv, connection_release, connection_send, connection_takes_messages, connection_wants_input,
     generation_of, output_account, output_drop, output_is_full, tst_connection)
 from tstpool._data cimport (
@@ -29,10 +29,10 @@ from tstpool._poll cimport (
     sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_RAN, connection_ask_relief, entry_move,
+    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
     shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count
-from tstpool._timer cimport DEADLINE_NONE, DEADLINE_WRITE, connection_deadline, tick_before, tick_of
+from tstpool._timer cimport DEADLINE_NONE, DEADLINE_WRITE, connection_deadline, tick_before, tick_not_older, tick_of
 
 cdef enum:
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
@@ -608,12 +608,22 @@ cdef inline bint connection_output_waits(tst_connection *connection) noexcept no
     return waits
 
 
+cdef inline void connection_age(tst_connection *connection, uint32_t now) noexcept nogil:
+    """A timer fires sooner than in 104 days: what was noted long ago is made less old in time. Owner only."""
+    connection.active_tick = tick_not_older(connection.active_tick, now)
+    connection.since_tick = tick_not_older(connection.since_tick, now)
+    spin_lock(&connection.lock)
+    store32(&connection.output_tick, tick_not_older(connection.output_tick, now), RELAXED)
+    spin_unlock(&connection.lock)
+
+
 cdef inline void connection_expire(tst_worker *worker, tst_connection *connection, uint64_t now) noexcept nogil:
     """The wheel has asked: closes the connection if its deadline has come. Owner only."""
     cdef uint32_t due = 0
     cdef int kind = connection_deadline(connection, connection_output_waits(connection),
                                         connection_wants_input(connection), &due)
     connection.has_timer = False
+    connection_age(connection, tick_of(now))
     if kind == DEADLINE_NONE or tick_before(tick_of(now), due):
         return
     if kind < DEADLINE_WRITE and sys_unread(connection.fd) and not connection_input_full(connection) and (
@@ -722,7 +732,7 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     cdef tst_shard *shard = <tst_shard *>connection.shard
     cdef uint64_t pending
     cdef int waiting, armed = 0
-    cdef bint want_input, want_room, pushed, again = False
+    cdef bint want_input, want_room, pushed, unwatched, again = False
     if entry.what & DO_RETIRE and not connection_begin_linger(connection, now):
         entry_retire(worker, connection)
         return
@@ -743,15 +753,30 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
             connection_deafened(connection, -armed)
         # A thread that appended while we owned the connection trusted us to send it.
         again = queue_size(&connection.out) != 0 and not connection.want_out and not connection.flushing
+    unwatched = connection.want_out and waiting <= 0
     spin_unlock(&connection.lock)
     if pushed:
         shard_push(shard, connection)
     if again:
-        if connection_flush(connection, entry.generation, False, True, now, &worker.stats) < 0:
+        waiting = connection_flush(connection, entry.generation, False, True, now, &worker.stats)
+        unwatched = waiting > 0
+        if waiting < 0:
             shard_ask(connection, entry.generation, PEND_IN)
         connection_ask_relief(connection, entry.generation)
+    if unwatched:                          # output that nobody has set a deadline for
+        shard_ask(connection, entry.generation, PEND_TIMER)
     if armed < 0:
         shard_ask(connection, entry.generation, PEND_CLOSE)
+
+
+cdef inline void batch_give_up(tst_worker *worker, tst_batch *batch) noexcept nogil:
+    """Nobody will run what is left of it: those connections break, and all are released for whoever closes them."""
+    cdef int i
+    for i in range(batch.n_entries):
+        if entry_move(&batch.entries[i], ENTRY_QUEUED, ENTRY_RAN):
+            connection_break(batch.entries[i].connection, EIO)
+            connection_keep_input(batch.entries[i].connection)
+    batch_finish(worker, batch, clock_now())
 
 
 cdef inline void batch_finish(tst_worker *worker, tst_batch *batch, uint64_t now) noexcept nogil:

@@ -31,9 +31,10 @@ cdef class TstHandler:
         """A hook of `sock` took longer than the pool's slow_handler. It is called when that hook has returned.
 
         Unless overridden it logs a warning; another one, with the stack of the thread, is logged while the hook still
-        runs, by a worker that is free. (Without a GIL there is no stack: frames of a running thread change.)
+        runs, by a worker that is free. (Without a GIL there is no stack: frames of a running thread change.) Of either
+        there are at most ten records a second and pool, and the next one says how many were left out.
         """
-        logger.warning("a handler took %.3f s on socket %d", seconds, sock.sd)
+        log_caused((<TstSocket?>sock).pool, "slow", logging.WARNING, "a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
         """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected
@@ -141,7 +142,7 @@ cdef Binding bind(object handler, dict hooks):
             raise TypeError(f"a handler is a TstHandler instance or a function of one socket, not {handler!r}")
         binding.function = handler
         source = DEFAULT_HANDLER
-    found = {name: hooks.get(name) or hook_of(source, name) for name in HOOKS}
+    found = {name: hook_of(source, name) if hooks.get(name) is None else hooks[name] for name in HOOKS}
     binding.handler = handler
     binding.on_connect = found["on_connect"]
     binding.on_message = found["on_message"]

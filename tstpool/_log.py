@@ -18,7 +18,7 @@ logger = logging.getLogger("tstpool")
 # Of what a peer can cause, this many records of a kind in a second: enough to see what goes wrong, and too few to fill
 # a disk in a day.
 RECORDS_A_SECOND = 10
-KINDS_MOST = 100  # kinds that a pool's records are counted by: handlers may make classes of exceptions as they go
+KINDS_MOST = 100  # classes of exceptions that are counted each by itself: handlers may make new ones as they go
 
 
 def escaped(text: str) -> str:
@@ -57,7 +57,7 @@ class Allowance:
         self.left_out = 0
 
 
-_allowances: weakref.WeakKeyDictionary[object, dict[type, Allowance]] = weakref.WeakKeyDictionary()
+_allowances: weakref.WeakKeyDictionary[object, dict[object, Allowance]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # a finalizer may come while the same thread holds it
 
 
@@ -69,14 +69,14 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def left_out(pool: object, kind: type) -> int | None:
+def left_out(pool: object, kind: object) -> int | None:
     """Asks for a record that a peer has caused. None: there are too many of that kind, this one is to be left out; else
     how many were left out since the last one. On any thread."""
     now = time.monotonic()
     with _lock:
         kinds = _allowances.setdefault(pool, {})
         if len(kinds) >= KINDS_MOST and kind not in kinds:
-            kinds.clear()
+            kind = BaseException  # the rest together
         allowance = kinds.setdefault(kind, Allowance())
         if now - allowance.since >= 1.0:
             allowance.since, allowance.records = now, 0
@@ -88,13 +88,17 @@ def left_out(pool: object, kind: type) -> int | None:
         return before
 
 
+def log_caused(pool: object, kind: object, level: int, text: str, *arguments: object, exc_info: BaseException | None = None) -> None:
+    """A record that a peer has caused, unless there are too many of that kind."""
+    before = left_out(pool, kind)
+    if before is not None:
+        text += f" ({before} like it were left out)" if before else ""
+        log(level, text, *arguments, exc_info=exc_info)
+
+
 def log_failure(pool: object, sd: int, exc: BaseException) -> None:
     """What TstHandler.on_error does unless it is overridden."""
-    before = left_out(pool, type(exc))
-    if before is None:
-        return
-    more = f" ({before} like it were left out)" if before else ""
-    if isinstance(exc, MessageTooLarge):
-        logger.warning("socket %d is closed: %s%s", sd, exc, more)
+    if isinstance(exc, MessageTooLarge) and exc.__traceback__ is None:  # the engine's own: nobody has raised it
+        log_caused(pool, type(exc), logging.WARNING, "socket %d is closed: %s", sd, exc)
     else:
-        logger.error("a handler raised on socket %d%s", sd, more, exc_info=exc)
+        log_caused(pool, type(exc), logging.ERROR, "a handler raised on socket %d", sd, exc_info=exc)

@@ -19,8 +19,9 @@ cdef bint gil_is_on() except -1:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-# Pools that have descriptors, for the interpreter's exit and for forks.
-_open = weakref.WeakSet()
+# Pools that have descriptors, for the interpreter's exit and for forks: {address: weak reference}. One step of C for each
+# change, as no lock may be held here: a signal handler that comes in between may call any other pool's stop().
+cdef dict _open = {}
 
 
 cdef class PoolMutex:
@@ -302,7 +303,8 @@ messages_per_turn=32)
             for listener in sockets:
                 _net.discard_listener(listener)
             raise
-        self.stop_if_asked()
+        finally:
+            self.stop_if_asked()
         return address
 
     cdef tst_limits *limits_from(self, dict given) except NULL:
@@ -462,8 +464,7 @@ messages_per_turn=32)
         cdef tst_shard *shard
         if self.opened:
             return 0
-        with WORKERS_END:
-            _open.add(self)
+        _open[<size_t><void *>self] = weakref.ref(self, functools.partial(_open.pop, <size_t><void *>self))
         self.n_shards = self.shards_to_open()
         if accept4(-1, NULL, NULL, 0) < 0 and errno == ENOSYS:
             raise system_error(ENOSYS, "this kernel has no accept4, which tstpool needs (Linux 2.6.28 or newer)")
@@ -507,7 +508,8 @@ messages_per_turn=32)
             if threads:                # outside the mutex: it waits for handlers, which may want that
                 self.give_up(threads)
             raise
-        self.stop_if_asked()
+        finally:
+            self.stop_if_asked()
 
     cdef int start_locked(self, list threads) except -1:
         """Adds the workers' threads to `threads`: from then on there is something to give up."""
@@ -584,11 +586,11 @@ messages_per_turn=32)
     cdef int begin_stop(self, uint64_t drain) except -1:
         """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
         cdef uint64_t until = clock_now() + drain
+        cdef uint32_t running = PHASE_RUNNING
         cdef int i
         if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING or until < load64(&self.engine.drain_until, ACQUIRE):
             store64(&self.engine.drain_until, until, RELEASE)
-        if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING:
-            store32(&self.engine.phase, PHASE_DRAINING, SEQ_CST)
+        compare_exchange32(&self.engine.phase, &running, PHASE_DRAINING, False, SEQ_CST, RELAXED)
         for i in range(self.engine.n_shards):
             if self.engine.shards[i].event_fd >= 0:
                 sys_wake(self.engine.shards[i].event_fd)
@@ -654,15 +656,14 @@ messages_per_turn=32)
     cdef list close_down(self):
         """Nobody works any more: gives descriptors back. Mutex held: what is added meanwhile is either closed here, or
         waits for the next start. Returns what let_sockets_go() is to get when the mutex is free."""
-        store32(&self.stop_asked, 0, RELAXED)
         for address in self.listeners:
             _net.unlink_socket(address)
         self.listeners.clear()         # the same list: others may be looking at it
         store32(&self.engine.n_listeners, 0, RELAXED)
         gone = self.close_descriptors()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
-        with WORKERS_END:
-            _open.discard(self)
+        _open.pop(<size_t><void *>self, None)
+        store32(&self.stop_asked, 0, RELAXED)  # last: a signal handler that came meanwhile has what it asked for
         self.ended.set()
         return gone
 
@@ -684,6 +685,7 @@ messages_per_turn=32)
                     connection_wait_for_flusher(connection)
                     output_drop(connection)
                     input_free(&connection.input)
+                    connection_drop_body(connection)
                     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
                     close(connection.fd)
                 spin_unlock(&connection.lock)
@@ -692,6 +694,8 @@ messages_per_turn=32)
         self.drop_all_litter()
         for i in range(self.engine.n_shards):
             close_once(&self.engine.shards[i].epoll_fd)
+            while load32(&self.engine.shards[i].wakers, ACQUIRE):
+                sched_yield()                  # between its look whether somebody sleeps and its write
             close_once(&self.engine.shards[i].event_fd)
             close_once(&self.engine.shards[i].timer_fd)
             store_pointer(&self.engine.shards[i].requests, NULL, RELEASE)
@@ -765,8 +769,9 @@ messages_per_turn=32)
     def serve_forever(self, drain=5.0):
         """Starts if need be, and blocks until stop(). On KeyboardInterrupt it stops, then raises it on.
 
-        Raises the OSError that ended the engine, if one did. Returns at once when the interpreter is shutting down.
+        Raises what ended the engine, if something did: an OSError. Returns at once when the interpreter is shutting down.
         """
+        nanoseconds(drain, "drain")            # it is wanted only at the end, which is late to hear that it is wrong
         if interpreter_ends:
             return
         if not self.running:
@@ -876,10 +881,11 @@ messages_per_turn=32)
             exclude = (exclude,)
         left_out = set() if exclude is None else set(exclude)
         cdef bytes payload = data if type(data) is bytes else bytes(contiguous(data))
-        cdef tst_shared *shared = shared_new(PyBytes_AS_STRING(payload), <size_t>PyBytes_GET_SIZE(payload))
+        cdef tst_shared *shared = NULL
         cdef int reached = 0
         cdef ssize_t queued
         self.check_alive()
+        shared = shared_new(PyBytes_AS_STRING(payload), <size_t>PyBytes_GET_SIZE(payload))
         if shared == NULL:
             raise MemoryError("no memory for the broadcast")
         try:
@@ -941,7 +947,7 @@ messages_per_turn=32)
         cdef int total = 0
         for i in range(<int>load32(<uint32_t *>&self.engine.n_shards, ACQUIRE)):
             total += <int>load32(&self.engine.shards[i].open, RELAXED)
-        return max(0, total - len(self.listeners))
+        return max(0, total - open_listeners(self))
 
     def __bool__(self):
         return True
@@ -1003,6 +1009,17 @@ cdef int set_binding(TstPool pool, Binding binding) except -1:
     return 0
 
 
+cdef int open_listeners(TstPool pool) except -1:
+    """While a pool drains there are fewer than its `listeners`, which are kept until it has ended."""
+    cdef tst_connection *listener
+    cdef uint64_t id
+    cdef int n = 0
+    for _, _, id in list(pool.listeners):
+        listener = table_find(&pool.engine.table, id)
+        n += listener != NULL and word_is(load64(&listener.state, ACQUIRE), generation_of(id))
+    return n
+
+
 cdef void close_once(int *fd) noexcept:
     if fd[0] >= 0:
         close(fd[0])
@@ -1019,7 +1036,10 @@ cdef object take(TstPool pool, object sock, object type, object binding, object 
         return pool.add(sock, type, binding, user_data, framing)
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise ValueError("the socket does not listen")
-    pool.add_listener(sock, framing, pool.engine.limits)
+    try:
+        pool.add_listener(sock, framing, pool.engine.limits)
+    finally:
+        pool.stop_if_asked()
     return None
 
 

@@ -31,9 +31,9 @@ from tstpool._conn cimport (
     PEND_ARM, PRESSURE_GONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED, connection_ask, connection_mark,
     generation_of, tst_connection, tst_limits, tst_table, tst_total)
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange32, compare_exchange64, compare_exchange_pointer,
-    epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal, pthread_cond_t,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
+    ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
+    compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal,
+    pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
 from tstpool._poll cimport connection_flush, sys_wake
 from tstpool._queue cimport tst_shared, tst_stock
 from tstpool._stats cimport clock_now, tst_stats, tst_tick_clock
@@ -142,6 +142,7 @@ cdef struct tst_shard:
     uint64_t token             # atomic: 0, or (worker + 1) << 8 | TOKEN_*
     void *requests             # atomic: stack of connections that somebody wants something of
     uint32_t sleeping          # atomic: SLEEPING_*, the holder is in epoll_wait, or about to be
+    uint32_t wakers            # atomic: threads that may be about to write to event_fd
     uint32_t open              # atomic: connections and listeners whose descriptors are not closed yet
     int no
     int epoll_fd               # owned
@@ -324,6 +325,13 @@ cdef inline bint entry_move(tst_entry *entry, uint32_t old, uint32_t fresh) noex
     return compare_exchange32(&entry.state, &old, fresh, False, SEQ_CST, ACQUIRE)
 
 
+cdef inline void entry_detach(tst_entry *entry, tst_stats *stats) noexcept nogil:
+    """Its handler runs, and may do so for long: output of the connection waits for it no longer."""
+    if connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation):
+        connection_flush(entry.connection, entry.generation, False, True, clock_now(), stats)
+        connection_ask_relief(entry.connection, entry.generation)
+
+
 cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil:
     """The shard was taken from a stuck thread: what its handler has sent goes out now, what it sends later will not
     wait."""
@@ -332,9 +340,7 @@ cdef inline void batch_detach(tst_batch *batch, tst_stats *stats) noexcept nogil
     for i in range(batch.n_entries):
         entry = &batch.entries[i]
         if load32(&entry.state, SEQ_CST) == ENTRY_RUNNING:
-            if connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation):
-                connection_flush(entry.connection, entry.generation, False, True, clock_now(), stats)
-                connection_ask_relief(entry.connection, entry.generation)
+            entry_detach(entry, stats)
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -351,8 +357,11 @@ cdef inline void shard_push(tst_shard *shard, tst_connection *connection) noexce
 
 cdef inline void shard_wake(tst_shard *shard) noexcept nogil:
     """Ends the holder's sleep, if it sleeps."""
-    if load32(&shard.sleeping, SEQ_CST) and exchange32(&shard.sleeping, 0, SEQ_CST):
-        sys_wake(shard.event_fd)
+    if load32(&shard.sleeping, SEQ_CST):
+        add32(&shard.wakers, 1, SEQ_CST)       # so that the number stays the eventfd's
+        if exchange32(&shard.sleeping, 0, SEQ_CST):
+            sys_wake(shard.event_fd)
+        sub32(&shard.wakers, 1, RELEASE)
 
 
 cdef inline int shard_ask(tst_connection *connection, uint32_t generation, uint64_t pending) noexcept nogil:

@@ -171,10 +171,16 @@ cdef enum:
 
 cdef enum:
     LINGER_TIMES = 6           # nginx lingers 5 s between two arrivals, and 30 s at most
+    TICKS_MOST = 1 << 30       # 52 days: longer than any limit; half of what two ticks may be apart
 
 
 cdef inline uint32_t tick_later(uint32_t one, uint32_t other) noexcept nogil:
     return other if tick_before(one, other) else one
+
+
+cdef inline uint32_t tick_not_older(uint32_t tick, uint32_t now) noexcept nogil:
+    """The tick, or one that is long enough ago for each limit, but not so long that it would count as one to come."""
+    return tick if now - tick < TICKS_MOST else now - TICKS_MOST
 
 
 cdef inline void deadline_add(int *kind, uint32_t *due, int this_kind, uint32_t since, uint32_t limit) noexcept nogil:
@@ -204,7 +210,7 @@ cdef inline int connection_deadline(const tst_connection *connection, bint waits
         return DEADLINE_NONE
     if connection.lingering:
         deadline_add(&kind, due, DEADLINE_LINGER, connection.active_tick, limits.linger)
-        deadline_add(&kind, due, DEADLINE_LINGER, connection.since_tick, limits.linger * LINGER_TIMES)
+        deadline_add(&kind, due, DEADLINE_LINGER, connection.since_tick, <uint32_t>min(<uint64_t>limits.linger * LINGER_TIMES, TICKS_MOST))
         return kind
     if connection.closing:
         deadline_add(&kind, due, DEADLINE_CLOSE, tick_later(sent, connection.since_tick), limits.linger)

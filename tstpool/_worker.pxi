@@ -51,7 +51,7 @@ cdef class Loan:
     cdef size_t size
     cdef uint32_t exports                  # views that are held
     cdef tst_scratch *scratch              # counted: held for views that were kept
-    cdef char *storage                     # owned: the same
+    cdef char *storage                     # owned: the same, or a copy of the message alone
 
     def __cinit__(self, key=None):
         if key is not POOLS_KEY:
@@ -80,7 +80,7 @@ cdef class Loan:
         with cython.critical_section(self):
             self.bytes = NULL
             kept = self.exports != 0
-        if not kept:
+        if not kept or self.storage != NULL:
             return 0
         if not input_is_stored(input):
             self.scratch = batch.scratch
@@ -89,17 +89,27 @@ cdef class Loan:
         self.storage = input.storage
         input.storage = NULL
         input.capacity = 0
-        check(input_keep(input), "no memory for input")
+        if input_keep(input) < 0:
+            input_free(input)                  # what is left lies in what is the loan's now
+            raise MemoryError("no memory for input")
         return 0
 
 
 cdef char NOWHERE = 0
 
 
-cdef Loan new_loan(const char *bytes, size_t size):
+cdef Loan new_loan(const tst_input *input, size_t size):
+    """The first `size` bytes of the input. Of much that is stored a small message is lent as a copy: if it is kept, all
+    that lies behind it in the same memory would have to be copied instead, for each message anew."""
     cdef Loan loan = Loan.__new__(Loan, POOLS_KEY)
-    loan.bytes = bytes if bytes != NULL else &NOWHERE      # an empty message may lie nowhere
+    loan.bytes = input.view if input.view != NULL else &NOWHERE    # an empty message may lie nowhere
     loan.size = size
+    if input.storage != NULL and 0 < size < input.size // 4:
+        loan.storage = <char *>malloc(size)
+        if loan.storage == NULL:
+            raise MemoryError("no memory for a message")
+        memcpy(loan.storage, input.view, size)
+        loan.bytes = loan.storage
     return loan
 
 
@@ -154,8 +164,7 @@ cdef class Worker:
         batch = self.resume(shard) if taken_over[0] else batch_get(self.engine)
         if batch == NULL:
             if not taken_over[0]:          # no memory: somebody else may have a batch, or we the next time
-                log(logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)
-                time.sleep(0.01)
+                self.lack_memory()
                 with nogil:
                     shard_yield(self.engine, self.worker, shard)
             return NULL
@@ -207,10 +216,19 @@ cdef class Worker:
                 self.complain()
             elif turn == TURN_LITTER:
                 drop_litter(&shard.stock)
+            elif turn == -ENOMEM:              # nothing to receive into: what a handler keeps has the last one
+                self.lack_memory()
             else:
                 fault = system_error(-turn, "epoll_wait: " + os.strerror(-turn))
                 log(logging.CRITICAL, "%s stops: %s", self.pool.name, fault)
                 stop_for(self.pool, fault)
+
+    cdef int lack_memory(self) except -1:
+        """It may be there the next time."""
+        log_caused(self.pool, "memory", logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no,
+                   self.pool.name)
+        time.sleep(0.01)
+        return 0
 
     cdef int make_spares(self) except -1:
         """Objects for the large messages of the next turn, which are likely to be of the size of the last ones."""
@@ -285,8 +303,9 @@ cdef class Worker:
         if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
             return False
         if not token_held(shard, self.worker.no):
-            # Who took the shard over may have looked at the entry before it was RUNNING (batch_detach).
-            connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
+            # Who took the shard over may have looked at the entry before it was RUNNING.
+            with nogil:
+                entry_detach(entry, &self.worker.stats)
         try:
             self.run_entry(entry)
         except BaseException as error:
@@ -308,6 +327,10 @@ cdef class Worker:
         if self.worker.calls % 2:
             worker_leave(self.worker)
         connection_break(connection, ENOMEM if no_memory else EIO)
+        if connection.windowed:            # in the middle of a message: what is left of it must not pass for others
+            connection.windowed = False
+            input_free(&connection.input)
+            connection_forget_frame(connection)
         connection_keep_input(connection)
         if connection.sock == NULL or (connection.closing and not no_memory):
             entry.what = DO_RETIRE     # no handler has heard of it, or it was its end that failed
@@ -514,7 +537,7 @@ cdef class Worker:
             queued = sock.append(PyBytes_AS_STRING(<object>result), <size_t>PyBytes_GET_SIZE(<object>result), NULL,
                                  True)
             if queued < 0:
-                self.reply(sock, binding, <object>result)
+                self.unsent_reply(sock, binding, <object>result, queued)
         else:
             self.apply(sock, binding, <object>result, None, NOTHING)
         Py_XDECREF(result)
@@ -572,7 +595,7 @@ cdef class Worker:
         if binding.function is not None:
             return self.function_message(sock, binding, whole)
         if self.pool.copy:
-            return self.hand_over(sock, binding, self.payload(sock), whole)
+            return self.hand_over(sock, binding, self.payload(sock, whole), whole)
         return self.lend(sock, binding, whole)
 
     cdef bint hand_over(self, TstSocket sock, Binding binding, object data, bint whole) except -1:
@@ -612,19 +635,21 @@ cdef class Worker:
             begin = connection_recv(connection).req_pos
             view = memoryview(sock.recv_data)[begin:begin + connection_recv(connection).req_len].toreadonly()
         else:
-            loan = new_loan(connection.input.view, size)
+            loan = new_loan(&connection.input, size)
             view = memoryview(loan)
             connection.windowed = True     # reading gets nothing while the message is lent
             connection.frame.size = 0
-        result = self.call(sock, binding, binding.on_message, view)
-        passed_on = binding is not self.binding and is_run(result)
-        if passed_on and self.binding.function is None:
-            result = self.message_to_pool(sock, view)
-        release_view(view)
-        if loan is not None:
-            loan.end(connection, self.batch)
-            connection.windowed = framed
-            connection.frame.size = size
+        try:
+            result = self.call(sock, binding, binding.on_message, view)
+            passed_on = binding is not self.binding and is_run(result)
+            if passed_on and self.binding.function is None:
+                result = self.message_to_pool(sock, view)
+        finally:                               # whatever fails, the memory is taken back before it is used again
+            release_view(view)
+            if loan is not None:
+                connection.windowed = framed
+                connection.frame.size = size
+                loan.end(connection, self.batch)
         if passed_on and self.binding.function is not None:
             return self.function_message(sock, self.binding, whole)
         if loan is not None:
@@ -653,13 +678,19 @@ cdef class Worker:
     cdef bint function_message(self, TstSocket sock, Binding binding, bint whole) except -1:
         """A message for a function, which reads it itself. False: it did not, so it is to be called again."""
         cdef tst_connection *connection = sock.connection
-        if connection_recv(connection) != NULL:
-            data_set_unread(connection_recv(connection), 0 if whole and not connection.windowed else sock.unread())
+        cdef bint transfer = whole and not connection.windowed
+        cdef tst_data *recv = connection_recv(connection)
+        cdef size_t begin = data_read(recv, &recv.req_pos) if transfer else 0
+        cdef size_t size = data_read(recv, &recv.req_len) if transfer else 0
+        if recv != NULL:
+            data_set_unread(recv, 0 if transfer else sock.unread())
         result = self.call(sock, binding, binding.function, NOTHING)
         if binding is not self.binding and is_run(result):
             if self.binding.function is None:
                 if whole or sock.unread():
-                    verdict = self.message_to_pool(sock, self.payload(sock))
+                    # The transfer as it was: the function may have asked for the next one.
+                    data = self.transferred(sock, begin, size) if transfer else self.unread_input(sock)
+                    verdict = self.message_to_pool(sock, data)
                     self.apply(sock, self.binding, verdict, None, NOTHING)
                     return True
             else:
@@ -678,12 +709,29 @@ cdef class Worker:
         connection.message_ready = True
         return False
 
-    cdef object payload(self, TstSocket sock):
-        """The message as bytes: of its frame, of the transfer that was asked for, or all that has arrived."""
+    cdef object payload(self, TstSocket sock, bint whole):
+        """The message as bytes: the transfer that was asked for, the message of its frame, or all that has arrived."""
+        cdef tst_data *data = connection_recv(sock.connection)
+        if whole and not sock.connection.windowed:
+            return self.transferred(sock, data_read(data, &data.req_pos), data_read(data, &data.req_len))
+        return self.unread_input(sock)
+
+    cdef object transferred(self, TstSocket sock, size_t begin, size_t size):
+        """A part of what `recv_data` holds; less where its buffer has been made shorter meanwhile."""
+        cdef tst_data *data = connection_recv(sock.connection)
+        spin_lock(&data.lock)
+        begin = min(begin, data.s_len)
+        size = min(size, data.s_len - begin) if data.s != NULL else 0
+        data.exports += 1                      # so that it stays where it is
+        spin_unlock(&data.lock)
+        try:
+            return PyBytes_FromStringAndSize(data.s + begin, <Py_ssize_t>size) if size else b""
+        finally:
+            data_unpin(data, 0, 0)
+
+    cdef object unread_input(self, TstSocket sock):
+        """The message at hand, or all that has arrived, as bytes, which are gone from the input."""
         cdef tst_connection *connection = sock.connection
-        if not connection.windowed and connection_awaits_transfer(connection):
-            return PyBytes_FromStringAndSize(connection_recv(connection).s + connection_recv(connection).req_pos,
-                                             <Py_ssize_t>connection_recv(connection).req_len)
         data = PyBytes_FromStringAndSize(connection.input.view, <Py_ssize_t>sock.unread())
         sock.took(sock.unread())
         return data
@@ -752,7 +800,7 @@ cdef class Worker:
             if elapsed >= self.engine.slow_handler and self.binding.on_slow is not None:
                 self.binding.on_slow(sock, elapsed / 1e9)
         except BaseException as error:
-            log(logging.ERROR, "on_slow raised", exc_info=error)
+            log_caused(self.pool, type(error), logging.ERROR, "on_slow raised", exc_info=error)
         self.end_hook(began)
         return 0
 
@@ -793,8 +841,19 @@ cdef class Worker:
         cdef ssize_t queued
         try:
             queued = sock.append_object(message, True)
-            if queued < 0 and queued != -ENOTCONN:     # closed meanwhile: nobody waits for the reply
-                sock.raise_unsent(queued, message)
+        except Exception as error:
+            self.failed(sock, binding, error)
+            return 0
+        if queued < 0:
+            self.unsent_reply(sock, binding, message, queued)
+        return 0
+
+    cdef int unsent_reply(self, TstSocket sock, Binding binding, bytes message, ssize_t queued) except -1:
+        """It could not be queued, for the reason `queued`."""
+        if queued == -ENOTCONN:            # closed meanwhile: nobody waits for the reply
+            return 0
+        try:
+            sock.raise_unsent(queued, message)
         except Exception as error:
             self.failed(sock, binding, error)
         return 0
@@ -810,7 +869,7 @@ cdef class Worker:
         try:
             verdict = hook(sock, error)
         except BaseException as second:
-            log(logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
+            log_caused(self.pool, type(second), logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
         self.end_hook(began)
         if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
             return 0
@@ -842,8 +901,8 @@ cdef class Worker:
         try:
             no = slow_next(self.engine, 0, &again)
             while no >= 0:
-                log(logging.WARNING, "%s-%d has been in a handler for %.3f s and more%s", self.pool.name, no,
-                    self.engine.slow_handler / 1e9, stack_of(self.engine.workers[no].ident))
+                log_caused(self.pool, "stuck", logging.WARNING, "%s-%d has been in a handler for %.3f s and more%s",
+                           self.pool.name, no, self.engine.slow_handler / 1e9, stack_of(self.engine.workers[no].ident))
                 no = slow_next(self.engine, no + 1, &again)
         except BaseException as error:
             log(logging.ERROR, "a slow handler could not be logged", exc_info=error)

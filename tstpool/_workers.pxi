@@ -21,12 +21,19 @@ cdef int worker_ends(TstPool pool) except -1:
 
 cdef int worker_broke(Worker worker, object error) except -1:
     """Gives back what it holds, so that the others can end."""
+    cdef tst_shard *shard
     cdef int i
     stop_for(worker.pool, error)
     for i in range(worker.engine.n_shards):
-        if token_held(&worker.engine.shards[i], worker.worker.no):
-            worker.engine.shards[i].batch = NULL
-            shard_yield(worker.engine, worker.worker, &worker.engine.shards[i])
+        shard = &worker.engine.shards[i]
+        if not token_held(shard, worker.worker.no):
+            continue
+        if shard.batch != NULL:
+            with nogil:
+                batch_give_up(worker.worker, shard.batch)
+            batch_leave(worker.engine, shard.batch, 2)
+            shard.batch = NULL
+        shard_yield(worker.engine, worker.worker, shard)
     return 0
 
 
