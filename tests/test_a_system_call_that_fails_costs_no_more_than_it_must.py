@@ -4,10 +4,11 @@ import contextlib
 import errno
 import os
 import random
+import signal
 import time
 
 import pytest
-from contract_helpers import ServerProcess, every_trigger, exchange, faults, round_trip
+from contract_helpers import ServerProcess, every_trigger, exchange, faults, round_trip, shim
 from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled
 
 SERVER = """
@@ -348,3 +349,97 @@ def test_a_worker_that_breaks_ends_the_pool_which_can_be_started_again(after):
                     if client.recv(5) != b"hello":
                         break
         assert server.finish().splitlines() == ["raised 1 True False", "hello"]
+
+
+BREAKS_IN_A_TURN = """
+import gc, logging, tracemalloc
+logging.disable(logging.CRITICAL)
+threading.excepthook = lambda arguments: None
+pool = TstPool(Echo(), workers={workers}, shards=1, framing=LengthPrefixed(4, max_message=1 << 20))
+port = pool.listen("127.0.0.1", 0)[1]
+os.strerror = lambda number: 1 / 0  # what says why accept fails fails, too: that worker is at its end
+tracemalloc.start()
+print(port)
+try:
+    pool.serve_forever()
+except ZeroDivisionError:
+    print("raised", threading.active_count(), pool.stop(), len(pool))
+gc.collect()
+print(tracemalloc.get_traced_memory()[0] < 200_000)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("part", [b"\0\0\0\5hel", b"\0\4\0\0" + bytes(200_000)], ids=["message", "long message"])
+def test_a_worker_that_breaks_lets_go_of_what_came_in_the_same_turn(workers, part):
+    """B09: connections with a part of a message, and the object that a long one was received into."""
+    with (
+        ServerProcess(
+            BREAKS_IN_A_TURN.format(workers=workers), env=failing("accept4", "EMFILE", fail_after=3), preload=faults()
+        ) as server,
+        connect(server.addr) as client,
+    ):
+        client.sendall(b"\0\0\0\5hello")
+        recv_exact(client, 5)
+        client.sendall(part[:-1])
+        server.process.send_signal(signal.SIGSTOP)  # so that both come at once
+        try:
+            client.sendall(part[-1:])
+            other = connect(server.addr)
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        with other:
+            assert server.finish().splitlines() == ["raised 1 True 0", "True"]
+
+
+LATE = r"""
+/* The next write() of 8 bytes after tst_hold was set, which wakes somebody by an eventfd, is late: by half a second. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <unistd.h>
+int tst_hold, tst_held;
+ssize_t write(int fd, const void *bytes, size_t size) {
+    static ssize_t (*real)(int, const void *, size_t);
+    if (!real) real = (ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write");
+    if (size == 8 && __sync_bool_compare_and_swap(&tst_hold, 1, 0)) {
+        __sync_add_and_fetch(&tst_held, 1);
+        usleep(500000);
+    }
+    return real(fd, bytes, size);
+}
+"""
+
+LATE_WAKE = """
+import ctypes, select
+shim = ctypes.CDLL(None)
+hold, held = (ctypes.c_int.in_dll(shim, name) for name in ("tst_hold", "tst_held"))
+pool = TstPool(Echo(), workers=2, shards=1, busy_poll=0)
+port = pool.listen("127.0.0.1", 0)[1]
+pool.start()
+print(port)
+while not pool.stats().messages:
+    time.sleep(0.001)
+(sock,) = pool.sockets()
+(number,) = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")
+             and os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"]
+time.sleep(0.1)  # the worker sleeps: it is to be woken
+hold.value = 1
+thread = threading.Thread(target=sock.close)
+thread.start()
+while not held.value:
+    time.sleep(0.001)
+stopped = pool.stop(0)
+ours, theirs = os.pipe()
+os.dup2(theirs, number)
+thread.join()
+print(stopped, held.value, select.select([ours], [], [], 0)[0])
+"""
+
+
+@pytest.mark.skipif(bool(SANITIZER), reason="its runtime has a write of its own")
+def test_who_wakes_a_worker_late_writes_to_nobody_else():
+    """B01: the pool has stopped meanwhile, and the eventfd's number is somebody else's."""
+    with ServerProcess(LATE_WAKE, preload=shim("late", LATE)) as server, connect(server.addr) as client:
+        client.sendall(b"hello")
+        recv_exact(client, 5)
+        assert server.finish() == "True 1 []\n"

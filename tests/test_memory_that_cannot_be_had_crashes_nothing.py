@@ -285,6 +285,77 @@ assert play(0)[2] == 2 and errors == {}, errors
 print(ended)
 """
 
+SMUGGLE = """
+import _testcapi
+
+class Own(TstHandler):
+    def on_message(self, sock, data):
+        if data == b"strike":
+            _testcapi.set_nomemory(self.n, self.n + 1)  # in what the worker does for the next message
+        elif data == INNER:
+            got.append(self.n)
+        else:
+            smuggled.append(bytes(data))
+
+    def on_disconnect(self, sock, reason):
+        _testcapi.remove_mem_hooks()
+
+smuggled, got, buffer = [], [], bytearray(10)
+INNER = framed(b"evil") * 1000  # what a relay carries for others
+STREAM = framed(b"strike") + framed(INNER)
+for copy in (True, False):
+    for n in range(1, 30):
+        pool = TstPool(Server(), workers=1, framing=LengthPrefixed(4), copy=copy)
+        address = pool.listen("127.0.0.1", 0)
+        pool.start()
+        with socket.create_connection(address, 10) as client:
+            while not pool.sockets():
+                time.sleep(0.001)
+            (sock,) = pool.sockets()
+            sock.handler = Own()
+            sock.handler.n = n
+            del sock
+            client.sendall(STREAM)
+            client.shutdown(socket.SHUT_WR)
+            try:
+                client.recv_into(buffer)
+            except (ConnectionError, MemoryError):
+                pass
+            _testcapi.remove_mem_hooks()
+        assert pool.stop(5) is True
+assert smuggled == [], len(smuggled)
+print(2 * 29 - len(got))
+"""
+
+NOTHING_TO_RECEIVE_INTO = """
+class Keeper(TstHandler):
+    def on_message(self, sock, data):
+        sock.user_data = data[:1]
+        sock.send(bytes(data))
+
+records = []
+logging.disable(logging.NOTSET)
+logging.getLogger("tstpool").addFilter(lambda record: records.append(record.getMessage()))
+pool = TstPool(Keeper(), workers=1, copy=False)
+address = pool.listen("127.0.0.1", 0)
+pool.start()
+with socket.create_connection(address, 10) as client:
+    client.sendall(b"first")
+    expect(client, b"first")
+    fail.value, calls.value, failed.value = -1, 0, 0  # each from here on
+    client.sendall(b"second")
+    while failed.value < 20:
+        time.sleep(0.001)
+    fail.value = 0
+    expect(client, b"second")
+    client.sendall(b"third")
+    expect(client, b"third")
+    assert pool.running
+assert pool.stop(5) is True
+assert 1 <= len(records) <= 20, records
+print(records[0])
+"""
+
 
 def play(code):
     return run_python("-c", SCENE + code, env={"LD_PRELOAD": str(no_memory())}, timeout=100).stdout
@@ -310,6 +381,11 @@ def test_input_that_cannot_be_kept_is_nobody_elses():
     assert failed > 0
 
 
+def test_a_worker_that_has_nothing_to_receive_into_tries_again():
+    """B36: a handler keeps what was received last, so that it needs new memory; the pool goes on when there is some."""
+    assert play(NOTHING_TO_RECEIVE_INTO) == "worker 0 of tstpool has no memory to poll with\n"
+
+
 def has_failing_allocations():
     try:
         import _testcapi
@@ -326,3 +402,12 @@ def test_each_allocation_of_python_fails():
     ended = int(play(PYTHONS))
     print(f"{ended} connections ended by it")
     assert ended > 10
+
+
+@pytest.mark.skipif(FREE_THREADED, reason="CPython 3.13t itself crashes when an allocation fails")
+@pytest.mark.skipif(not has_failing_allocations(), reason="this Python was built without _testcapi")
+def test_what_is_left_of_a_message_is_no_message():
+    """B36: memory fails when its header is gone already: nobody gets as messages what is in it."""
+    failures = int(play(SMUGGLE))
+    print(f"{failures} messages were lost")
+    assert failures > 0

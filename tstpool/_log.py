@@ -88,7 +88,9 @@ def left_out(pool: object, kind: object) -> int | None:
         return before
 
 
-def log_caused(pool: object, kind: object, level: int, text: str, *arguments: object, exc_info: BaseException | None = None) -> None:
+def log_caused(
+    pool: object, kind: object, level: int, text: str, *arguments: object, exc_info: BaseException | None = None
+) -> None:
     """A record that a peer has caused, unless there are too many of that kind."""
     before = left_out(pool, kind)
     if before is not None:

@@ -5,7 +5,7 @@ Methods return what the C functions return (>= 0, or -errno). Nothing here is pa
 """
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
@@ -15,12 +15,12 @@ from tstpool._conn cimport (
     table_make, table_open, table_slot, tst_connection, tst_table)
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PEND_OUT, STATE_DEAD, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED)
-from tstpool._conn cimport NO_TIMER, tst_compiled
+from tstpool._conn cimport NO_TIMER, TYPE_SUB, tst_compiled, tst_limits
 from tstpool._core cimport Framing as PublicFraming
 from tstpool._data cimport (
     data_complete, data_fill, data_pin, data_request, data_resize, data_set_done, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, input_unread, tst_data, tst_input)
-from tstpool._entry cimport connection_cut, connection_room
+from tstpool._entry cimport connection_age, connection_cut, connection_room
 from tstpool._frame cimport HEADER_MOST, frame_header, frame_next, framing_settle, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, RELEASE, SEQ_CST, add64, close, epoll_create1, epoll_event,
@@ -38,7 +38,8 @@ from tstpool._shard cimport (
     tst_worker)
 from tstpool._stats cimport clock_now, stats_job, tst_stats
 from tstpool._timer cimport (
-    WHEEL_LEVELS, WHEEL_MOST, WHEEL_SLOTS, tst_wheel, wheel_fire, wheel_next, wheel_put, wheel_remove)
+    DEADLINE_IDLE, DEADLINE_LINGER, DEADLINE_NONE, WHEEL_LEVELS, WHEEL_MOST, WHEEL_SLOTS, connection_deadline, tst_wheel,
+    wheel_fire, wheel_next, wheel_put, wheel_remove)
 
 OPEN, OWNED, PAUSED, QUEUED = STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED
 DETACHED, DEAD = STATE_DETACHED, STATE_DEAD
@@ -841,3 +842,44 @@ def clear(Connection connection):
     """Forgets a connection's slot without closing its descriptor, which the test owns."""
     memset(connection.connection, 0, sizeof(tst_connection))
     store64(&connection.connection.state, <uint64_t>(generation_of(connection.id) + 1) << 32, RELEASE)
+
+def idle_deadline(uint32_t now, uint32_t idle, bint peer_is_silent, uint32_t step, int times):
+    """In ticks from its end: of a connection whose timer fires every `step` ticks, so often; just before, something has
+    gone in the one direction, and never in the other."""
+    cdef tst_limits limits
+    cdef tst_connection connection
+    cdef uint32_t due = 0
+    cdef int kind = DEADLINE_NONE
+    cdef int i
+    memset(&limits, 0, sizeof(limits))
+    memset(&connection, 0, sizeof(connection))
+    limits.idle = idle
+    connection.limits = &limits
+    connection.type = TYPE_SUB
+    connection.heard = True
+    connection.active_tick = connection.since_tick = connection.output_tick = now
+    for i in range(times):
+        now += step
+        if peer_is_silent:
+            connection.output_tick = now
+        else:
+            connection.active_tick = now
+        connection_age(&connection, now)
+        kind = connection_deadline(&connection, False, True, &due)
+    assert kind == DEADLINE_IDLE
+    return <int32_t>(due - now)
+
+
+def linger_deadline(uint32_t now, uint32_t linger):
+    """In ticks from `now`: of a connection that begins to linger."""
+    cdef tst_limits limits
+    cdef tst_connection connection
+    cdef uint32_t due = 0
+    memset(&limits, 0, sizeof(limits))
+    memset(&connection, 0, sizeof(connection))
+    limits.linger = linger
+    connection.limits = &limits
+    connection.lingering = True
+    connection.active_tick = connection.since_tick = now
+    assert connection_deadline(&connection, False, True, &due) == DEADLINE_LINGER
+    return <int32_t>(due - now)

@@ -1,7 +1,7 @@
 """White box: the wheel of timers (_timer.pxd), B38."""
 
 import pytest
-from _whitebox import WHEEL_AHEAD, Wheel
+from _whitebox import WHEEL_AHEAD, Wheel, idle_deadline, linger_deadline
 from helpers import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,3 +170,20 @@ def test_who_sleeps_until_next_finds_each_at_its_tick(start, distances):
         wheel.put(number, (start + distance) % ROUND)
     assert walk(wheel, start, max(distances) + 1) == dict(enumerate(distances))
     assert wheel.is_empty
+
+
+HALF = 1 << 31  # ticks, 104 days: of two that are as far apart the later one looks like the earlier
+
+
+@pytest.mark.parametrize("silent", [1000, HALF - 10, HALF + 1_000_000, ROUND + 1000])
+@pytest.mark.parametrize("peer_is_silent", [True, False])
+def test_idle_is_counted_from_the_last_transfer_however_long_the_other_way_was_silent(silent, peer_is_silent):
+    """B38: a peer that only listens for months, or only speaks. Its timer fires every now and then."""
+    step = min(silent, 1_000_000)
+    assert idle_deadline(12_345, 2_000_000, peer_is_silent, step, silent // step) == 2_000_000
+
+
+@pytest.mark.parametrize("linger", [1000, 1 << 28, HALF // 6 + 1000, 953_674_317])
+def test_a_long_linger_is_not_over_at_once(linger):
+    """B38: six times 4,000,000 seconds are more ticks than there are."""
+    assert linger_deadline(5, linger) == linger
