@@ -135,7 +135,7 @@ messages_per_turn=32)
     that has nothing else to do. name: prefix of the threads' names.
 
     All methods may be called on any thread. A running pool is kept alive by its workers, and one with connections by
-    these, until stop(); at the end of the interpreter it is stopped. In a forked child every method raises TstError.
+    these, until stop(); at the end of the interpreter it is stopped. In a forked child its methods raise TstError.
     """
 
     def __cinit__(self):

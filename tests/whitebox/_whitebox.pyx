@@ -843,6 +843,7 @@ def clear(Connection connection):
     memset(connection.connection, 0, sizeof(tst_connection))
     store64(&connection.connection.state, <uint64_t>(generation_of(connection.id) + 1) << 32, RELEASE)
 
+
 def idle_deadline(uint32_t now, uint32_t idle, bint peer_is_silent, uint32_t step, int times):
     """In ticks from its end: of a connection whose timer fires every `step` ticks, so often; just before, something has
     gone in the one direction, and never in the other."""
@@ -850,7 +851,6 @@ def idle_deadline(uint32_t now, uint32_t idle, bint peer_is_silent, uint32_t ste
     cdef tst_connection connection
     cdef uint32_t due = 0
     cdef int kind = DEADLINE_NONE
-    cdef int i
     memset(&limits, 0, sizeof(limits))
     memset(&connection, 0, sizeof(connection))
     limits.idle = idle
@@ -858,7 +858,7 @@ def idle_deadline(uint32_t now, uint32_t idle, bint peer_is_silent, uint32_t ste
     connection.type = TYPE_SUB
     connection.heard = True
     connection.active_tick = connection.since_tick = connection.output_tick = now
-    for i in range(times):
+    for _ in range(times):
         now += step
         if peer_is_silent:
             connection.output_tick = now
