@@ -769,7 +769,8 @@ messages_per_turn=32)
     def serve_forever(self, drain=5.0):
         """Starts if need be, and blocks until stop(). On KeyboardInterrupt it stops, then raises it on.
 
-        Raises what ended the engine, if something did: an OSError. Returns at once when the interpreter is shutting down.
+        No worker thread is left then. Raises what ended the engine, if something did: an OSError, or what a worker that
+        broke had met. Returns at once when the interpreter is shutting down.
         """
         nanoseconds(drain, "drain")            # it is wanted only at the end, which is late to hear that it is wrong
         if interpreter_ends:

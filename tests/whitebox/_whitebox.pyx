@@ -38,8 +38,8 @@ from tstpool._shard cimport (
     tst_worker)
 from tstpool._stats cimport clock_now, stats_job, tst_stats
 from tstpool._timer cimport (
-    DEADLINE_IDLE, DEADLINE_LINGER, DEADLINE_NONE, WHEEL_LEVELS, WHEEL_MOST, WHEEL_SLOTS, connection_deadline, tst_wheel,
-    wheel_fire, wheel_next, wheel_put, wheel_remove)
+    DEADLINE_IDLE, DEADLINE_LINGER, DEADLINE_NONE, WHEEL_LEVELS, WHEEL_MOST, WHEEL_SLOTS, connection_deadline,
+    tst_wheel, wheel_fire, wheel_next, wheel_put, wheel_remove)
 
 OPEN, OWNED, PAUSED, QUEUED = STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED
 DETACHED, DEAD = STATE_DETACHED, STATE_DEAD
