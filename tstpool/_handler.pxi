@@ -34,7 +34,8 @@ cdef class TstHandler:
         runs, by a worker that is free. (Without a GIL there is no stack: frames of a running thread change.) Of either
         there are at most ten records a second and pool, and the next one says how many were left out.
         """
-        log_caused((<TstSocket?>sock).pool, "slow", logging.WARNING, "a handler took %.3f s on socket %d", seconds, sock.sd)
+        log_caused((<TstSocket?>sock).pool, "slow", logging.WARNING,
+                   "a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
         """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected

@@ -19,8 +19,8 @@ cdef bint gil_is_on() except -1:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-# Pools that have descriptors, for the interpreter's exit and for forks: {address: weak reference}. One step of C for each
-# change, as no lock may be held here: a signal handler that comes in between may call any other pool's stop().
+# Pools that have descriptors, for the interpreter's exit and for forks: {address: weak reference}. Each change is one
+# step of C, as no lock may be held here: a signal handler that comes in between may call any other pool's stop().
 cdef dict _open = {}
 
 
