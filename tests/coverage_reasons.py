@@ -23,9 +23,13 @@ REASONS = {
             "except MemoryError:",
             "return 0                   # messages are received where there is room, as others are",
         ],
+        "tstpool/_worker.pxi Loan.end": [
+            "input_free(input)                  # what is left lies in what is the loan's now",
+            'raise MemoryError("no memory for input")',
+        ],
+        "tstpool/_worker.pxi new_loan": ['raise MemoryError("no memory for a message")'],
         "tstpool/_worker.pxi Worker.serve": [
-            'log(logging.ERROR, "worker %d of %s has no memory to poll with", self.worker.no, self.pool.name)',
-            "time.sleep(0.01)",
+            "self.lack_memory()",
             "with nogil:",
             "shard_yield(self.engine, self.worker, shard)",
         ],
@@ -53,13 +57,21 @@ REASONS = {
             "return True",
         ],
         "tstpool/_collect.pxd collect_event": ["count_stale(&worker.stats, connection)", "return"],
+        "tstpool/_pool.pxi TstPool.close_descriptors": [
+            "sched_yield()                  # between its look whether somebody sleeps and its write"
+        ],
+        "tstpool/_entry.pxd batch_give_up": [
+            "connection_break(batch.entries[i].connection, EIO)",
+            "connection_keep_input(batch.entries[i].connection)",
+        ],
+        "tstpool/_workers.pxi worker_broke": ["continue"],
         "tstpool/_pool.pxi TstPool.give_up": ["except RuntimeError:", "time.sleep(0.001)"],
         "tstpool/_workers.pxi wait_ended": ["return True", "return ended.is_set()"],
         "tstpool/_worker.pxi Worker.make_body": ["return 0"],
         "tstpool/_worker.pxi Worker.log_slow": [
             "store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)"
         ],
-        "tstpool/_worker.pxi Worker.quick_result": ["self.reply(sock, binding, <object>result)"],
+        "tstpool/_worker.pxi Worker.quick_result": ["self.unsent_reply(sock, binding, <object>result, queued)"],
         "tstpool/_worker.pxi Worker.run_compiled_messages": ["self.report(sock)"],
         "tstpool/_worker.pxi Worker.resume": ["return NULL"],
         "tstpool/_entry.pxd connection_reconnect": ["sys_reset_on_close(connection.fd, False)"],

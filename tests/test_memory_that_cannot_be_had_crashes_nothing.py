@@ -315,9 +315,9 @@ for copy in (True, False):
             sock.handler = Own()
             sock.handler.n = n
             del sock
-            client.sendall(STREAM)
-            client.shutdown(socket.SHUT_WR)
-            try:
+            try:  # it may be this thread's own
+                client.sendall(STREAM)
+                client.shutdown(socket.SHUT_WR)
                 client.recv_into(buffer)
             except (ConnectionError, MemoryError):
                 pass

@@ -21,7 +21,7 @@ from libc.string cimport memcpy, memset
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
     GONE, OVERFLOW_BLOCK, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE,
-    PEND_CONNECT, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
+    PEND_CONNECT, PEND_IN, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
     TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is,
     connection_mark, connection_recv, connection_send, connection_takes_messages, generation_of, output_drop,
     table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified, word_is)
@@ -30,16 +30,16 @@ from tstpool._data cimport (
     input_free, input_is_stored, input_keep, input_unread, tst_data, tst_input)
 from tstpool._entry cimport (
     SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
-    connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due, connection_expect,
-    connection_forget_frame, connection_keep_input, connection_reconnect, connection_wait_for_flusher,
-    connection_wants_body)
+    connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due,
+    connection_expect, connection_forget_frame, connection_keep_input, connection_reconnect,
+    connection_wait_for_flusher, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, framing_settle, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED,
     RELEASE, SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd,
-    compare_exchange32, exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy, pthread_cond_init,
-    pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
+    compare_exchange32, exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy,
+    pthread_cond_init, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
     pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, store32, store64, store_pointer, sub32,
     timerfd_create, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
@@ -54,8 +54,8 @@ from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter,
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
     ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief,
-    entry_detach, entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch,
-    tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
+    entry_detach, entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push,
+    token_held, tst_batch, tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport (
     DEADLINE_CLOSE, DEADLINE_FIRST_BYTE, DEADLINE_IDLE, DEADLINE_LINGER, DEADLINE_MESSAGE, DEADLINE_WRITE, TICK_BITS,

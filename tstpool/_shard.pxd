@@ -32,8 +32,9 @@ from tstpool._conn cimport (
     generation_of, tst_connection, tst_limits, tst_table, tst_total)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
-    compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer, pthread_cond_signal,
-    pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64, sub32)
+    compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer,
+    pthread_cond_signal, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64,
+    sub32)
 from tstpool._poll cimport connection_flush, sys_wake
 from tstpool._queue cimport tst_shared, tst_stock
 from tstpool._stats cimport clock_now, tst_stats, tst_tick_clock

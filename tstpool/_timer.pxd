@@ -210,7 +210,8 @@ cdef inline int connection_deadline(const tst_connection *connection, bint waits
         return DEADLINE_NONE
     if connection.lingering:
         deadline_add(&kind, due, DEADLINE_LINGER, connection.active_tick, limits.linger)
-        deadline_add(&kind, due, DEADLINE_LINGER, connection.since_tick, <uint32_t>min(<uint64_t>limits.linger * LINGER_TIMES, TICKS_MOST))
+        deadline_add(&kind, due, DEADLINE_LINGER, connection.since_tick,
+                     <uint32_t>min(<uint64_t>limits.linger * LINGER_TIMES, <uint64_t>TICKS_MOST))
         return kind
     if connection.closing:
         deadline_add(&kind, due, DEADLINE_CLOSE, tick_later(sent, connection.since_tick), limits.linger)
