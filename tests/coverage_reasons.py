@@ -83,11 +83,7 @@ REASONS = {
         "tstpool/_entry.pxd connection_expire": [
             "return                             # nor did we see that the peer has taken something"
         ],
-        "tstpool/_entry.pxd entry_finish": [
-            "if connection_flush(connection, entry.generation, False, True, now, &worker.stats) < 0:",
-            "shard_ask(connection, entry.generation, PEND_IN)",
-            "connection_ask_relief(connection, entry.generation)",
-        ],
+        "tstpool/_entry.pxd entry_finish": ["shard_ask(connection, entry.generation, PEND_IN)"],
         "tstpool/_park.pxd any_shard_running": ["return True"],
         "tstpool/_park.pxd thread_is_running": ["return False", "return False"],
         "tstpool/_poll.pxd connection_flush": ["spin_unlock(&connection.lock)", "connection_free(connection, stats)"],
