@@ -175,8 +175,17 @@ def open_fds():
 
 
 def native_threads():
-    """The kernel's ids of this process's threads: also those that Python does not know of."""
-    return {int(name) for name in os.listdir("/proc/self/task")}
+    """The kernel's ids of this process's threads: also those that Python does not know of.
+
+    While one ends, a listing may leave out another one (that of faulthandler's watchdog for this test, say, while that
+    of the test before is ending): it is asked again until it says the same twice.
+    """
+    found, before = {int(name) for name in os.listdir("/proc/self/task")}, None
+    for _ in range(100):
+        if found == before:
+            break
+        found, before = {int(name) for name in os.listdir("/proc/self/task")}, found
+    return found
 
 
 def process_cpu_seconds():
