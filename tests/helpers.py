@@ -180,11 +180,9 @@ def native_threads():
     While one ends, a listing may leave out another one (that of faulthandler's watchdog for this test, say, while that
     of the test before is ending): it is asked again until it says the same twice.
     """
-    found, before = {int(name) for name in os.listdir("/proc/self/task")}, None
-    for _ in range(100):
-        if found == before:
-            break
-        found, before = {int(name) for name in os.listdir("/proc/self/task")}, found
+    before = None
+    while (found := {int(name) for name in os.listdir("/proc/self/task")}) != before:
+        before = found
     return found
 
 

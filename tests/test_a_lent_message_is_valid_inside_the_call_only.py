@@ -17,6 +17,11 @@ from tstpool import Delimited, Fixed, LengthPrefixed, TstHandler, TstStat
 FRAMINGS = [None, LengthPrefixed(4, max_message=1 << 21), Delimited(b"\r\n", max_message=1 << 21)]
 
 
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
 def frame(framing, body):
     if framing is None:
         return body
@@ -115,10 +120,6 @@ def test_what_was_kept_gives_its_memory_back(make_pool, make_client):
         return bytes(data)
 
     client = make_client(make_pool(handler(on_message=on_message), framing=LengthPrefixed(4), copy=False, workers=1))
-
-    def resident():
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * 4096
 
     for _ in range(50):
         round_trip(client, FRAMINGS[1], b"x" * 5_000)
@@ -327,8 +328,3 @@ def test_slices_of_many_small_messages_keep_little(make_pool, make_client):
     wait_until(lambda: len(kept) == n, 20)
     assert resident() - before < 64 << 20
     assert b"".join(bytes(each) for each in kept) == b"".join((b"%08d" % i)[:1] for i in range(n))
-
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096

@@ -694,7 +694,7 @@ messages_per_turn=32)
         self.drop_all_litter()
         for i in range(self.engine.n_shards):
             close_once(&self.engine.shards[i].epoll_fd)
-            while load32(&self.engine.shards[i].wakers, ACQUIRE):
+            while load32(&self.engine.shards[i].wakers, SEQ_CST):
                 sched_yield()                  # between its look whether somebody sleeps and its write
             close_once(&self.engine.shards[i].event_fd)
             close_once(&self.engine.shards[i].timer_fd)
