@@ -101,7 +101,7 @@ cdef class TstSocket:
     cdef void flush_once(self) noexcept nogil
     cdef int wait_for_room(self) except -1
     cdef ssize_t append_object(self, object data, bint framed) except? -1
-    cdef ssize_t append_now(self, object data, bint framed) except? -1
+    cdef ssize_t append_other(self, object data, bint framed) except? -1
     cdef bint in_handler(self) noexcept
     cdef void publish(self, void **place, void *transfer) noexcept
     cdef bint sent_up_to(self, uint64_t goal) except -1

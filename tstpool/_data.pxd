@@ -219,7 +219,8 @@ cdef inline bint input_is_stored(tst_input *input) noexcept nogil:
 
 
 cdef inline void input_free(tst_input *input) noexcept nogil:
-    free(input.storage)
+    if input.storage != NULL:
+        free(input.storage)
     memset(input, 0, sizeof(tst_input))
 
 

@@ -12,20 +12,21 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, STATE_OWNED, connection_is, connection_is_paused, connection_mark,
-    connection_recv, connection_release, connection_send, connection_takes_messages, connection_wants_input,
-    generation_of, output_account, output_drop, output_is_full, tst_connection)
+    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_OPEN, STATE_OWNED, connection_is,
+    connection_is_paused, connection_mark, connection_recv, connection_release, connection_send,
+    connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop, output_is_full,
+    tst_connection, tst_limits)
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SHUT_WR, add64, fcntl, iovec, load32,
-    load64, sched_yield, shutdown, store32, tst_rarely)
+    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
+    compare_exchange64, fcntl, iovec, load32, load64, sched_yield, shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_retire, connection_silence, flush_result, sys_control, sys_prepare, sys_recv, sys_recv_pieces,
+    connection_retire, connection_silence, flush_once, flush_result, input_mask, sys_control, sys_prepare, sys_recv, sys_recv_pieces,
     sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
@@ -231,6 +232,9 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
 cdef inline void connection_cut_frame(tst_connection *connection, const tst_framing *framing) noexcept nogil:
     """Looks for a message at the beginning of unread input. Owner only."""
     cdef int result
+    if connection.input.size == 0:         # most often the last message was the only one
+        connection.message_ready = False
+        return
     if connection.message_ready and connection.framed and connection.framed_by == framing:
         return                 # found before, and not handed out yet
     if connection.framed_by != framing:
@@ -533,6 +537,11 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
                 count(&worker.stats.spins, 1)
 
 
+cdef inline bint connection_is_empty(tst_connection *connection) noexcept nogil:
+    """Nothing that has arrived is left, and there is no transfer. Owner only."""
+    return connection.input.size == 0 and connection.body == NULL and connection_recv(connection) == NULL
+
+
 cdef inline bint connection_is_over(tst_connection *connection, bint takes) noexcept nogil:
     """It is to be closed, because nothing more can arrive and its handler waits for nothing. `takes`: what
     connection_takes_messages has said; if it was no, what is there is for later. Owner only."""
@@ -543,6 +552,9 @@ cdef inline bint connection_is_over(tst_connection *connection, bint takes) noex
 
 cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     """What is left to be done for a connection that has received and sent what it can. Owner only."""
+    if connection_is_empty(connection) and not connection.closing and not connection.end_of_input:
+        connection.message_ready = False
+        return 0
     # One look decides both: another thread may pause it, resume it or relieve it in between.
     cdef bint takes = connection_takes_messages(connection)
     if takes and connection_cut_next(connection):
@@ -726,6 +738,53 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
     return 0
 
 
+cdef inline bint connection_is_usual(tst_connection *connection, uint32_t tick) noexcept nogil:
+    """It waits for input and for nothing else, and its timer need not be moved when it is idle from `tick` on. Owner
+    only."""
+    cdef const tst_limits *limits = connection.limits
+    if (connection.closing or connection.end_of_input or connection.hold_input or connection.message_ready
+            or connection.call_writable or connection.ask_writable or connection.lingering or not connection.heard
+            or connection.trigger != TRIGGER_LEVEL or not connection_is_empty(connection)):
+        return False
+    if limits == NULL or limits.idle == 0:
+        return True
+    return connection.has_timer and not tick_before(tick + limits.idle, connection.timer_due)
+
+
+cdef inline bint connection_is_armed_for_input(const tst_connection *connection) noexcept nogil:
+    """And for nothing else, and that is all it wants as far as its output is concerned. Lock held."""
+    return connection.armed == input_mask() and not connection.want_out and not connection.want_room
+
+
+cdef inline bint entry_finish_usual(tst_worker *worker, tst_entry *entry, uint64_t now) noexcept nogil:
+    """How most entries end: the kernel takes all output, then nothing is left to be done, armed or timed. False: this
+    is another case, and what it takes is left to entry_finish.
+
+    All that entry_finish asks one by one is asked at once here, and the connection is released under the lock that ends
+    the send. Whoever appends while we own it trusts us to send: he comes before we look at the queue, or sees it free.
+    """
+    cdef tst_connection *connection = entry.connection
+    cdef uint64_t owned = <uint64_t>entry.generation << 32 | STATE_OPEN | STATE_OWNED
+    cdef uint64_t word = owned
+    cdef bint released
+    if entry.what != DO_INPUT or not connection_is_usual(connection, tick_of(now)):
+        return False
+    connection.active_tick = tick_of(now)
+    connection.unfinished = False
+    spin_lock(&connection.lock)
+    if queue_size(&connection.out) and connection_is_armed_for_input(connection) and not connection.flushing:
+        connection.flushing = True
+        flush_once(connection, now, &worker.stats)
+        connection.flushing = False
+    released = (queue_size(&connection.out) == 0 and connection_is_armed_for_input(connection)
+                and not connection.flushing and load32(&connection.out_error, RELAXED) == 0
+                and load32(&connection.pressure, RELAXED) == PRESSURE_NONE
+                and compare_exchange64(&connection.state, &word, owned & ~<uint64_t>STATE_OWNED, False, SEQ_CST,
+                                       RELAXED))
+    spin_unlock(&connection.lock)
+    return released
+
+
 cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now) noexcept nogil:
     """Ends an entry: sends, releases the connection, arms it, and looks once more for what came in between."""
     cdef tst_connection *connection = entry.connection
@@ -733,6 +792,8 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     cdef uint64_t pending
     cdef int waiting, armed = 0
     cdef bint want_input, want_room, pushed, unwatched, again = False
+    if entry_finish_usual(worker, entry, now):
+        return
     if entry.what & DO_RETIRE and not connection_begin_linger(connection, now):
         entry_retire(worker, connection)
         return

@@ -283,6 +283,22 @@ cdef inline int flush_state(tst_connection *connection) noexcept nogil:
     return queue_size(&connection.out) != 0
 
 
+cdef inline void flush_once(tst_connection *connection, uint64_t now, tst_stats *stats) noexcept nogil:
+    """One send of what waits, by whoever has set `flushing`. Lock held, and let go of meanwhile."""
+    cdef iovec pieces[QUEUE_PIECES]
+    cdef size_t total
+    cdef int n = queue_pieces(&connection.out, pieces, &total)
+    cdef ssize_t sent
+    spin_unlock(&connection.lock)
+    sent = sys_send(connection.fd, pieces, n)
+    if sent > 0:
+        count(&stats.bytes_out, <uint64_t>sent)
+    spin_lock(&connection.lock)
+    if sent > 0 or not connection.want_out:
+        store32(&connection.output_tick, tick_of(now), RELAXED)
+    flush_result(connection, sent, total)
+
+
 cdef inline int connection_flush(tst_connection *connection, uint32_t generation, bint writable, bint arm,
                                  uint64_t now, tst_stats *stats) noexcept nogil:
     """Sends what waits; any worker may. Returns 0 when nothing waits now, 1 when something does, -errno when broken.
@@ -291,10 +307,7 @@ cdef inline int connection_flush(tst_connection *connection, uint32_t generation
     buffer is full only an event (`writable`) is a reason to try. With `arm`, EPOLLOUT is armed or dropped here;
     without, the caller is about to arm anyway.
     """
-    cdef iovec pieces[QUEUE_PIECES]
-    cdef size_t total
-    cdef int n, rounds = 0, result
-    cdef ssize_t sent
+    cdef int rounds = 0, result
     spin_lock(&connection.lock)
     if (not connection_is(connection, generation) or connection.flushing or queue_size(&connection.out) == 0
             or (connection.want_out and not writable)):
@@ -303,15 +316,7 @@ cdef inline int connection_flush(tst_connection *connection, uint32_t generation
         return result
     connection.flushing = True
     while True:
-        n = queue_pieces(&connection.out, pieces, &total)
-        spin_unlock(&connection.lock)
-        sent = sys_send(connection.fd, pieces, n)
-        if sent > 0:
-            count(&stats.bytes_out, <uint64_t>sent)
-        spin_lock(&connection.lock)
-        if sent > 0 or not connection.want_out:
-            store32(&connection.output_tick, tick_of(now), RELAXED)
-        flush_result(connection, sent, total)
+        flush_once(connection, now, stats)
         rounds += 1
         if connection.want_out or queue_size(&connection.out) == 0:
             break

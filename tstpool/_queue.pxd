@@ -218,27 +218,6 @@ cdef inline void queue_settle(tst_queue *queue) noexcept nogil:
     chunk_free(queue, chunk)
 
 
-cdef inline int queue_append(tst_queue *queue, const char *bytes, size_t size) noexcept nogil:
-    """Copies `size` bytes behind the last. All of them or, with -ENOMEM, none."""
-    cdef tst_chunk *last = queue.tail
-    cdef tst_chunk *fresh = NULL
-    cdef size_t room = last.capacity - last.end if last != NULL else 0
-    if room > size:
-        room = size
-    if room < size:
-        fresh = queue_grow(queue, size - room)
-        if fresh == NULL:
-            return -ENOMEM
-    if room:
-        memcpy(last.bytes + last.end, bytes, room)
-        last.end += room
-    if fresh != NULL:
-        memcpy(fresh.bytes, bytes + room, size - room)
-        fresh.end = size - room
-    queue.queued += size
-    return 0
-
-
 cdef inline char *queue_room(tst_queue *queue, size_t size) noexcept nogil:
     """Where the next `size` bytes may be written in one piece, to be followed by queue_commit. NULL: no room there."""
     cdef tst_chunk *last = queue.tail
@@ -247,6 +226,36 @@ cdef inline char *queue_room(tst_queue *queue, size_t size) noexcept nogil:
     if last == NULL or last.capacity - last.end < size:
         return NULL
     return last.bytes + last.end
+
+
+cdef inline int queue_append(tst_queue *queue, const char *bytes, size_t size) noexcept nogil:
+    """Copies `size` bytes behind the last. All of them or, with -ENOMEM, none."""
+    cdef char *room
+    if size == 0:
+        return 0
+    room = queue_room(queue, size)
+    if tst_rarely(room == NULL):
+        return queue_append_pieces(queue, bytes, size)
+    memcpy(room, bytes, size)
+    queue_commit(queue, size)
+    return 0
+
+
+cdef inline int queue_append_pieces(tst_queue *queue, const char *bytes, size_t size) noexcept nogil:
+    """The same, where the last chunk has no room for all."""
+    cdef tst_chunk *last = queue.tail
+    cdef tst_chunk *fresh
+    cdef size_t room = last.capacity - last.end if last != NULL else 0
+    fresh = queue_grow(queue, size - room)
+    if fresh == NULL:
+        return -ENOMEM
+    if room:
+        memcpy(last.bytes + last.end, bytes, room)
+        last.end += room
+    memcpy(fresh.bytes, bytes + room, size - room)
+    fresh.end = size - room
+    queue.queued += size
+    return 0
 
 
 cdef inline int queue_share(tst_queue *queue, tst_shared *shared) noexcept nogil:

@@ -4,6 +4,17 @@ cdef enum:
     READ_CHUNK = 65536                 # bytes: most that one read() without a size takes from the kernel
 
 
+cdef ssize_t append_again(TstSocket sock, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
+    """append() after -ENOBUFS: perhaps too much waits only because it is a long handler that sends."""
+    cdef bint flush = False
+    cdef ssize_t result
+    sock.flush_once()
+    result = connection_append(sock.connection, sock.generation(), bytes, size, shared, framed, &flush)
+    if flush:
+        shard_ask(sock.connection, sock.generation(), 0)
+    return sock.overflow() if result == -ENOBUFS else result
+
+
 @cython.final
 @cython.trashcan(True)                  # a long chain of sockets in user_data must not end on the C stack
 cdef class TstSocket:
@@ -22,19 +33,14 @@ cdef class TstSocket:
 
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
         """Queues output and sees to it that somebody sends it. Returns what waits, or -errno."""
-        cdef ssize_t result
-        cdef bint flush = False, again = True
-        while True:
-            result = connection_append(
-                self.connection, self.generation(), bytes, size, shared, framed, &flush)
-            if flush:
-                shard_ask(self.connection, self.generation(), 0)
-            if not tst_rarely(result == -ENOBUFS):
-                return result
-            if not again:
-                return self.overflow()
-            again = False
-            self.flush_once()      # perhaps too much waits only because it is a long handler that sends
+        cdef bint flush = False
+        cdef ssize_t result = connection_append(
+            self.connection, self.generation(), bytes, size, shared, framed, &flush)
+        if flush:
+            shard_ask(self.connection, self.generation(), 0)
+        if tst_rarely(result == -ENOBUFS):
+            return append_again(self, bytes, size, shared, framed)
+        return result
 
     cdef ssize_t overflow(self) noexcept nogil:
         """Too much waits: the limits say what to do. Returns -ENOBUFS, or -ENOTCONN when it was closed for that."""
@@ -83,20 +89,23 @@ cdef class TstSocket:
             PyErr_CheckSignals()
 
     cdef ssize_t append_object(self, object data, bint framed) except? -1:
-        """append() for whatever has a buffer. Large `bytes` are kept instead of copied: they never change."""
-        cdef ssize_t queued = self.append_now(data, framed)
-        while queued == -ENOBUFS and self.limits.overflow == OVERFLOW_BLOCK and not self.in_handler():
+        """append() for whatever has a buffer, with what overflow="block" asks for."""
+        cdef ssize_t queued
+        while True:
+            if type(data) is bytes and PyBytes_GET_SIZE(data) < SHARE_LEAST:
+                queued = self.append(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data), NULL, framed)
+            else:
+                queued = self.append_other(data, framed)
+            if not tst_rarely(queued == -ENOBUFS) or self.limits.overflow != OVERFLOW_BLOCK or self.in_handler():
+                return queued
             self.wait_for_room()
-            queued = self.append_now(data, framed)
-        return queued
 
-    cdef ssize_t append_now(self, object data, bint framed) except? -1:
+    cdef ssize_t append_other(self, object data, bint framed) except? -1:
+        """append() for what is not a small `bytes`. A large one is kept instead of copied: it never changes."""
         cdef Py_buffer view
         cdef tst_shared *shared
         cdef ssize_t queued
         if type(data) is bytes:
-            if PyBytes_GET_SIZE(data) < SHARE_LEAST:
-                return self.append(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data), NULL, framed)
             shared = share_object(data)
             queued = self.append(shared.bytes, shared.size, shared, framed)
             unshare_object(shared)

@@ -16,6 +16,10 @@ cdef extern from *:
         hook = PyMethod_GET_FUNCTION(hook);
         return PyObject_Vectorcall(hook, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     }
+    /* A `bytes` of fewer than `most` bytes; NULL is none. */
+    static inline int tst_is_small_bytes(PyObject *something, Py_ssize_t most) {
+        return something != NULL && PyBytes_CheckExact(something) && PyBytes_GET_SIZE(something) < most;
+    }
     /* The exception is set already. */
     static inline int tst_raise(void) { return -1; }
     /* Puts the next message into the bytes object of the last one, if its size is the same and nobody but the caller
@@ -38,6 +42,7 @@ cdef extern from *:
     }
     """
     PyObject *tst_call(PyObject *hook, PyObject *sock, PyObject *data)
+    bint tst_is_small_bytes(PyObject *something, Py_ssize_t most)
     int tst_raise() except -1
     bint tst_refill(PyObject *data, const char *place, Py_ssize_t size)
 
@@ -467,7 +472,7 @@ cdef class Worker:
                 self.refuse(sock, binding)
             elif binding is self.binding and self.pool.copy and is_quick(connection) and binding.on_message is not None:
                 n += self.quick_messages(sock, binding, began)
-                if self.worker.clock - began >= RUN_TIME:
+                if self.worker.clock - began >= RUN_TIME or not connection.message_ready:
                     break
                 continue
             elif not self.message(sock, binding):
@@ -488,6 +493,7 @@ cdef class Worker:
         cdef PyObject *result
         cdef const char *place = NULL
         cdef size_t size
+        cdef ssize_t queued
         cdef uint64_t n = 0, untimed = 0
         cdef bytes data = b""
         while True:
@@ -511,20 +517,27 @@ cdef class Worker:
             if untimed >= worker.group:
                 worker_job(self.engine, worker, connection, untimed)
                 untimed = 0
-            self.quick_result(sock, binding, result)
+            if tst_is_small_bytes(result, SHARE_LEAST):
+                queued = sock.append(PyBytes_AS_STRING(<object>result), <size_t>PyBytes_GET_SIZE(<object>result), NULL,
+                                     True)
+                if tst_rarely(queued < 0):
+                    self.unsent_reply(sock, binding, <object>result, queued)
+                Py_DECREF(<object>result)
+            else:
+                self.other_result(sock, binding, result)
             if connection.report:      # not before: hooks that run while an exception waits would lose it
                 self.report(sock)
             if n >= worker.burst and worker.clock - began >= RUN_TIME:
                 break
-            if load32(&connection.rebind, RELAXED) or not connection_cut(connection) or not is_quick(connection):
+            if not connection_cut(connection) or load32(&connection.rebind, RELAXED) or not is_quick(connection):
                 break
         if untimed:
             worker_job(self.engine, worker, connection, untimed)
         return n
 
-    cdef int quick_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
-        """What on_message has returned: a reference that is ours, or NULL with an exception set."""
-        cdef ssize_t queued
+    cdef int other_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
+        """What on_message has returned, when it is no small reply: a reference that is ours, or NULL with an exception
+        set."""
         if result == NULL:
             try:
                 tst_raise()
@@ -533,11 +546,6 @@ cdef class Worker:
         elif result == <PyObject *>None:
             if connection_send(sock.connection) != NULL:
                 connection_apply(sock.connection, self.worker, TST_SUSPEND)
-        elif type(<object>result) is bytes and PyBytes_GET_SIZE(<object>result) < SHARE_LEAST:
-            queued = sock.append(PyBytes_AS_STRING(<object>result), <size_t>PyBytes_GET_SIZE(<object>result), NULL,
-                                 True)
-            if queued < 0:
-                self.unsent_reply(sock, binding, <object>result, queued)
         else:
             self.apply(sock, binding, <object>result, None, NOTHING)
         Py_XDECREF(result)

@@ -208,6 +208,27 @@ inline connection_free() {
     fi
 }
 
+inline flush_send() {                      /* sys_send, with the lock released */
+    atomic {
+        assert(!fd_closed);
+        if :: taken < ROOM -> taken++; took = true :: else -> no_space = true; took = false fi
+    }
+}
+
+inline flush_result() {                    /* lock held */
+    if
+    :: took && waiting > 0 -> waiting--; if :: mark > 0 -> mark-- :: else fi; want_out = false
+    :: took && waiting == 0 -> want_out = false
+    :: else -> want_out = true
+    fi;
+    if :: out_drop -> waiting = 0; mark = 0; out_closed = true; out_drop = false; want_out = false :: else fi;
+    if                                     /* output_account */
+    :: waiting > HIGH_WATER -> pressure = PRESSURE_HIGH
+    :: waiting == 0 && pressure == PRESSURE_HIGH -> pressure = PRESSURE_GONE
+    :: else
+    fi
+}
+
 inline connection_flush(writable, arm, result) {
     atomic {
         sending = false; free_it = false; rounds = 0;
@@ -223,22 +244,9 @@ inline connection_flush(writable, arm, result) {
     do
     :: !sending -> break
     :: sending ->
-        atomic {                           /* sys_send, with the lock released */
-            assert(!fd_closed);
-            if :: taken < ROOM -> taken++; took = true :: else -> no_space = true; took = false fi
-        };
+        flush_send();
         atomic {                           /* flush_result, and the end of the loop */
-            if
-            :: took && waiting > 0 -> waiting--; if :: mark > 0 -> mark-- :: else fi; want_out = false
-            :: took && waiting == 0 -> want_out = false
-            :: else -> want_out = true
-            fi;
-            if :: out_drop -> waiting = 0; mark = 0; out_closed = true; out_drop = false; want_out = false :: else fi;
-            if                             /* output_account */
-            :: waiting > HIGH_WATER -> pressure = PRESSURE_HIGH
-            :: waiting == 0 && pressure == PRESSURE_HIGH -> pressure = PRESSURE_GONE
-            :: else
-            fi;
+            flush_result();
             rounds++;
             if
             :: want_out || waiting == 0 -> sending = false
@@ -375,9 +383,56 @@ inline entry_finish_arm() {
     fi
 }
 
+#define usual (!closing && !hold_input && !call_writable && !ask_writable && input == 0)   /* connection_is_usual */
+#define only_input_is_armed (registered && armed_in && !armed_out && !want_out && !want_room)
+
+inline usual_release() {                   /* lock held */
+    if
+    :: waiting == 0 && only_input_is_armed && !flushing && pressure == 0 && is_ours && word == (S_OPEN | S_OWNED) ->
+        word = S_OPEN;
+        released = true
+    :: else
+    fi
+}
+
+/* The general way is right for the usual case, too, and taken for other entries than those with input. */
+inline entry_finish_usual() {
+    released = false;
+#ifdef LEVEL
+    if
+    :: usual ->
+        atomic {
+            sending = waiting > 0 && only_input_is_armed && !flushing;
+            if :: sending -> flushing = true; senders++; assert(senders == 1) :: else fi
+        };
+        if
+        :: sending ->
+            flush_send();
+            atomic {
+                flush_result();
+                flushing = false; senders--; sending = false; took = false;
+#ifdef BUG_USUAL_RELEASE_AFTER_THE_LOCK
+                room = waiting == 0
+            };
+            atomic { if :: room && is_ours && word == (S_OPEN | S_OWNED) -> word = S_OPEN; released = true :: else fi };
+            room = false
+#else
+                usual_release()
+            }
+#endif
+        :: else -> atomic { usual_release() }
+        fi
+    :: true -> skip
+    fi
+#endif
+}
+
 inline entry_finish(retires) {
     if
     :: retires -> connection_retire()
+    :: else -> entry_finish_usual();
+    if
+    :: released -> skip
     :: else ->
         entry_left_over();
         atomic {
@@ -396,15 +451,16 @@ inline entry_finish(retires) {
 #endif
         if :: push -> shard_push() :: else fi;
         if :: again -> connection_flush(false, true, unsent); connection_ask_relief() :: else fi
+    fi
     fi;
-    atomic { again = false; push = false; want_in = false; room = false; pend = 0; unsent = 0 }
+    atomic { released = false; again = false; push = false; want_in = false; room = false; pend = 0; unsent = 0 }
 }
 
 /* ------------------------------------------------------------------------------------------------------ the worker
  * from whom the shard is taken while it is in a handler of the connection */
 
 proctype stuck() {
-    bool push, left, last, sending, free_it, took, retire_it, want_in, room, again;
+    bool push, left, last, sending, free_it, took, retire_it, want_in, room, again, released;
     byte rounds, unsent;
     short pend;
     handler_sends();
@@ -618,7 +674,7 @@ inline collect_request() {
 }
 
 proctype holder() {
-    bool push, left, last, sending, free_it, took, retire_it, want_in, room, again;
+    bool push, left, last, sending, free_it, took, retire_it, want_in, room, again, released;
     bool acquired, gone, owned, dead, due, do_connect, do_writable, event_in, event_out;
     bit seen;
     byte rounds, unsent;
