@@ -43,7 +43,7 @@ REASONS = {
         "tstpool/_entry.pxd connection_apply": ["connection_break(connection, -queued)"],
         "tstpool/_queue.pxd chunk_new": ["return NULL"],
         "tstpool/_queue.pxd queue_settle": ["return"],
-        "tstpool/_queue.pxd queue_append": ["return -ENOMEM"],
+        "tstpool/_queue.pxd queue_append_pieces": ["return -ENOMEM"],
         "tstpool/_shard.pxd batch_get": ["return NULL", "batch_leave(engine, batch, 2)", "return NULL"],
         "tstpool/_shard.pxd batch_empty": ["return -ENOMEM"],
         "tstpool/_turn.pxd shard_turn": ["return -ENOMEM"],
@@ -71,7 +71,7 @@ REASONS = {
         "tstpool/_worker.pxi Worker.log_slow": [
             "store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)"
         ],
-        "tstpool/_worker.pxi Worker.quick_result": ["self.unsent_reply(sock, binding, <object>result, queued)"],
+        "tstpool/_worker.pxi Worker.quick_messages": ["self.unsent_reply(sock, binding, <object>result, queued)"],
         "tstpool/_worker.pxi Worker.run_compiled_messages": ["self.report(sock)"],
         "tstpool/_worker.pxi Worker.resume": ["return NULL"],
         "tstpool/_entry.pxd connection_reconnect": ["sys_reset_on_close(connection.fd, False)"],

@@ -12,8 +12,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_OPEN, STATE_OWNED, connection_is,
-    connection_is_paused, connection_mark, connection_recv, connection_release, connection_send,
+    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED,
+    connection_is, connection_is_paused, connection_mark, connection_recv, connection_release, connection_send,
     connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop, output_is_full,
     tst_connection, tst_limits)
 from tstpool._data cimport (
@@ -26,7 +26,8 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_retire, connection_silence, flush_once, flush_result, input_mask, sys_control, sys_prepare, sys_recv, sys_recv_pieces,
+    connection_retire, connection_silence, flush_once, flush_result, input_mask, sys_control,
+    sys_prepare, sys_recv, sys_recv_pieces,
     sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
@@ -405,6 +406,7 @@ cdef inline int connection_transfer(tst_connection *connection, uint64_t now, bi
     `limited`: others may follow before it is sent. -ENOBUFS then, with nothing changed, when too much waits already.
     """
     cdef tst_data *data = connection_send(connection)
+    cdef uint64_t word
     cdef size_t size
     cdef int result = 0
     if data == NULL:
@@ -428,6 +430,9 @@ cdef inline int connection_transfer(tst_connection *connection, uint64_t now, bi
             data.com_len = data.req_len
             result = 1
     spin_unlock(&data.lock)
+    word = load64(&connection.state, SEQ_CST)
+    if tst_rarely(result == 1 and word & STATE_DETACHED):
+        shard_ask(connection, generation_of(word), 0)      # its handler may block in the next message
     return result
 
 
@@ -600,6 +605,9 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     if waits and not connection_output_waits(connection):
         # Another thread is sending it, and tells nobody how that ends: the deadline that comes first looks again.
         watch_deadline(worker, connection, False, wants_input)
+    elif waits and connection.limits != NULL and connection.limits.idle:
+        # Output may wait for as long as it likes; but if another thread sends it (flush), nobody notes that it is idle.
+        watch_until(worker, connection, tick + connection.limits.idle)
 
 
 cdef inline void watch_deadline(tst_worker *worker, tst_connection *connection, bint waits,
@@ -607,6 +615,10 @@ cdef inline void watch_deadline(tst_worker *worker, tst_connection *connection, 
     cdef uint32_t due = 0
     if connection_deadline(connection, waits, wants_input, &due) == DEADLINE_NONE:
         return
+    watch_until(worker, connection, due)
+
+
+cdef inline void watch_until(tst_worker *worker, tst_connection *connection, uint32_t due) noexcept nogil:
     if not connection.has_timer or tick_before(due, connection.timer_due):
         shard_set_timer(worker, <tst_shard *>connection.shard, connection, due)
 

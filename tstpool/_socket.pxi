@@ -4,7 +4,8 @@ cdef enum:
     READ_CHUNK = 65536                 # bytes: most that one read() without a size takes from the kernel
 
 
-cdef ssize_t append_again(TstSocket sock, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
+cdef ssize_t append_again(TstSocket sock, const char *bytes, size_t size, tst_shared *shared,
+                          bint framed) noexcept nogil:
     """append() after -ENOBUFS: perhaps too much waits only because it is a long handler that sends."""
     cdef bint flush = False
     cdef ssize_t result

@@ -48,6 +48,7 @@ cdef extern from "reroute.h" nogil:
     uint64_t sim_trace_hash()
     uint64_t sim_switches()
     void sim_point()
+    void sim_when_quiet(void (*look)() noexcept nogil)
     void kernel_begin()
     void kernel_faults(const sim_faults *faults)
     void kernel_calm()
@@ -76,9 +77,10 @@ from cpython.object cimport PyObject
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
     GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE, PEND_CONNECT,
-    PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS,
-    TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is, connection_mark,
-    generation_of, table_chunk, table_open, tst_compiled, tst_connection, tst_limits)
+    NO_TIMER, PEND_ANY, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED,
+    TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is,
+    connection_mark, connection_wants_input, generation_of,
+    table_chunk, table_open, tst_compiled, tst_connection, tst_limits)
 from tstpool._data cimport data_complete, data_request, data_requested, input_consume, tst_data
 from tstpool._entry cimport (
     STAT_DISCONNECT, STAT_RECONNECTED, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort,
@@ -101,7 +103,8 @@ from tstpool._shard cimport (
     scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push, token_held, tst_batch, tst_engine,
     tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tick_now, tst_stats
-from tstpool._timer cimport TICK_BITS, connection_output_is_overdue, tick_of
+from tstpool._timer cimport (
+    DEADLINE_NONE, TICK_BITS, connection_deadline, connection_output_is_overdue, tick_of)
 from tstpool._turn cimport (
     ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
     engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
@@ -1406,6 +1409,36 @@ cdef void check_rest() noexcept nogil:
                      client.written)
 
 
+cdef void check_quiet() noexcept nogil:
+    """All threads sleep: whatever nobody owns must be somebody's to go on with. Output waits for room in the kernel, or
+    for whoever takes the connection from the stack; each deadline has a timer."""
+    cdef int i
+    cdef uint64_t word
+    cdef sock_t *sock
+    cdef tst_connection *connection
+    cdef uint32_t due = 0
+    if world.stopped or world.broken:
+        return
+    for i in range(world.n_socks):
+        sock = &world.socks[i]
+        connection = sock.connection
+        if sock.forgotten or connection == NULL or not connection_is(connection, generation_of(sock.id)):
+            continue
+        word = load64(&connection.state, RELAXED)
+        if word & (STATE_QUEUED | PEND_ANY) or (word & STATE_OWNED and not word & STATE_DETACHED):
+            continue                       # somebody will look at it
+        if queue_size(&connection.out) and not connection.want_out and not connection.flushing:
+            sim_fail("all sleep, and nobody is to send %lu bytes to client %d", queue_size(&connection.out),
+                     sock.client)
+        if word & STATE_OWNED:
+            continue
+        if connection.has_timer and connection.timer_slot == NO_TIMER:
+            sim_fail("all sleep, and the timer of client %d is nowhere", sock.client)
+        if not connection.has_timer and connection_deadline(
+                connection, connection.want_out, connection_wants_input(connection), &due) != DEADLINE_NONE:
+            sim_fail("all sleep, and client %d has a deadline without a timer", sock.client)
+
+
 cdef void check_end() noexcept nogil:
     cdef int i, j
     cdef sock_t *sock
@@ -1537,6 +1570,8 @@ cdef tst_limits *choose_limits() noexcept nogil:
         limits.idle = 10 + sim_below(100)
         limits.write = 10 + sim_below(100)
         limits.linger = 10 + sim_below(100)
+        if sim_below(4) == 0:
+            limits.write = 0
     return limits
 
 
@@ -1601,6 +1636,7 @@ cdef void run_seed(uint64_t seed, bint tracing) noexcept nogil:
     cdef int i, n_workers, n_shards, slow
     sim_begin(seed, tracing)
     memset(&world, 0, sizeof(world))
+    sim_when_quiet(check_quiet)
     choose_faults(&faults)
     n_workers = 1 + <int>sim_below(WORKERS)
     n_shards = 1 + <int>sim_below(SHARDS)

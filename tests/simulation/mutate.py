@@ -53,6 +53,21 @@ FAULTS = {
         "again = queue_size(&connection.out) != 0 and not",
         "again = False and not",
     ),
+    "the usual end does not look at the queue": (
+        "_entry",
+        "released = (queue_size(&connection.out) == 0 and connection",
+        "released = (connection",
+    ),
+    "the usual end forgets the timer": (
+        "_entry",
+        "    return connection.has_timer and not tick_before(tick + limits.idle, connection.timer_due)\n",
+        "    return True\n",
+    ),
+    "the usual end takes any mask": (
+        "_entry",
+        "    return connection.armed == input_mask() and not",
+        "    return not",
+    ),
     "two flush at once": ("_poll", "or connection.flushing or queue_size", "or queue_size"),
     "an edge of a busy connection is dropped": (
         "_collect",

@@ -171,6 +171,19 @@ static void pass_time(void) {
             threads[i].channel = NULL, threads[i].asleep = 0;
 }
 
+static void (*when_quiet)(void);
+
+void sim_when_quiet(void (*look)(void)) { when_quiet = look; }
+
+/* Nobody can run, and time is to go on: whoever looks now sees no one in the middle of anything. */
+static void quiet(void) {
+    if (!when_quiet)
+        return;
+    sim_threads_run = 0;
+    when_quiet();
+    sim_threads_run = 1;
+}
+
 /* Nobody can run: goes to the next moment at which somebody wakes. 0: there is none. */
 static int skip_time(void) {
     uint64_t next = 0;
@@ -184,8 +197,10 @@ static int skip_time(void) {
     }
     if (!next)
         return 0;
-    if (next > now)
+    if (next > now) {
+        quiet();
         now = next;
+    }
     return 1;
 }
 

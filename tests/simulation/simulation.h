@@ -118,6 +118,7 @@ void sim_trace(const char *what, int64_t one, int64_t two, int64_t result);
 uint64_t sim_trace_hash(void);
 uint64_t sim_switches(void);
 uint64_t sim_steps(void);
+void sim_when_quiet(void (*look)(void)); /* called whenever all threads sleep and time goes on */
 
 extern int64_t sim_steps_left;
 extern int sim_threads_run;
