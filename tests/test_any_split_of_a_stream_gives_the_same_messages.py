@@ -267,3 +267,14 @@ def test_a_delimiter_is_not_searched_from_the_start(delimiter):
     assert cutter.scanned == 2000
     cutter.arrive(delimiter)
     assert cutter.messages == [b"x" * 100 + delimiter + b"x" * (1900 - len(delimiter))]
+
+
+def test_the_size_of_a_message_that_is_gone_is_not_taken_for_the_next_one():
+    """A handler holds back what follows, a long message was the last of the input, and the first bytes of another come:
+    an object for a long message must not be made by the size of the one before."""
+    stream = Stream(LengthPrefixed(4), compiled=True)
+    stream.holds = True
+    stream.arrive((200_000).to_bytes(4, "big") + bytes(200_000))
+    assert [len(message) for message in stream.messages] == [200_000]
+    assert not stream.go_on()
+    assert stream.needed <= 4

@@ -12,7 +12,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED,
+    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED, TYPE_SUB,
     connection_is, connection_is_paused, connection_mark, connection_recv, connection_release, connection_send,
     connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop, output_is_full,
     tst_connection, tst_limits)
@@ -235,6 +235,7 @@ cdef inline void connection_cut_frame(tst_connection *connection, const tst_fram
     cdef int result
     if connection.input.size == 0:         # most often the last message was the only one
         connection.message_ready = False
+        connection.frame.needed = 0        # that was its size: nothing is known of the next one
         return
     if connection.message_ready and connection.framed and connection.framed_by == framing:
         return                 # found before, and not handed out yet
@@ -605,7 +606,7 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     if waits and not connection_output_waits(connection):
         # Another thread is sending it, and tells nobody how that ends: the deadline that comes first looks again.
         watch_deadline(worker, connection, False, wants_input)
-    elif waits and connection.limits != NULL and connection.limits.idle:
+    elif waits and wants_input and connection.limits != NULL and connection.limits.idle and not connection.limits.write:
         # Output may wait for as long as it likes; but if another thread sends it (flush), nobody notes that it is idle.
         watch_until(worker, connection, tick + connection.limits.idle)
 
@@ -758,7 +759,7 @@ cdef inline bint connection_is_usual(tst_connection *connection, uint32_t tick) 
             or connection.call_writable or connection.ask_writable or connection.lingering or not connection.heard
             or connection.trigger != TRIGGER_LEVEL or not connection_is_empty(connection)):
         return False
-    if limits == NULL or limits.idle == 0:
+    if limits == NULL or limits.idle == 0 or connection.type != TYPE_SUB:
         return True
     return connection.has_timer and not tick_before(tick + limits.idle, connection.timer_due)
 

@@ -51,7 +51,7 @@ cdef enum:
 
 cdef enum:
     # sendmsg calls for one connection in one turn, of up to QUEUE_PIECES chunks each; then EPOLLOUT carries on, so that
-    # a fast reader of a long queue does not hold up the others.
+    # a fast reader of a long queue does not hold up the others. (entry_finish_usual may have made one before.)
     FLUSH_ROUNDS = 4
 
 

@@ -314,6 +314,7 @@ inline handler_returns() {
             atomic {
                 if :: !out_closed -> waiting++; mark = waiting :: else -> mark = 0 fi
             };
+            if :: word & S_DETACHED -> connection_ask(0) :: else fi;
             call_writable = true; hold_input = true
         :: true -> connection_begin_close()
         fi

@@ -20,7 +20,7 @@ from tstpool._core cimport Framing as PublicFraming
 from tstpool._data cimport (
     data_complete, data_fill, data_pin, data_request, data_resize, data_set_done, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, input_unread, tst_data, tst_input)
-from tstpool._entry cimport connection_age, connection_cut, connection_room
+from tstpool._entry cimport STAT_SEND, STAT_SUSPEND, connection_age, connection_cut, connection_room
 from tstpool._frame cimport HEADER_MOST, frame_header, frame_next, framing_settle, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, RELEASE, SEQ_CST, add64, close, epoll_create1, epoll_event,
@@ -248,7 +248,7 @@ cdef class Framing:
 cdef int keep_message(void *handler, void *sock, const char *data, size_t size) noexcept with gil:
     """Stream's compiled handler."""
     (<Stream>handler).messages.append(data[:size])
-    return 0
+    return STAT_SEND if (<Stream>handler).holds else STAT_SUSPEND
 
 
 cdef class Stream:
@@ -265,6 +265,7 @@ cdef class Stream:
     cdef dict changes                      # number of messages: the framing that takes over there
     cdef readonly list messages
     cdef readonly bint too_large           # the stream has ended with an error
+    cdef public bint holds                 # each message holds back the next ones, until go_on()
 
     def __cinit__(self, PublicFraming framing, bint compiled=False):
         self.connection = <tst_connection *>calloc(1, sizeof(tst_connection))
@@ -356,6 +357,16 @@ cdef class Stream:
     def waiting(self):
         """The unread input: an unfinished message."""
         return self.connection.input.view[:self.connection.input.size]
+
+    def go_on(self):
+        """What was held back; whether there is a message then."""
+        self.connection.hold_input = self.connection.call_writable = False
+        return bool(connection_cut(self.connection))
+
+    @property
+    def needed(self):
+        """Bytes that the message at the beginning of the input takes, as far as is known."""
+        return self.connection.frame.needed
 
     @property
     def scanned(self):
