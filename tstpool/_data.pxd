@@ -219,7 +219,7 @@ cdef inline bint input_is_stored(tst_input *input) noexcept nogil:
 
 
 cdef inline void input_free(tst_input *input) noexcept nogil:
-    if input.storage != NULL:
+    if input.storage != NULL:              # most often there is none, at the end of each entry
         free(input.storage)
     memset(input, 0, sizeof(tst_input))
 

@@ -26,9 +26,8 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_retire, connection_silence, flush_once, flush_result, input_mask, sys_control,
-    sys_prepare, sys_recv, sys_recv_pieces,
-    sys_reset_on_close, sys_unread, sys_writable)
+    connection_retire, connection_silence, flush_once, flush_result, input_mask, sys_control, sys_prepare, sys_recv,
+    sys_recv_pieces, sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
@@ -235,7 +234,6 @@ cdef inline void connection_cut_frame(tst_connection *connection, const tst_fram
     cdef int result
     if connection.input.size == 0:         # most often the last message was the only one
         connection.message_ready = False
-        connection.frame.needed = 0        # that was its size: nothing is known of the next one
         return
     if connection.message_ready and connection.framed and connection.framed_by == framing:
         return                 # found before, and not handed out yet

@@ -103,6 +103,7 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
             return False
         view += frame.whole
         left -= frame.whole
+        frame.needed = 0           # that was this one's: nothing is known of the next yet
         found = 0
         if stat or tst_rarely(connection_send(connection) != NULL):
             connection_apply(connection, worker, stat)

@@ -4,16 +4,14 @@ cdef enum:
     READ_CHUNK = 65536                 # bytes: most that one read() without a size takes from the kernel
 
 
-cdef ssize_t append_again(TstSocket sock, const char *bytes, size_t size, tst_shared *shared,
-                          bint framed) noexcept nogil:
-    """append() after -ENOBUFS: perhaps too much waits only because it is a long handler that sends."""
+cdef inline ssize_t append_once(TstSocket sock, const char *bytes, size_t size, tst_shared *shared,
+                                bint framed) noexcept nogil:
+    """Queues output, and asks for somebody to send it if nobody is on the way."""
     cdef bint flush = False
-    cdef ssize_t result
-    sock.flush_once()
-    result = connection_append(sock.connection, sock.generation(), bytes, size, shared, framed, &flush)
+    cdef ssize_t result = connection_append(sock.connection, sock.generation(), bytes, size, shared, framed, &flush)
     if flush:
         shard_ask(sock.connection, sock.generation(), 0)
-    return sock.overflow() if result == -ENOBUFS else result
+    return result
 
 
 @cython.final
@@ -34,13 +32,12 @@ cdef class TstSocket:
 
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
         """Queues output and sees to it that somebody sends it. Returns what waits, or -errno."""
-        cdef bint flush = False
-        cdef ssize_t result = connection_append(
-            self.connection, self.generation(), bytes, size, shared, framed, &flush)
-        if flush:
-            shard_ask(self.connection, self.generation(), 0)
+        cdef ssize_t result = append_once(self, bytes, size, shared, framed)
         if tst_rarely(result == -ENOBUFS):
-            return append_again(self, bytes, size, shared, framed)
+            self.flush_once()      # perhaps too much waits only because it is a long handler that sends
+            result = append_once(self, bytes, size, shared, framed)
+            if result == -ENOBUFS:
+                return self.overflow()
         return result
 
     cdef ssize_t overflow(self) noexcept nogil:

@@ -79,8 +79,8 @@ from tstpool._conn cimport (
     GONE, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE, PEND_CONNECT,
     NO_TIMER, PEND_ANY, PEND_IN, PEND_OUT, STATE_DETACHED, STATE_OPEN, STATE_OWNED, STATE_PAUSED, STATE_QUEUED,
     TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is,
-    connection_mark, connection_wants_input, generation_of,
-    table_chunk, table_open, tst_compiled, tst_connection, tst_limits)
+    connection_mark, connection_wants_input, generation_of, table_chunk, table_open, tst_compiled, tst_connection,
+    tst_limits)
 from tstpool._data cimport data_complete, data_request, data_requested, input_consume, tst_data
 from tstpool._entry cimport (
     STAT_DISCONNECT, STAT_RECONNECTED, STAT_RUN, STAT_SEND, STAT_SUSPEND, batch_finish, connection_abort,
