@@ -109,15 +109,16 @@ def search(model: str, fault: str = "") -> tuple[bool, str]:
     sampled = model == SAMPLED
     if fault:
         defines.append(f"BUG_{fault}")
-    optimised = "-O0" if fault else "-O2"  # most are found before an optimiser is through
-    flags = ["-DBITSTATE", "-DT_RAND", "-DP_RAND"] if sampled else ["-DCOLLAPSE"]
+    large = model in LARGE_MODELS
+    optimised = "-O2" if large else "-O0"  # most are searched before an optimiser is through
+    flags = ["-DBITSTATE", "-DT_RAND", "-DP_RAND"] if sampled else ["-DCOLLAPSE"] if large else []
     with tempfile.TemporaryDirectory() as work:
         source = [*(f"-D{define}" for define in defines), str(HERE / f"{name}.pml")]
         subprocess.run(["spin", "-a", *source], cwd=work, check=True, capture_output=True)
         subprocess.run(
             ["cc", optimised, "-w", "-DSAFETY", "-DVECTORSZ=2048", *flags, "-o", "pan", "pan.c"], cwd=work, check=True
         )
-        limits = ["-m3000", "-w28", "-RS1"] if sampled else ["-m200000", "-w22"]
+        limits = ["-m3000", "-w28", "-RS1"] if sampled else ["-m200000", "-w24"]
         done = subprocess.run(["./pan", *limits], cwd=work, capture_output=True, text=True, timeout=SECONDS)
     errors = re.search(r"errors: (\d+)", done.stdout)
     states = re.search(r"(\d+) states, stored", done.stdout)
