@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from contract_helpers import ServerProcess, round_trip
-from helpers import SANITIZER, connect, patient, scaled
+from helpers import PATIENCE, SANITIZER, connect, patient, scaled
 
 SERVER = """
 class Server(TstHandler):
@@ -157,17 +157,17 @@ def test_who_is_there_is_served_during_a_flood_of_connects(seconds):
     them. How many connects come to be depends on the machine, whose processors they share with the server: two of them
     gave 11,500 a second, all accepted, not the 20,000 that a larger machine may give."""
     with ServerProcess(SERVER) as server, connect(server.addr) as client:
-        with two_processes("flood", server.addr, round(patient(seconds)) + 1) as counts:
-            took = round_trips(client, patient(seconds))
+        with two_processes("flood", server.addr, seconds + 1) as counts:
+            took = round_trips(client, seconds)
         client.close()
         accepted = int(server.process.communicate("?\n", timeout=patient(60))[0].split()[3])
     slow = took[len(took) * 99 // 100]
-    rates = [round(number / (round(patient(seconds)) + 1)) for number in (sum(counts), accepted)]
+    rates = [round(number / (seconds + 1)) for number in (sum(counts), accepted)]
     print(
         f"{rates[0]} connects a second, {rates[1]} of them accepted; "
         f"p99 of {len(took)} round trips {slow * 1e3:.1f} ms, the longest {took[-1] * 1e3:.1f} ms"
     )
-    assert accepted > 1000 * seconds
+    assert accepted > 1000 * seconds / PATIENCE
     assert slow < patient(0.25)
     assert took[-1] < patient(1)
 

@@ -373,7 +373,7 @@ def test_stop_under_load(make_pool, make_client, shards):
 
     def stop():
         begun.wait(patient(20))
-        return pool.stop(patient(1))  # all of which it takes: they never pause
+        return pool.stop(1)  # all of which it takes: they never pause
 
     clients = [make_client(pool) for _ in range(4)]
     *_, stopped = in_threads(*(lambda client=client: talk(client) for client in clients), stop, timeout=60)

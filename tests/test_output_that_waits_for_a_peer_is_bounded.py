@@ -10,7 +10,7 @@ import time
 import downstream_handlers
 import pytest
 from contract_helpers import echo, exchange, handler, ignore, in_threads, is_open, open_sockets, round_trip
-from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, wait_until
+from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
 
 from tstpool import ConnectionClosed, LengthPrefixed, Raw, SendQueueFull, TstPool
 
@@ -106,7 +106,7 @@ def test_without_auto_pause_the_handler_goes_on(make_pool, make_client):
 @pytest.mark.parametrize("auto_pause", [True, False])
 def test_on_writable_is_called_when_little_waits(make_pool, make_client, trigger, auto_pause):
     """A handler that stops at high water goes on by itself: 64 MiB to a reader, no more than some of it waiting."""
-    size, sent, most = 64 * MOST, [0], [0]
+    size, sent, most = scaled(64, minimum=16) * MOST, [0], [0]
 
     def send_more(sock):
         queued = 0
