@@ -256,7 +256,7 @@ def test_runner_refuses_what_was_not_in_flight() -> None:
     assert in_benchmarks(code) == [[None] * 3, complaint.format(880), complaint.format(1150)]
 
 
-@pytest.mark.parametrize("load", ["-s 64", "-s 64 -d 16", "-s 5000 --framing length4"])
+@pytest.mark.parametrize("load", ["-s 64", "-s 64 -d 16", "-s 5000 --framing length4", "-s 1000000"])
 def test_generator_detects_one_corrupted_byte(programs: dict[str, Path], load: str) -> None:
     bad = 123_456  # where in the stream
 
@@ -297,9 +297,10 @@ def test_generator_detects_bytes_too_many(programs: dict[str, Path]) -> None:
     assert "more bytes" in result["error"] or "wrong byte" in result["error"]
 
 
-def test_generator_detects_a_closed_connection(programs: dict[str, Path]) -> None:
-    with python_echo(lambda data, offset: data if offset < 640 else None) as port:
-        code, result = generate(programs, port)
+@pytest.mark.parametrize(("size", "before"), [(64, 640), (1_000_000, 1_500_000)])
+def test_generator_detects_a_closed_connection(programs: dict[str, Path], size: int, before: int) -> None:
+    with python_echo(lambda data, offset: data if offset < before else None) as port:
+        code, result = generate(programs, port, "-s", str(size))
     assert code == 1
     assert "connection 0" in result["error"]
 

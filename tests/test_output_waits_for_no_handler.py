@@ -1,5 +1,6 @@
 """Output goes out while the handler that made it, or another one, blocks; and what happens unseen meanwhile is seen."""
 
+import contextlib
 import threading
 
 from contract_helpers import Gate, round_trip
@@ -33,6 +34,35 @@ def test_a_transfer_of_a_blocked_handler_does_not_wait_for_its_next_message(make
         first.open()
         wait_until(lambda: second.inside)
         assert recv_exact(client, 5) == b"reply"
+
+
+def test_a_reply_does_not_wait_for_handlers_of_others_that_block_after_it(make_pool):
+    """Three messages of one turn: the first is answered, in the second its worker blocks, in the third the one that has
+    taken the shard over. Nobody is left, and the answer has gone out all the same."""
+    gates = {b"second": Gate(), b"third": Gate()}
+    clients = []
+
+    class Handler(TstHandler):
+        def on_message(self, sock, data):
+            if data == b"first":
+                return b"answer"
+            if data == b"go":  # so that all three are there when the next turn begins
+                for client, word in zip(clients, (b"first", *gates), strict=True):
+                    client.sendall(word)
+            else:
+                gates[data].wait()
+            return None
+
+    pool = make_pool(Handler(), workers=2, shards=1)
+    with contextlib.ExitStack() as stack:
+        for gate in gates.values():
+            stack.enter_context(gate)
+        clients += [stack.enter_context(connect(pool)) for _ in range(3)]
+        starter = stack.enter_context(connect(pool))
+        wait_until(lambda: len(pool) == 4)
+        starter.sendall(b"go")
+        wait_until(lambda: all(gate.inside for gate in gates.values()))
+        assert recv_exact(clients[0], 6) == b"answer"
 
 
 def test_an_idle_connection_is_closed_though_another_thread_sent_its_last_output(make_pool):

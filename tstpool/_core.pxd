@@ -6,7 +6,7 @@ other classes what is marked so. All else is for the engine's own use, may chang
 because the compiler must know how large the objects are.
 
 A `TstSocket` stays valid for as long as somebody holds it, open or closed; a `TstData` keeps its buffer for as long as
-somebody holds it or a memoryview of it. Nothing here may be constructed by hand except TstPool and TstHandler.
+somebody holds it or a memoryview of it. Nothing here may be constructed by hand except TstPool, handlers and framings.
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 

@@ -1,4 +1,4 @@
-"""Types of the compiled part. The docstrings are in _core.pyx."""
+"""Types of the compiled part. The docstrings are in the files that _core.pyx includes."""
 
 import socket
 from collections.abc import Callable, Iterable

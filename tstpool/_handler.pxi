@@ -38,7 +38,8 @@ cdef class TstHandler:
                    "a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
-        """A hook raised `exc`, or the peer's message was too long (MessageTooLarge). The socket is disconnected
+        """A hook raised `exc`, or what it returned could not be sent; or the peer's message was too long
+        (MessageTooLarge), or there was no memory for it. The socket is disconnected
         afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND.
 
         Unless overridden it logs them, a hook's with its traceback, in which control characters are escaped. Of each

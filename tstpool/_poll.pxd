@@ -268,6 +268,8 @@ cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t t
     else:
         store32(&connection.out_error, <uint32_t>-sent, RELAXED)
         connection.out_drop = True
+        connection.aborted = True          # the peer must not take what it has for the whole
+        sys_reset_on_close(connection.fd, True)
     if connection.out_drop:
         connection.out_closed = True
         connection.out_drop = False
@@ -356,7 +358,7 @@ cdef inline void connection_deafened(tst_connection *connection, int reason) noe
     store32(&connection.out_error, <uint32_t>reason, RELAXED)
     connection.out_closed = connection.out_drop = True
     if not connection.flushing:            # else who is sending forgets the rest afterwards
-        flush_result(connection, -reason, 0)
+        flush_result(connection, 0, 0)
 
 
 # ------------------------------------------------------------------------------------------------- the end

@@ -112,7 +112,7 @@ messages_per_turn=32)
     handler that runs) does not count. linger_timeout: seconds without progress while closing (5).
     keepalive: whole seconds of silence after which the kernel asks a peer whether it is there; one that has not
     answered three times within about as long again is gone, with a TimeoutError as the reason. For connections that may
-    be idle for ever; of listen() and connect(), while addsocket() leaves a socket's options as they are. None: off.
+    be idle for ever; of listen() and connect(), while addsocket() leaves a socket's keep-alive as it is. None: off.
     high_water, low_water: bytes of output that wait for a peer: above high_water (64 KiB) its messages are not handed
     out any more, and it is not read, unless auto_pause is False; at low_water (16 KiB) that goes on, and on_writable is
     called, of a TstHandler: a function or a TstNogilHandler asks with need_send().
@@ -125,13 +125,14 @@ messages_per_turn=32)
     accepts_per_turn: clients that one listener accepts before those that are there get their turn (16). accept_pause:
     seconds for which nobody is accepted after the process has run out of descriptors or memory (0.1; a millisecond at
     least). receive_size: bytes that are received from one connection before others get their turn (256 KiB; from 4 KiB
-    to 16 MiB): each worker has a buffer of that size, and of one with a copy=False view that is kept, as many as are.
+    to 16 MiB), if they are not of one message or transfer whose size is known, nor behind input that is kept, where it
+    is 64 KiB: each worker has a buffer of that size, and of one with a copy=False view that is kept, as many as are.
     messages_per_turn: messages of one connection that are handled before others get their turn, if they take 0.1 ms
     together (32).
     busy_poll: seconds for which a worker polls without sleeping when it slept no longer than that the last time, as
     long as that pays (20 microseconds: about what a sleep of no length and the waking cost; rarely, after polls in
     vain); 0 is never. A server that is busy enough for short pauses only then takes its core whole instead of half, for
-    replies that are a quarter faster. More, say 100e-6, is for clients that answer at once over a network, on a core
+    replies that are a third faster. More, say 100e-6, is for clients that answer at once over a network, on a core
     that has nothing else to do. name: prefix of the threads' names.
 
     All methods may be called on any thread. A running pool is kept alive by its workers, and one with connections by
@@ -381,7 +382,8 @@ messages_per_turn=32)
         when the call raises it stays as it was.
         type: its TstSockType; LISTEN adopts a listening socket, without handler and user_data, and returns None.
         handler: as sock.handler. framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect
-        is called on a worker. Deadlines for input are for accepted connections: this one may be silent for ever.
+        is called on a worker. Deadlines for input are for accepted connections: this one may be silent for ever, unless
+        its type is SUB.
         Raises ValueError for a socket that is closed, that the pool has already, or that does not listen although it is
         added as LISTEN; TstError while the pool stops; OSError, MemoryError.
         """
@@ -769,8 +771,9 @@ messages_per_turn=32)
     def serve_forever(self, drain=5.0):
         """Starts if need be, and blocks until stop(). On KeyboardInterrupt it stops, then raises it on.
 
-        No worker thread is left then. Raises what ended the engine, if something did: an OSError, or what a worker that
-        broke had met. Returns at once when the interpreter is shutting down.
+        No worker thread is left then, but after an interrupt one whose handler has not returned by the end of `drain`.
+        Raises what ended the engine, if something did: an OSError, or what a worker that broke had met. Returns at once
+        when the interpreter is shutting down.
         """
         nanoseconds(drain, "drain")            # it is wanted only at the end, which is late to hear that it is wrong
         if interpreter_ends:
@@ -877,7 +880,7 @@ messages_per_turn=32)
     def broadcast(self, data, exclude=None, where=None):
         """Sends the same bytes to every connection. exclude: a TstSocket, or several. where: a function of one socket
         that says whether it is to get them. Returns how many connections it was queued for; those that are closed, or
-        have too much waiting, are left out."""
+        have too much waiting, are left out, and the latter aborted where on_overflow is "close"."""
         if isinstance(exclude, TstSocket):
             exclude = (exclude,)
         left_out = set() if exclude is None else set(exclude)

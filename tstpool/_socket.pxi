@@ -197,7 +197,7 @@ cdef class TstSocket:
     @property
     def handler(self):
         """The handler for this socket: a TstHandler or a function. Assigning one overrides the pool's; None goes
-        back."""
+        back. on_slow and on_idle stay the pool's, and so do on_connect and on_disconnect where it has none."""
         with cython.critical_section(self):
             binding = self.binding
         if binding is None:
@@ -268,7 +268,8 @@ cdef class TstSocket:
     # -- output
 
     def send(self, data):
-        """Queues bytes and returns at once; they are copied, so `data` may be changed afterwards.
+        """Queues bytes, and returns at once unless on_overflow="block" makes it wait for room. They are copied, so
+        `data` may be changed afterwards.
 
         data: any object with the buffer protocol. Returns how many bytes of this connection wait now for the kernel to
         take them. Inside a handler they go out, in one piece, when the handlers of this turn have run. Any thread; what
@@ -427,7 +428,7 @@ cdef class TstSocket:
 
     def close(self, abort=False):
         """Closes the connection once what is queued has been sent; a peer that takes none of it for the pool's
-        linger_timeout is cut off. What the peer sends meanwhile is read and dropped, so that the reply reaches it.
+        linger_timeout is cut off. What the peer still sends is then read and dropped, so that the reply reaches it.
 
         abort: at once instead: what is queued is dropped, and the peer gets a reset. Any thread, any number of times.
         Returns True for the call that began it. Messages not yet handled are dropped.

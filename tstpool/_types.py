@@ -12,7 +12,7 @@ class TstStat(enum.IntEnum):
     SUSPEND = 0
     """Wait for the next message. Returning None means the same."""
     RUN = 1
-    """From a handler set on one socket: pass the same event on to the pool's handler."""
+    """From a handler set on one socket: pass the message, or that it may write, on to the pool's handler."""
     SEND = 2
     """Send what `send_data` asks for, then call the handler with EPOLLOUT."""
     RECONNECTED = 3
@@ -69,7 +69,7 @@ class WorkerStats:
     exec_count: int
     """Jobs: handler calls."""
     idle_count: int
-    """How many times in a row it had nothing to do for `idle_time`."""
+    """How many times it had nothing to do for `idle_time`."""
     sum_time: float
     most_elapsed: float
     """The longest job."""
@@ -125,7 +125,7 @@ class PoolStats:
     linger_closed: int
     """Connections cut off while closing: nothing moved for `linger_timeout`, or it took six times as long in all."""
     overflow_closed: int
-    """Connections closed because too much output waited for them (`on_overflow="close"`)."""
+    """Connections closed because too much output waited for them (`on_overflow="close"`, or a handler's send_data)."""
     overflow_refused: int
     """How often output was not taken because too much waited: by a send() that raised or went to wait, or a broadcast
     that left the connection out."""

@@ -262,6 +262,7 @@ cdef class Worker:
         add32(&stuck.users, 1, ACQUIRE)
         with nogil:
             batch_detach(stuck, &self.worker.stats)
+            batch_finish(self.worker, stuck, clock_now())      # replies wait for no handler that may block next
         self.run_batch(shard, stuck)
         if self.pool.dead:
             return NULL

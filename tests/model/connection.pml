@@ -208,7 +208,7 @@ inline connection_free() {
     fi
 }
 
-inline flush_send() {                      /* sys_send, with the lock released */
+inline flush_once() {                      /* sys_send, with the lock released */
     atomic {
         assert(!fd_closed);
         if :: taken < ROOM -> taken++; took = true :: else -> no_space = true; took = false fi
@@ -244,7 +244,7 @@ inline connection_flush(writable, arm, result) {
     do
     :: !sending -> break
     :: sending ->
-        flush_send();
+        flush_once();
         atomic {                           /* flush_result, and the end of the loop */
             flush_result();
             rounds++;
@@ -408,7 +408,7 @@ inline entry_finish_usual() {
         };
         if
         :: sending ->
-            flush_send();
+            flush_once();
             atomic {
                 flush_result();
                 flushing = false; senders--; sending = false; took = false;
@@ -682,7 +682,7 @@ proctype holder() {
     short pend, got;
 
 #ifndef NEW
-    /* resume: batch_detach, then batch_finish. Between the two the batch's other handlers run. */
+    /* resume: batch_detach, then batch_finish, at once and once more when the batch's other handlers have run. */
 #ifndef BUG_NO_DETACH
     if :: entry_state == RUNNING -> owned = true :: else fi;
 #endif

@@ -1,7 +1,7 @@
 /* One shard, its batches and their entries: what becomes of each event when workers take the shard from one another.
  *
  * Models the token and the batches of _shard.pxd, shard_turn of _turn.pxd, entry_run_compiled of _run.pxd, and
- * Worker.serve, resume, run_batch, run_one of _core.pyx. Each inline bears the name of its function.
+ * Worker.serve, resume, run_batch, run_one of _worker.pxi. Each inline bears the name of its function.
  *
  * Each event is the only one of its connection, so that running it is running the connection's handler. A handler may
  * return at any time or, as long as another worker is left, never. A worker that has no shard may take this one over
@@ -183,6 +183,7 @@ inline resume() {
     atomic { assert(batch[theirs].users > 0); batch[theirs].users++ };
 #endif
     batch_detach(theirs);
+    batch_finish(theirs);
     run_batch(theirs);
     batch_finish(theirs);
     shard_leave_running(kept);

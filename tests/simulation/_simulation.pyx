@@ -984,6 +984,7 @@ cdef tst_batch *resume(tst_worker *worker, tst_shard *shard) noexcept nogil:
     sim_trace("takes over", shard.no, worker.no, 0)
     add32(&stuck.users, 1, ACQUIRE)
     batch_detach(stuck, &worker.stats)
+    batch_finish(worker, stuck, clock_now())
     run_batch(worker, shard, stuck)
     batch_finish(worker, stuck, clock_now())
     kept = shard_leave_running(worker, shard)
