@@ -350,7 +350,7 @@ def test_while_a_stop_takes_the_files_away_is_over_with_it(monkeypatch, tmp_path
     """B49: the next start is not stopped for it."""
     pool = TstPool(handler())
     pool.listen(f"unix:{tmp_path}/first")
-    monkeypatch.setattr("tstpool._net.unlink_socket", lambda address: pool.stop(0))
+    monkeypatch.setattr("tstpool._net.unlink_socket", lambda address, file: pool.stop(0))
     pool.stop()
     monkeypatch.undo()
     try:

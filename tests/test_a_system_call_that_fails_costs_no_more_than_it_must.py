@@ -296,8 +296,8 @@ def test_each_other_transfer_does_nothing_and_the_stream_is_the_same(trigger, ca
 @pytest.mark.parametrize("name", ["ENOBUFS", "ENOMEM", "ECONNRESET", "EPIPE"])
 @pytest.mark.parametrize("call", ["recv", "send"])
 def test_what_was_sent_before_a_transfer_failed_for_good_is_right(trigger, call, name):
-    """B27: an error in mid-stream: what came back is the beginning of what was sent; then the end, once. If a reply could
-    not be sent that is a reset: nobody takes a part for the whole."""
+    """B27: an error in mid-stream: what came back is the beginning of what was sent; then the end, once. If a reply
+    could not be sent that is a reset: nobody takes a part for the whole."""
     env = failing(call, name, fail_after=6, trigger=trigger)
     with ServerProcess(SERVER, env=env, preload=faults()) as server:
         data = b"".join(b"%06d" % i for i in range(20))

@@ -483,6 +483,25 @@ def test_added_sockets_have_a_deadline_for_output(make_pool):
         assert settled(pool) == (0, 1)
 
 
+def test_a_first_byte_that_on_connect_reads_is_one(make_pool, make_client):
+    """B38: who has said something is not closed for having said nothing, whoever reads it."""
+    got = []
+
+    def on_connect(sock):
+        got.append(wait_until(sock.read, 5))
+
+    pool = make_pool(handler(on_connect=on_connect), start=False, first_byte_timeout=0.3, idle_timeout=None)
+    client = make_client(pool)
+    client.sendall(b"hi")  # so that it is there when the connection is accepted, however busy the machine is
+    pool.start()
+    wait_until(lambda: got)
+    client.settimeout(1.0)  # a window in which nothing may come, not even the end
+    with pytest.raises(TimeoutError):
+        client.recv(1)
+    assert got == [b"hi"]
+    assert (len(pool), pool.stats().first_byte_closed) == (1, 0)
+
+
 # ---------------------------------------------------------------------------------------------- parameters
 
 

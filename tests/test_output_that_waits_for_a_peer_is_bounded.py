@@ -345,6 +345,7 @@ def test_block_sleeps_while_others_have_too_much(make_pool):
 
         in_threads(send, read)
     assert done.is_set()
+    assert pool.stats().overflow_refused == 1  # a message that waits, however often it is tried
 
 
 def test_what_makes_no_sense_is_refused():

@@ -276,6 +276,8 @@ def test_a_peer_that_blocks_every_worker_is_gone_after_its_write_timeout(make_po
         client.shutdown(socket.SHUT_WR)
     for thread in readers:
         thread.join(20)
+    stats = pool.stats()
+    assert (stats.write_closed, stats.overflow_closed) == (1, 0)
 
 
 FORKED = """

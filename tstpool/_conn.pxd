@@ -86,6 +86,7 @@ cdef struct tst_total:
     uint64_t most              # 0: no limit
     uint64_t overflow_closed   # atomic: connections that were closed for having too much
     uint64_t overflow_refused  # atomic: how often more was not taken
+    uint64_t write_closed      # atomic: those that took nothing for write_timeout, found by a send that waited for room
     uint64_t pressed           # atomic: how often a connection came to have more than high_water waiting
 
 
@@ -509,7 +510,7 @@ cdef inline ssize_t output_take(tst_connection *connection, uint64_t word, const
     elif tst_rarely(shared != NULL or not queue_prefixed(&connection.out, connection.framing, bytes, size)):
         result = queue_frame(&connection.out, connection.framing, bytes, size, shared)
     if tst_rarely(result == -ENOMEM and framed):
-        connection.out_closed = True
+        connection.out_closed = connection.out_drop = connection.aborted = True
         store32(&connection.out_error, ENOMEM, RELAXED)
         flush[0] = True
     elif result == 0:

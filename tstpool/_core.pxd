@@ -187,11 +187,15 @@ cdef class TstPool:
     cdef size_t max_recv_size
     cdef size_t max_send_size
     cdef uint64_t added                    # atomic: by addsocket
+    cdef uint32_t complaining              # atomic: a worker logs that accept has failed
+    cdef double complained                 # whoever set `complaining`: when that was last logged
+    cdef uint64_t closed_unserved          # atomic: by the pool itself, when no worker was left
     cdef uint64_t bytes_outside            # atomic: sent by flush() on threads that are not workers
     cdef object mutex                      # PoolMutex: start, stop, listeners
     cdef object ended                      # RunsEnd: no worker is left
     cdef list threads
     cdef list listeners                    # (host, port, id)
+    cdef list files                        # (address, identity): those of unix listeners, until they are removed
     cdef object fault                      # the exception that stopped the engine by itself
     cdef object name
     cdef object __weakref__
@@ -203,6 +207,8 @@ cdef class TstPool:
     cdef int set_hook(self, str name, object function) except -1
     cdef tst_limits *limits_from(self, dict given) except NULL
     cdef object add_listener(self, object listener, Framing framing, tst_limits *limits)
+    cdef int check_not_stopping(self) except -1
+    cdef int unlink_files(self) except -1
     cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing)
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept
     cdef int begin(self, uint64_t id) except -1

@@ -348,16 +348,21 @@ cdef inline void connection_wait_for_flusher(tst_connection *connection) noexcep
         spin_lock(&connection.lock)
 
 
-cdef inline bint connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
-    """Drops the output, and has close() send a reset; any thread. `reason`: ENOBUFS, when it was too much output; else
-    0. False: the connection is gone; or, with a reason, it was closed before."""
-    cdef bint ours
+cdef inline int connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
+    """Drops the output, and has close() send a reset; any thread. `reason`: ENOBUFS when it was too much output,
+    ETIMEDOUT when the peer takes none, else 0.
+
+    0: the connection is gone; or, with a reason, it was closed before. 1: it was closed before, but not like this. 2:
+    this call has closed it."""
+    cdef int ours = 0
     spin_lock(&connection.lock)
-    ours = connection_is(connection, generation) and not (reason and connection.out_closed)
+    if connection_is(connection, generation):
+        ours = 2 if not connection.out_closed else 0 if reason else 1
     if ours:
         if reason:
             store32(&connection.out_error, <uint32_t>reason, RELAXED)
-            add64(&connection.limits.total.overflow_closed, 1, RELAXED)
+            add64(&connection.limits.total.write_closed if reason == ETIMEDOUT else
+                  &connection.limits.total.overflow_closed, 1, RELAXED)
         connection.aborted = True
         sys_reset_on_close(connection.fd, True)
         connection_cut_output(connection)

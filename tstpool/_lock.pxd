@@ -3,8 +3,8 @@
 
 Why not a pthread mutex: there is one lock for each connection and it is taken once for each `send`; four bytes instead
 of forty and one atomic exchange instead of two are worth having there. Sections under it never block, make no system
-call but epoll_ctl and rare ones that do not wait either, and never attach to the interpreter, so whoever spins waits for
-a memcpy at most; if the holder was descheduled in the middle, the waiter gives its time slice away.
+call but epoll_ctl and rare ones that do not wait either, and never attach to the interpreter: whoever spins waits for a
+memcpy at most; if the holder was descheduled in the middle, the waiter gives its time slice away.
 """
 from libc.stdint cimport uint32_t
 

@@ -191,16 +191,27 @@ def discard_listener(listener: socket.socket) -> None:
     detached."""
     if listener.fileno() >= 0:
         address = address_of(listener)
+        unlink_socket(address, file_of(address))
         listener.close()
-        unlink_socket(address)
 
 
-def unlink_socket(address: tuple[str, int]) -> None:
-    """Removes a unix listener's file, if that is what the address names and it is still there."""
+def file_of(address: tuple[str, int]) -> tuple[int, int] | None:
+    """Which file a unix listener's address names now; None for other addresses."""
     host = address[0]
-    if host.startswith(UNIX_PREFIX):
+    if not host.startswith(UNIX_PREFIX):
+        return None
+    with contextlib.suppress(OSError):
+        found = os.stat(host[len(UNIX_PREFIX) :])
+        return found.st_dev, found.st_ino
+    return None
+
+
+def unlink_socket(address: tuple[str, int], file: tuple[int, int] | None) -> None:
+    """Removes a unix listener's file (see file_of), if it is still there: somebody may have put another in its place.
+    The listener is still open, or the other one could be taken for it."""
+    if file is not None and file_of(address) == file:
         with contextlib.suppress(OSError):
-            os.unlink(host[len(UNIX_PREFIX) :])
+            os.unlink(address[0][len(UNIX_PREFIX) :])
 
 
 def text_address(family: int, raw: bytes) -> tuple[str, int] | None:

@@ -38,7 +38,7 @@ from tstpool._libc cimport (
     SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
     poll, pollfd, read, recv, recvmsg, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
-    timerfd_settime, write)
+    timerfd_settime, tst_rarely, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
 from tstpool._stats cimport NANOSECOND, count, tst_stats
@@ -267,10 +267,10 @@ cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t t
         queue_settle(&connection.out)
     else:
         store32(&connection.out_error, <uint32_t>-sent, RELAXED)
-        connection.out_drop = True
-        connection.aborted = True          # the peer must not take what it has for the whole
-        sys_reset_on_close(connection.fd, True)
+        connection.out_drop = connection.aborted = True    # the peer must not take what it has for the whole
     if connection.out_drop:
+        if connection.aborted:
+            sys_reset_on_close(connection.fd, True)
         connection.out_closed = True
         connection.out_drop = False
         output_drop(connection)
@@ -291,6 +291,9 @@ cdef inline void flush_once(tst_connection *connection, uint64_t now, tst_stats 
     cdef size_t total
     cdef int n = queue_pieces(&connection.out, pieces, &total)
     cdef ssize_t sent
+    if tst_rarely(connection.out_drop):    # it ends in the middle of a frame
+        flush_result(connection, 0, 0)
+        return
     spin_unlock(&connection.lock)
     sent = sys_send(connection.fd, pieces, n)
     if sent > 0:

@@ -184,6 +184,7 @@ messages_per_turn=32)
         self.ended = RunsEnd(True)
         self.threads = []
         self.listeners = []
+        self.files = []
         self.name = str(name)
         self.n_workers = positive(min(32, (os.cpu_count() or 1) + 4) if workers is None else workers, "workers")
         self.shards_wanted = 0 if shards is None else positive(shards, "shards")
@@ -283,7 +284,7 @@ messages_per_turn=32)
         framing: of its connections, the pool's unless given; likewise first_byte_timeout, message_timeout,
         idle_timeout, write_timeout and linger_timeout, in seconds or None; high_water, low_water and max_queued, in
         bytes; on_overflow and auto_pause: all as in TstPool.
-        Returns the real (host, port). Raises OSError with the address in its text.
+        Returns the real (host, port). Raises OSError with the address in its text, TstError while the pool stops.
 
         A listener with options of its own (SO_REUSEPORT, say) is made with `socket`, and handed over with
         addsocket(listener, TstSockType.LISTEN).
@@ -332,9 +333,11 @@ messages_per_turn=32)
 
     cdef object add_listener(self, object listener, Framing framing, tst_limits *limits):
         address = _net.address_of(listener)
+        file = _net.file_of(address)
         cdef uint64_t id = 0
         cdef tst_connection *connection
         with self.mutex:
+            self.check_not_stopping()
             self.open()
             if framing not in self.framings:
                 self.framings.append(framing)          # connections borrow it: it stays for as long as the pool
@@ -348,6 +351,8 @@ messages_per_turn=32)
                 self.listeners.append((address[0], address[1], id))
                 try:
                     listener.setblocking(False)
+                    if file is not None:
+                        self.files.append((address, file))
                     listener.detach()
                 except BaseException:
                     self.listeners.pop()
@@ -358,6 +363,17 @@ messages_per_turn=32)
             add32(&self.engine.n_listeners, 1, RELAXED)
             self.begin(id)
         return address
+
+    cdef int unlink_files(self) except -1:
+        """Removes the files of unix listeners, while these are open: as soon as they are not, a successor may listen
+        there, and its file may have the number that ours had."""
+        while self.files:
+            try:
+                address, file = self.files.pop()
+            except IndexError:                     # another thread was quicker
+                break
+            _net.unlink_socket(address, file)
+        return 0
 
     def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
                 framing=THE_POOLS):
@@ -388,8 +404,7 @@ messages_per_turn=32)
         added as LISTEN; TstError while the pool stops; OSError, MemoryError.
         """
         self.check_alive()
-        if load32(&self.engine.phase, ACQUIRE) > PHASE_RUNNING:
-            raise TstError("the pool is stopping")
+        self.check_not_stopping()
         number = TstSockType(type)
         binding = None if handler is None else bind(handler, {})
         used = self.framing if framing is THE_POOLS else framing_from(framing)
@@ -401,11 +416,18 @@ messages_per_turn=32)
         finally:
             view.detach()              # the descriptor is the pool's now, or still the caller's
 
+    cdef int check_not_stopping(self) except -1:
+        """With the mutex held it stays so: what is added would come too late for the workers."""
+        if load32(&self.engine.phase, ACQUIRE) > PHASE_RUNNING:
+            raise TstError("the pool is stopping")
+        return 0
+
     cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing):
         cdef uint64_t id = 0
         cdef tst_connection *connection
         cdef TstSocket made
         with self.mutex:
+            self.check_not_stopping()
             self.open()
             connection = self.enter(sock.fileno(), type, 0, &id)
             if connection == NULL:
@@ -592,6 +614,7 @@ messages_per_turn=32)
         cdef int i
         if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING or until < load64(&self.engine.drain_until, ACQUIRE):
             store64(&self.engine.drain_until, until, RELEASE)
+        self.unlink_files()
         compare_exchange32(&self.engine.phase, &running, PHASE_DRAINING, False, SEQ_CST, RELAXED)
         for i in range(self.engine.n_shards):
             if self.engine.shards[i].event_fd >= 0:
@@ -658,8 +681,7 @@ messages_per_turn=32)
     cdef list close_down(self):
         """Nobody works any more: gives descriptors back. Mutex held: what is added meanwhile is either closed here, or
         waits for the next start. Returns what let_sockets_go() is to get when the mutex is free."""
-        for address in self.listeners:
-            _net.unlink_socket(address)
+        self.unlink_files()
         self.listeners.clear()         # the same list: others may be looking at it
         store32(&self.engine.n_listeners, 0, RELAXED)
         gone = self.close_descriptors()
@@ -692,6 +714,8 @@ messages_per_turn=32)
                     close(connection.fd)
                 spin_unlock(&connection.lock)
                 if word & STATE_OPEN:
+                    if connection.type != TYPE_LISTEN:
+                        add64(&self.closed_unserved, 1, RELAXED)
                     gone.append(take_socket(connection))
         self.drop_all_litter()
         for i in range(self.engine.n_shards):

@@ -28,6 +28,7 @@ cdef enum:
     CHUNK_SIZE = 16384         # bytes of memory in a chunk: about what one reply, or the replies of one turn, take
     SMALL_CHUNK = 1000         # bytes, from threads outside: malloc has what is below 1,032 at hand
     SHARE_LEAST = 8192         # bytes from which sharing an object costs less than copying it
+    SHARE_BEHIND = 1024        # bytes from which sharing costs little more memory than is counted
     STOCK_MOST = 256           # chunks kept in stock: 4 MiB, as many as a batch may have connections
     # Pieces given to one sendmsg. More only matter above a megabyte, where the copy dominates.
     QUEUE_PIECES = 16
@@ -128,13 +129,16 @@ cdef inline size_t chunk_room() noexcept nogil:
 
 
 cdef inline tst_chunk *chunk_new(tst_queue *queue, size_t size) noexcept nogil:
-    """An empty chunk with room for at least `size` bytes. NULL: no memory."""
+    """An empty chunk, to be the last, with room for at least `size` bytes. NULL: no memory.
+
+    Behind shared bytes it is a small one: it may be for no more than the header between two of them."""
     cdef tst_stock *stock = queue.stock
     cdef tst_chunk *chunk = NULL
-    cdef size_t capacity = chunk_room() if queue.burst else SMALL_CHUNK
+    cdef bint burst = queue.burst and (queue.tail == NULL or queue.tail.shared == NULL)
+    cdef size_t capacity = chunk_room() if burst else SMALL_CHUNK
     if size > capacity:
         capacity = size
-    elif queue.burst and stock != NULL:
+    elif burst and stock != NULL:
         spin_lock(&stock.lock)
         chunk = stock.first
         if chunk != NULL:
@@ -259,10 +263,15 @@ cdef inline int queue_append_pieces(tst_queue *queue, const char *bytes, size_t 
 
 
 cdef inline int queue_share(tst_queue *queue, tst_shared *shared) noexcept nogil:
-    """Queues shared bytes behind the last, without copying them. 0, or -ENOMEM."""
+    """Queues shared bytes behind the last, without copying them. 0, or -ENOMEM.
+
+    A few bytes are copied where something waits already: if the peer does not read, a chunk for each message would take
+    many times the memory that the limits count."""
     cdef tst_chunk *chunk
     if shared.size == 0:
         return 0                           # a chunk of nothing would stay until something comes behind it
+    if queue.tail != NULL and shared.size < SHARE_BEHIND:
+        return queue_append(queue, shared.bytes, shared.size)
     chunk = <tst_chunk *>malloc(sizeof(tst_chunk))
     if chunk == NULL:
         return -ENOMEM

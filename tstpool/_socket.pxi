@@ -89,6 +89,7 @@ cdef class TstSocket:
     cdef ssize_t append_object(self, object data, bint framed) except? -1:
         """append() for whatever has a buffer, with what overflow="block" asks for."""
         cdef ssize_t queued
+        cdef bint waited = False
         while True:
             if type(data) is bytes and PyBytes_GET_SIZE(data) < SHARE_LEAST:
                 queued = self.append(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data), NULL, framed)
@@ -96,6 +97,9 @@ cdef class TstSocket:
                 queued = self.append_other(data, framed)
             if not tst_rarely(queued == -ENOBUFS) or self.limits.overflow != OVERFLOW_BLOCK or self.in_handler():
                 return queued
+            if waited:                     # it is one refusal, however often it is tried again
+                add64(&self.pool.engine.total.overflow_refused, <uint64_t>-1, RELAXED)
+            waited = True
             self.wait_for_room()
 
     cdef ssize_t append_other(self, object data, bint framed) except? -1:
@@ -177,9 +181,11 @@ cdef class TstSocket:
         """(host, port) of this side, or a unix socket's "unix:path"; None once the connection is gone."""
         try:
             with socket.socket(fileno=os.dup(self.fileno())) as copy:
-                return _net.address_of(copy) if copy.family != socket.AF_UNIX else _net.address_of(copy)[0]
+                address = _net.address_of(copy) if copy.family != socket.AF_UNIX else _net.address_of(copy)[0]
         except OSError:
             return None
+        # The number may have been another connection's by the time that it was duplicated.
+        return address if connection_is(self.connection, self.generation()) else None
 
     # -- what the user hangs on it
 
@@ -413,7 +419,8 @@ cdef class TstSocket:
         with nogil:
             n = sys_recv(connection.fd, place + buffered, size - buffered)
         if n > 0:
-            connection.has_read = True
+            connection.has_read = connection.heard = True
+            connection.active_tick = tick_of(clock_now())
             count(&self.pool.engine.workers[connection.thread_no].stats.bytes_in, <uint64_t>n)
             connection.readable = connection.trigger == TRIGGER_EDGE
             return <ssize_t>buffered + n
@@ -433,13 +440,13 @@ cdef class TstSocket:
         abort: at once instead: what is queued is dropped, and the peer gets a reset. Any thread, any number of times.
         Returns True for the call that began it. Messages not yet handled are dropped.
         """
-        cdef bint began
+        cdef int aborted
         self.pool.check_alive()
         if abort:
-            began = not self.closed
-            if connection_abort(self.connection, self.generation(), 0):
+            aborted = connection_abort(self.connection, self.generation(), 0)
+            if aborted:
                 shard_ask(self.connection, self.generation(), PEND_CLOSE)
-            return began
+            return aborted == 2
         if connection_close_output(self.connection, self.generation()) != 1:
             return False
         shard_ask(self.connection, self.generation(), PEND_CLOSE)

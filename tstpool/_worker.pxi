@@ -138,7 +138,6 @@ cdef class Worker:
     cdef tst_engine *engine                # borrowed from the pool
     cdef tst_worker *worker                # borrowed from the engine
     cdef tst_batch *batch                  # borrowed: the one whose entries it runs
-    cdef double complained                 # when accept's failure was last logged
 
     cdef int run(self) except -1:
         cdef tst_shard *shard = NULL
@@ -218,7 +217,9 @@ cdef class Worker:
                 self.log_slow(shard)
                 ran = True
             elif turn == TURN_COMPLAIN:
+                shard_enter_running(self.engine, self.worker, shard)
                 self.complain()
+                ran = True
             elif turn == TURN_LITTER:
                 drop_litter(&shard.stock)
             elif turn == -ENOMEM:              # nothing to receive into: what a handler keeps has the last one
@@ -333,14 +334,13 @@ cdef class Worker:
         if self.worker.calls % 2:
             worker_leave(self.worker)
         connection_break(connection, ENOMEM if no_memory else EIO)
-        if connection.windowed:            # in the middle of a message: what is left of it must not pass for others
-            connection.windowed = False
-            input_free(&connection.input)
-            connection_forget_frame(connection)
-        connection_keep_input(connection)
+        # A message that there was no memory for is not tried again, nor does what is left of one pass for others.
+        connection.windowed = connection.message_ready = False
+        input_free(&connection.input)
+        connection_forget_frame(connection)
         if connection.sock == NULL or (connection.closing and not no_memory):
             entry.what = DO_RETIRE     # no handler has heard of it, or it was its end that failed
-            forget_socket(connection)
+            self.forget(connection)
         return 0
 
     cdef int run_entry(self, tst_entry *entry) except -1:
@@ -534,6 +534,8 @@ cdef class Worker:
                 break
         if untimed:
             worker_job(self.engine, worker, connection, untimed)
+            if connection.report:
+                self.report(sock)
         return n
 
     cdef int other_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
@@ -780,8 +782,17 @@ cdef class Worker:
                     and load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING):
                 connection_reconnect(connection)
                 return False
-        forget_socket(connection)
+        self.forget(connection)
         return True
+
+    cdef int forget(self, tst_connection *connection) except -1:
+        """forget_socket: what is let go may run code of the user's, which may block as a hook may."""
+        cdef bint began = self.begin_hook()
+        try:
+            forget_socket(connection)
+        finally:
+            self.end_hook(began)
+        return 0
 
     cdef object call(self, TstSocket sock, Binding binding, object hook, object argument):
         """Calls hook(sock), or hook(sock, argument), measures it, and deals with what it raises; then the result is
@@ -922,13 +933,20 @@ cdef class Worker:
         return 0
 
     cdef int complain(self) except -1:
-        """accept has failed: one line a second at most, however often it fails."""
+        """accept has failed: one line a second at most, however often it fails. The log may block, as a hook may: the
+        shard, if it is ours, is RUNNING. Then nobody else goes there."""
         cdef int number = self.worker.accept_errno
+        cdef bint began
         text = "there are max_connections of them" if number == EUSERS else os.strerror(number)
         self.worker.accept_errno = 0
-        if time.monotonic() - self.complained >= 1.0:
-            self.complained = time.monotonic()
+        if exchange32(&self.pool.complaining, 1, ACQ_REL):
+            return 0
+        began = self.begin_hook()
+        if time.monotonic() - self.pool.complained >= 1.0:
+            self.pool.complained = time.monotonic()
             log(logging.WARNING, "%s accepts no more connections for now: %s", self.pool.name, text)
+        self.end_hook(began)
+        store32(&self.pool.complaining, 0, RELEASE)
         return 0
 
 

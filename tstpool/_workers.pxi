@@ -147,6 +147,8 @@ cdef void begin_counting(TstPool pool, uint64_t added) noexcept:
     store64(&pool.engine.total.overflow_closed, 0, RELAXED)
     store64(&pool.engine.total.pressed, 0, RELAXED)
     store64(&pool.engine.total.overflow_refused, 0, RELAXED)
+    store64(&pool.engine.total.write_closed, 0, RELAXED)
+    store64(&pool.closed_unserved, 0, RELAXED)
     add32(&pool.engine.counters_version, 1, RELEASE)
 
 
@@ -165,13 +167,15 @@ cdef object look_at_counters(TstPool pool):
         workers.append(pool.worker_stats(i))
     return PoolStats(
         connections=len(pool), listeners=len(pool.listeners), accepted=sum.accepted,
-        added=load64(&pool.added, RELAXED), closed=sum.closed, messages=sum.messages, bytes_in=sum.bytes_in,
+        added=load64(&pool.added, RELAXED), closed=sum.closed + load64(&pool.closed_unserved, RELAXED),
+        messages=sum.messages, bytes_in=sum.bytes_in,
         bytes_out=sum.bytes_out + load64(&pool.bytes_outside, RELAXED), spins=sum.spins,
         slow_calls=sum.slow_count, stale_events=sum.stale_gone + sum.stale_reused, stale_reused=sum.stale_reused,
         accept_errors=sum.accept_errors, controls=sum.controls, accept_pauses=sum.accept_pauses,
         rejected_connections=sum.rejected, idle_closed=sum.deadline_closed[DEADLINE_IDLE],
         first_byte_closed=sum.deadline_closed[DEADLINE_FIRST_BYTE],
-        message_closed=sum.deadline_closed[DEADLINE_MESSAGE], write_closed=sum.deadline_closed[DEADLINE_WRITE],
+        message_closed=sum.deadline_closed[DEADLINE_MESSAGE],
+        write_closed=sum.deadline_closed[DEADLINE_WRITE] + load64(&pool.engine.total.write_closed, RELAXED),
         linger_closed=sum.deadline_closed[DEADLINE_CLOSE] + sum.deadline_closed[DEADLINE_LINGER],
         too_large_closed=sum.too_large_closed, auto_pauses=load64(&pool.engine.total.pressed, RELAXED),
         overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),

@@ -1,0 +1,90 @@
+"""B14, B47, S38: code of the user's that is no hook, a finalizer or a handler of the log, may block as one may."""
+
+import contextlib
+import logging
+
+import pytest
+from contract_helpers import Gate, echo, handler, round_trip
+from helpers import connect, patient, wait_until
+
+WORKERS = 4
+
+
+class Waits:
+    """Its finalizer waits at the gate."""
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    def __del__(self):
+        self.gate.wait()
+
+
+class WaitingLog(logging.Handler):
+    """The first who logs that no more connections are accepted waits at the gate; others who log do not wait for it."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gates = [gate]
+
+    def createLock(self):
+        self.lock = None
+
+    def emit(self, record):
+        if "accepts no more" in record.getMessage() and self.gates:
+            self.gates.pop().wait()
+
+
+@contextlib.contextmanager
+def logged_by(log):
+    logger = logging.getLogger("tstpool")
+    logger.addHandler(log)
+    try:
+        yield
+    finally:
+        logger.removeHandler(log)
+
+
+def is_answered(client):
+    """A round trip, within a second on a quiet machine."""
+    client.settimeout(patient(1))
+    with contextlib.suppress(TimeoutError):
+        return round_trip(client, b"hello") == b"hello"
+    return False
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_finalizer_of_user_data_that_blocks_is_not_felt_by_others(make_pool, make_client, shards):
+    """B14, S38: the connection that it hung on is over. Its shard goes to another worker meanwhile."""
+    with Gate() as gate:
+        things = [Waits(gate)]
+
+        def on_connect(sock):
+            if things:
+                sock.user_data = things.pop()  # which alone refers to it
+
+        pool = make_pool(handler(on_connect=on_connect, on_message=echo), workers=WORKERS, shards=shards)
+        first = make_client(pool)
+        assert is_answered(first)
+        others = [make_client(pool) for _ in range(4)]
+        assert all(is_answered(other) for other in others)
+        first.close()
+        wait_until(lambda: gate.inside)
+        assert [is_answered(other) for other in others] == [True] * 4
+        assert is_answered(make_client(pool))
+        assert gate.inside == 1
+    wait_until(lambda: len(pool) == 5)
+
+
+def test_a_log_that_blocks_is_not_felt_by_others(make_pool):
+    """B14: the record says that there are max_connections of them. Its shard goes to another worker meanwhile."""
+    with Gate() as gate, contextlib.ExitStack() as stack:
+        stack.enter_context(logged_by(WaitingLog(gate)))
+        pool = make_pool(handler(on_message=echo), workers=WORKERS, max_connections=2)
+        first = stack.enter_context(connect(pool))
+        assert is_answered(first)
+        for _ in range(2):  # the second may be the one that is complained about
+            stack.enter_context(connect(pool))
+        wait_until(lambda: gate.inside)
+        assert is_answered(first)
+        assert gate.inside == 1
