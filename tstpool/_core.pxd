@@ -187,21 +187,18 @@ cdef class TstPool:
     cdef size_t max_recv_size
     cdef size_t max_send_size
     cdef uint64_t added                    # atomic: by addsocket
-    cdef uint32_t complaining              # atomic: a worker logs that accept has failed
-    cdef double complained                 # whoever set `complaining`: when that was last logged
-    cdef uint64_t closed_unserved          # atomic: by the pool itself, when no worker was left
     cdef uint64_t bytes_outside            # atomic: sent by flush() on threads that are not workers
     cdef object mutex                      # PoolMutex: start, stop, listeners
     cdef object ended                      # RunsEnd: no worker is left
     cdef list threads
     cdef list listeners                    # (host, port, id)
-    cdef list files                        # (address, identity): those of unix listeners, until they are removed
     cdef object fault                      # the exception that stopped the engine by itself
     cdef object name
     cdef object __weakref__
     cdef int keepalive                     # seconds, 0: off
     cdef uint32_t stop_asked               # atomic, written under the mutex: see stop_later()
-    cdef long long _abi_reserve[6]         # growth comes out of it, so that what cimports us need not be compiled anew
+    cdef list files                        # (address, identity) of unix listeners' files, until they are removed
+    cdef long long _abi_reserve[5]         # growth comes out of it, so that what cimports us need not be compiled anew
 
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1

@@ -367,13 +367,12 @@ messages_per_turn=32)
     cdef int unlink_files(self) except -1:
         """Removes the files of unix listeners, while these are open: as soon as they are not, a successor may listen
         there, and its file may have the number that ours had."""
-        while self.files:
+        while True:
             try:
                 address, file = self.files.pop()
-            except IndexError:                     # another thread was quicker
-                break
+            except IndexError:                     # nothing is left; other threads may be doing the same
+                return 0
             _net.unlink_socket(address, file)
-        return 0
 
     def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
                 framing=THE_POOLS):
@@ -715,7 +714,7 @@ messages_per_turn=32)
                 spin_unlock(&connection.lock)
                 if word & STATE_OPEN:
                     if connection.type != TYPE_LISTEN:
-                        add64(&self.closed_unserved, 1, RELAXED)
+                        add64(&self.engine.closed_unserved, 1, RELAXED)
                     gone.append(take_socket(connection))
         self.drop_all_litter()
         for i in range(self.engine.n_shards):

@@ -186,6 +186,9 @@ cdef struct tst_engine:
     size_t receive_size        # bytes that are received in one turn
     uint64_t messages_per_turn  # of one connection, if they take RUN_TIME
     uint32_t n_listeners       # atomic
+    uint32_t complaining       # atomic: a worker logs that accept has failed
+    uint64_t complained        # monotonic nanoseconds, for whoever has set that: when it was last logged; 0: never
+    uint64_t closed_unserved   # atomic: connections that the pool itself closed, when no worker was left
     tst_total total            # output that waits
     tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger

@@ -934,19 +934,17 @@ cdef class Worker:
 
     cdef int complain(self) except -1:
         """accept has failed: one line a second at most, however often it fails. The log may block, as a hook may: the
-        shard, if it is ours, is RUNNING. Then nobody else goes there."""
+        shard, if it is ours, is RUNNING; and nobody else goes there meanwhile."""
         cdef int number = self.worker.accept_errno
-        cdef bint began
+        cdef bint began = self.begin_hook()
         text = "there are max_connections of them" if number == EUSERS else os.strerror(number)
         self.worker.accept_errno = 0
-        if exchange32(&self.pool.complaining, 1, ACQ_REL):
-            return 0
-        began = self.begin_hook()
-        if time.monotonic() - self.pool.complained >= 1.0:
-            self.pool.complained = time.monotonic()
-            log(logging.WARNING, "%s accepts no more connections for now: %s", self.pool.name, text)
+        if not exchange32(&self.engine.complaining, 1, ACQ_REL):
+            if not self.engine.complained or clock_now() - self.engine.complained >= 1_000_000_000:
+                self.engine.complained = clock_now()
+                log(logging.WARNING, "%s accepts no more connections for now: %s", self.pool.name, text)
+            store32(&self.engine.complaining, 0, RELEASE)
         self.end_hook(began)
-        store32(&self.pool.complaining, 0, RELEASE)
         return 0
 
 

@@ -148,7 +148,7 @@ cdef void begin_counting(TstPool pool, uint64_t added) noexcept:
     store64(&pool.engine.total.pressed, 0, RELAXED)
     store64(&pool.engine.total.overflow_refused, 0, RELAXED)
     store64(&pool.engine.total.write_closed, 0, RELAXED)
-    store64(&pool.closed_unserved, 0, RELAXED)
+    store64(&pool.engine.closed_unserved, 0, RELAXED)
     add32(&pool.engine.counters_version, 1, RELEASE)
 
 
@@ -167,7 +167,7 @@ cdef object look_at_counters(TstPool pool):
         workers.append(pool.worker_stats(i))
     return PoolStats(
         connections=len(pool), listeners=len(pool.listeners), accepted=sum.accepted,
-        added=load64(&pool.added, RELAXED), closed=sum.closed + load64(&pool.closed_unserved, RELAXED),
+        added=load64(&pool.added, RELAXED), closed=sum.closed + load64(&pool.engine.closed_unserved, RELAXED),
         messages=sum.messages, bytes_in=sum.bytes_in,
         bytes_out=sum.bytes_out + load64(&pool.bytes_outside, RELAXED), spins=sum.spins,
         slow_calls=sum.slow_count, stale_events=sum.stale_gone + sum.stale_reused, stale_reused=sum.stale_reused,
