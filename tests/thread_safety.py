@@ -64,6 +64,7 @@ TESTS = {
     "test_reconnected_serves_the_fresh_connection_under_the_same_descriptor": "its handler must not be held up",
     "test_a_socket_of_another_pool_is_not_found": "needs its descriptors back",
     "test_an_idle_connection_costs_no_buffers": "measures the process",
+    "test_a_log_that_blocks_is_not_felt_by_others": "reads the log, which all threads write",
     "test_an_address_that_is_no_good_is_an_oserror_that_names_it": "counts what the process has",
 }
 
