@@ -225,7 +225,7 @@ def test_a_frame_that_memory_cuts_short_ends_in_a_reset():
         else:
             assert failed == "1"
             assert (got, end) == ("5", "EOF") or end == "reset", f"{got} bytes and {end} of a frame that was not sent"
-    assert [said for _, said, _, _ in seen].count("MemoryError") >= 2
+    assert "MemoryError" in [said for _, said, _, _ in seen]
 
 
 def test_only_one_of_many_aborts_began_it(make_pool):
