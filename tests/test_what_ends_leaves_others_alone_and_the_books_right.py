@@ -76,6 +76,14 @@ def test_a_stop_removes_its_own_unix_socket(make_pool, tmp_path):
     assert not path.exists()
 
 
+def test_a_stop_does_not_mind_that_its_unix_socket_is_gone(make_pool, tmp_path):
+    """Somebody else has removed it."""
+    path = tmp_path / "socket"
+    pool = make_pool(handler(on_message=echo), listen=(f"unix:{path}",))
+    path.unlink()
+    assert pool.stop(patient(5)) is True
+
+
 @pytest.mark.parametrize("count", (1, 3))
 def test_the_books_balance_when_a_pool_that_never_ran_is_stopped(count):
     """What was added is closed by the stop, and counted as that."""
