@@ -936,9 +936,10 @@ cdef class Worker:
         """accept has failed: one line a second at most, however often it fails. The log may block, as a hook may: the
         shard, if it is ours, is RUNNING; and nobody else goes there meanwhile."""
         cdef int number = self.worker.accept_errno
-        cdef bint began = self.begin_hook()
+        cdef bint began
         text = "there are max_connections of them" if number == EUSERS else os.strerror(number)
         self.worker.accept_errno = 0
+        began = self.begin_hook()
         if not exchange32(&self.engine.complaining, 1, ACQ_REL):
             if not self.engine.complained or clock_now() - self.engine.complained >= 1_000_000_000:
                 self.engine.complained = clock_now()

@@ -2,8 +2,8 @@
  *
  * Models _park.pxd (engine_park, watch, take_over_stalled, take_free_shard, engine_look), the sleeping and the end of
  * _turn.pxd (shard_poll, turn_elsewhere, shard_yield, engine_shard_ended), shard_enter_running and engine_wake_looker of
- * _shard.pxd, Worker.run and serve of _worker.pxi. Each inline bears the name of its function. A batch is only a number of
- * handlers to run here; what becomes of each is handover.pml's subject.
+ * _shard.pxd, Worker.run and serve of _worker.pxi. Each inline bears the name of its function. A batch is only a number
+ * of handlers to run here; what becomes of each is handover.pml's subject.
  *
  * A handler may return at any time or, as long as another worker is left (STUCK of them at most), never.
  * A timer may fire at any time. When nothing can happen any more, the judge looks.
