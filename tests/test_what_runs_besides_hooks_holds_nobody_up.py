@@ -7,6 +7,8 @@ import pytest
 from contract_helpers import Gate, echo, handler, round_trip
 from helpers import FREE_THREADED, connect, patient, wait_until
 
+from tstpool import TstHandler, TstStat
+
 WORKERS = 4
 
 
@@ -72,6 +74,66 @@ def test_a_finalizer_of_user_data_that_blocks_is_not_felt_by_others(make_pool, m
         assert is_answered(make_client(pool))
         assert gate.inside == 1
     wait_until(lambda: len(pool) == 5)
+
+
+class Fails(TstHandler):
+    """Echoes; but b"fail" raises, and the frame that the traceback holds has something whose finalizer waits."""
+
+    def __init__(self, gate, verdict):
+        self.gate = gate
+        self.verdict = verdict
+
+    def on_message(self, sock, data):
+        if data == b"fail":
+            local = Waits(self.gate)
+            raise ValueError(local)
+        return data
+
+    def on_error(self, sock, error):
+        return self.verdict
+
+
+@pytest.mark.skipif(FREE_THREADED, reason="there a finalizer runs on the thread that has made the object")
+@pytest.mark.parametrize("verdict", [TstStat.SUSPEND, TstStat.DISCONNECT], ids=lambda verdict: verdict.name)
+def test_a_finalizer_of_what_a_traceback_holds_is_not_felt_by_others(make_pool, make_client, verdict):
+    """B14, S38: it goes when on_error has run, or with the connection."""
+    with Gate() as gate:
+        pool = make_pool(Fails(gate, verdict), workers=WORKERS, shards=1)
+        others = [make_client(pool) for _ in range(4)]
+        assert all(is_answered(other) for other in others)
+        make_client(pool).sendall(b"fail")
+        wait_until(lambda: gate.inside)
+        assert [is_answered(other) for other in others] == [True] * 4
+
+
+class OwnHandler(Waits, TstHandler):
+    """A socket's own handler, until b"replace" comes; then its finalizer waits."""
+
+    def on_message(self, sock, data):
+        if data == b"replace":
+            sock.handler = None
+        return data
+
+
+@pytest.mark.skipif(FREE_THREADED, reason="there a finalizer runs on the thread that has made the object")
+def test_a_finalizer_of_a_handler_that_is_replaced_is_not_felt_by_others(make_pool, make_client):
+    """B14, S38: it goes when the next message finds that another one was assigned."""
+    with Gate() as gate:
+
+        def on_message(sock, data):
+            if data == b"assign":
+                sock.handler = OwnHandler(gate)
+            return data
+
+        pool = make_pool(handler(on_message=on_message), workers=WORKERS, shards=1)
+        others = [make_client(pool) for _ in range(4)]
+        assert all(is_answered(other) for other in others)
+        client = make_client(pool)
+        for message in (b"assign", b"hello", b"replace"):
+            assert round_trip(client, message) == message
+        client.sendall(b"hello")
+        wait_until(lambda: gate.inside)
+        assert [is_answered(other) for other in others] == [True] * 4
 
 
 def test_a_log_that_blocks_is_not_felt_by_others(make_pool):

@@ -325,7 +325,6 @@ cdef inline void connection_drop_output(tst_connection *connection) noexcept nog
     spin_lock(&connection.lock)
     if queue_size(&connection.out):        # the peer must not take what it has for the whole
         connection.aborted = True
-        sys_reset_on_close(connection.fd, True)
     connection_cut_output(connection)
     spin_unlock(&connection.lock)
 
@@ -348,26 +347,31 @@ cdef inline void connection_wait_for_flusher(tst_connection *connection) noexcep
         spin_lock(&connection.lock)
 
 
+cdef enum:
+    ABORT_NOTHING = 0                      # the connection is gone; or, with a reason, it was closed before
+    ABORT_CLOSED = 1                       # it was closed before, but not like this
+    ABORT_OPEN = 2                         # this call has closed it
+
+
 cdef inline int connection_abort(tst_connection *connection, uint32_t generation, int reason) noexcept nogil:
     """Drops the output, and has close() send a reset; any thread. `reason`: ENOBUFS when it was too much output,
-    ETIMEDOUT when the peer takes none, else 0.
-
-    0: the connection is gone; or, with a reason, it was closed before. 1: it was closed before, but not like this. 2:
-    this call has closed it."""
-    cdef int ours = 0
+    ETIMEDOUT when the peer takes none, else 0. Returns ABORT_*: what it has ended."""
+    cdef int ended = ABORT_NOTHING
     spin_lock(&connection.lock)
     if connection_is(connection, generation):
-        ours = 2 if not connection.out_closed else 0 if reason else 1
-    if ours:
+        if not connection.out_closed:
+            ended = ABORT_OPEN
+        elif not reason:
+            ended = ABORT_CLOSED
+    if ended:
         if reason:
             store32(&connection.out_error, <uint32_t>reason, RELAXED)
             add64(&connection.limits.total.write_closed if reason == ETIMEDOUT else
                   &connection.limits.total.overflow_closed, 1, RELAXED)
         connection.aborted = True
-        sys_reset_on_close(connection.fd, True)
         connection_cut_output(connection)
     spin_unlock(&connection.lock)
-    return ours
+    return ended
 
 
 cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_worker *worker, bint event,

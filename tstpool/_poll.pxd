@@ -357,7 +357,6 @@ cdef inline void connection_deafened(tst_connection *connection, int reason) noe
     Lock held; somebody must look at it now."""
     if queue_size(&connection.out):        # the peer must not take what it has for the whole
         connection.aborted = True
-        sys_reset_on_close(connection.fd, True)
     store32(&connection.out_error, <uint32_t>reason, RELAXED)
     connection.out_closed = connection.out_drop = True
     if not connection.flushing:            # else who is sending forgets the rest afterwards

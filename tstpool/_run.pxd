@@ -58,7 +58,7 @@ cdef inline void worker_job(tst_engine *engine, tst_worker *worker, tst_connecti
         count(&worker.stats.slow_count, 1)
         connection.report = elapsed
     elif longest and engine.call_longest:
-        connection.report = elapsed
+        connection.report = longest
     if elapsed >= calls * QUICK_CALL:
         worker.group = 1
     elif worker.group < worker.group_most:

@@ -446,7 +446,7 @@ cdef class TstSocket:
             aborted = connection_abort(self.connection, self.generation(), 0)
             if aborted:
                 shard_ask(self.connection, self.generation(), PEND_CLOSE)
-            return aborted == 2
+            return aborted == ABORT_OPEN
         if connection_close_output(self.connection, self.generation()) != 1:
             return False
         shard_ask(self.connection, self.generation(), PEND_CLOSE)

@@ -398,7 +398,16 @@ cdef class Worker:
         return 0
 
     cdef int adopt_binding(self, TstSocket sock) except -1:
-        """The connection is new, or its sock.handler was assigned: from here on that is its handler."""
+        """The connection is new, or its sock.handler was assigned: from here on that is its handler. The one before it
+        is let go, and what it has kept for the connection: both may run code of the user's."""
+        cdef bint began = self.begin_hook()
+        try:
+            self.take_binding(sock)
+        finally:
+            self.end_hook(began)
+        return 0
+
+    cdef int take_binding(self, TstSocket sock) except -1:
         cdef tst_connection *connection = sock.connection
         cdef Binding binding, source
         store32(&connection.rebind, 0, SEQ_CST)        # before the look: what is assigned later sets it again
@@ -541,11 +550,14 @@ cdef class Worker:
     cdef int other_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
         """What on_message has returned, when it is no small reply: a reference that is ours, or NULL with an exception
         set."""
+        cdef bint began
         if result == NULL:
+            began = self.begin_hook()      # until the error has gone, and with it what its traceback holds
             try:
                 tst_raise()
             except BaseException as error:
                 self.failed(sock, binding, error)
+            self.end_hook(began)
         elif result == <PyObject *>None:
             if connection_send(sock.connection) != NULL:
                 connection_apply(sock.connection, self.worker, TST_SUSPEND)
@@ -770,7 +782,7 @@ cdef class Worker:
         cdef tst_connection *connection = sock.connection
         cdef Binding binding = self.binding_of(sock)
         cdef object hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
-        reason, sock.reason = sock.reason, None
+        reason = sock.reason
         if reason is None and connection.reason:
             reason = system_error(connection.reason)
         if connection.connected and connection.compiled != NULL:
@@ -781,7 +793,9 @@ cdef class Worker:
             if (isinstance(result, int) and stat_from(result) == TST_RECONNECTED
                     and load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING):
                 connection_reconnect(connection)
+                self.forget_reason(sock)
                 return False
+        reason = None                          # what the frames of its traceback hold goes with the socket
         self.forget(connection)
         return True
 
@@ -792,6 +806,12 @@ cdef class Worker:
             forget_socket(connection)
         finally:
             self.end_hook(began)
+        return 0
+
+    cdef int forget_reason(self, TstSocket sock) except -1:
+        cdef bint began = self.begin_hook()
+        sock.reason = None
+        self.end_hook(began)
         return 0
 
     cdef object call(self, TstSocket sock, Binding binding, object hook, object argument):
