@@ -34,7 +34,7 @@ REASONS = {
             "shard_yield(self.engine, self.worker, shard)",
         ],
         "tstpool/_worker.pxi Worker.resume": ["time.sleep(0.01)", "own = batch_get(self.engine)"],
-        "tstpool/_worker.pxi Worker.take_binding": [
+        "tstpool/_worker.pxi Worker.adopt_binding": [
             "connection_break(connection, ENOMEM)",
             "connection_begin_close(connection)",
         ],

@@ -55,6 +55,8 @@ cdef object number_within(object value, str name, object least, object most):
 
 
 cdef uint64_t nanoseconds(object seconds, str name) except? 0:
+    if isinstance(seconds, (str, bytes, bytearray)):
+        raise TypeError(f"{name} must be a number of seconds: {seconds!r}")
     number = float(seconds)
     if not 0.0 <= number <= 1e9:
         raise ValueError(f"{name} must be between 0 and 1e9 seconds: {seconds}")
@@ -127,8 +129,17 @@ cdef object contiguous(object data):
     return view if view.c_contiguous else view.tobytes()
 
 
+cdef bint is_stat(object result) except -1:
+    """A TstStat, or a number of one."""
+    cdef int stat
+    if not isinstance(result, int):
+        return False
+    stat = stat_from(result)
+    return TST_SUSPEND <= stat <= TST_DISCONNECT or stat == 9 or stat == 10        # EXIT and EXITED
+
+
 cdef int stat_from(object number) except -1:
-    """A number that a handler has returned as one of TstStat's; whatever is none of them means DISCONNECT."""
+    """A number that a handler has returned as one of TstStat's, if it is one."""
     cdef int overflow = 0
     cdef long value = PyLong_AsLongAndOverflow(number, &overflow)      # asks no method of a class of the user's
-    return <int>value if not overflow and 0 <= value < 100 else TST_DISCONNECT
+    return <int>value if not overflow and 0 <= value < 100 else 100

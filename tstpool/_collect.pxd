@@ -216,6 +216,15 @@ cdef inline void listener_request(tst_engine *engine, tst_worker *worker, tst_sh
 
 # ------------------------------------------------------------------------------------------------- collect
 
+cdef inline bint connection_sends_late(tst_worker *worker, tst_connection *connection, uint64_t now) noexcept nogil:
+    """What the handler's send buffer asks for goes out before it hears that there is room; when it asked, too much may
+    have waited already. True: there was something. Owner only."""
+    if connection_transfer(connection, now, True) != 1:
+        return False
+    connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now, &worker.stats)
+    return True
+
+
 cdef inline uint32_t collect_writable(tst_worker *worker, tst_connection *connection, uint64_t pending,
                                       uint64_t now) noexcept nogil:
     """DO_WRITABLE when the handler is to hear of its output: need_send, a SEND that is done, or pressure that is gone.
@@ -229,7 +238,8 @@ cdef inline uint32_t collect_writable(tst_worker *worker, tst_connection *connec
     if connection_take_relief(connection) and connection.tell_room and not connection.closing and not (
             connection.ask_writable or connection.call_writable):      # else it will be called for that
         what = DO_WRITABLE
-    if connection.ask_writable and connection_has_room(connection):
+    if connection.ask_writable and connection_has_room(connection) and (
+            not connection_sends_late(worker, connection, now) or connection_has_room(connection)):
         connection.ask_writable = False
         what = DO_WRITABLE
     if connection_sent(connection, now):

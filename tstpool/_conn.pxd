@@ -43,7 +43,7 @@ from libc.string cimport memcpy, memset
 
 from tstpool._data cimport tst_data, tst_input
 from tstpool._frame cimport (
-    FRAME_DELIMITED, HEADER_MOST, find_delimiter, frame_header, frame_put_length, tst_frame, tst_framing)
+    FRAME_DELIMITED, HEADER_MOST, ends_in_delimiter, find_delimiter, frame_header, frame_put_length, tst_frame, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, linger,
     load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, write)
@@ -478,7 +478,8 @@ cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const 
     cdef int n = frame_header(framing, size, header)
     if n < 0:
         return n
-    if framing.kind == FRAME_DELIMITED and find_delimiter(framing, bytes, size) != NULL:
+    if framing.kind == FRAME_DELIMITED and (
+            find_delimiter(framing, bytes, size) != NULL or ends_in_delimiter(framing, bytes, size)):
         return -EINVAL
     if n and queue_append(queue, <char *>header, <size_t>n) < 0:
         return -ENOMEM

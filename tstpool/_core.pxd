@@ -93,7 +93,8 @@ cdef class TstSocket:
     cdef TstData send_transfer
     cdef object reason                     # owner: the exception that ends it
     cdef object __weakref__
-    cdef long long _abi_reserve[1]         # as in TstPool
+    cdef uint32_t sent_whole               # atomic: it is gone, and the kernel was handed all that was queued
+    cdef int _abi_reserve[1]               # as in TstPool
 
     cdef uint32_t generation(self) noexcept nogil
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
@@ -203,7 +204,7 @@ cdef class TstPool:
     cdef int check_alive(self) except -1
     cdef int set_hook(self, str name, object function) except -1
     cdef tst_limits *limits_from(self, dict given) except NULL
-    cdef object add_listener(self, object listener, Framing framing, tst_limits *limits)
+    cdef object add_listener(self, object listener, Framing framing, tst_limits *limits, bint ours)
     cdef int check_not_stopping(self) except -1
     cdef int unlink_files(self) except -1
     cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing)
@@ -213,7 +214,9 @@ cdef class TstPool:
     cdef int open(self) except -1
     cdef int start_locked(self, list threads) except -1
     cdef int give_up(self, list threads) except -1
+    cdef int work(self, int no, int launch) except -1
     cdef int begin_stop(self, uint64_t drain) except -1
+    cdef void begin_draining(self, uint64_t until) noexcept
     cdef bint stop_later(self, uint64_t drain) except -1
     cdef int stop_if_asked(self) except -1
     cdef int cut_off(self) except -1

@@ -16,7 +16,7 @@ from libc.errno cimport (
     EAGAIN, EBUSY, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, ENOSYS, ENOTCONN, ETIMEDOUT, EUSERS, errno)
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from tstpool._collect cimport connection_settle_in
 from tstpool._conn cimport (
@@ -31,7 +31,7 @@ from tstpool._data cimport (
 from tstpool._entry cimport (
     ABORT_OPEN, SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
     connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due,
-    connection_expect, connection_forget_frame, connection_keep_input, connection_reconnect,
+    connection_expect, connection_forget_frame, connection_keep_input, connection_reconnect, connection_sent_whole,
     connection_wait_for_flusher, connection_wants_body)
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_RAW, OFFSET_MOST, framing_settle, tst_framing)
@@ -50,7 +50,8 @@ from tstpool._poll cimport (
 from tstpool._queue cimport (
     SHARE_LEAST, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
     tst_stock)
-from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
+from tstpool._run cimport (
+    RUN_TIME, message_at_hand, run_messages, worker_enter, worker_goes_on, worker_job, worker_leave)
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
     ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave, connection_ask_relief,

@@ -321,16 +321,24 @@ cdef inline bint connection_keep_input(tst_connection *connection) noexcept nogi
 
 
 cdef inline void connection_drop_output(tst_connection *connection) noexcept nogil:
-    """Forgets queued output and accepts no more. Any thread that knows the generation to be right."""
+    """Forgets queued output and accepts no more. Owner only."""
     spin_lock(&connection.lock)
-    if queue_size(&connection.out):        # the peer must not take what it has for the whole
-        connection.aborted = True
     connection_cut_output(connection)
+    spin_unlock(&connection.lock)
+
+
+cdef inline void connection_drop_output_of(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """The same, on any thread."""
+    spin_lock(&connection.lock)
+    if connection_is(connection, generation):
+        connection_cut_output(connection)
     spin_unlock(&connection.lock)
 
 
 cdef inline void connection_cut_output(tst_connection *connection) noexcept nogil:
     """Lock held. Who is sending right now forgets the rest afterwards."""
+    if queue_size(&connection.out):        # the peer must not take what it has for the whole
+        connection.aborted = True
     connection.out_drop = True
     if not connection.flushing:
         flush_result(connection, 0, 0)
@@ -480,6 +488,16 @@ cdef inline bint connection_drained(tst_connection *connection) noexcept nogil:
     return drained
 
 
+cdef inline bint connection_sent_whole(tst_connection *connection) noexcept nogil:
+    """The kernel was handed all that was ever queued."""
+    cdef bint whole
+    spin_lock(&connection.lock)
+    whole = (queue_size(&connection.out) == 0 and not connection.aborted
+             and load32(&connection.out_error, RELAXED) == 0)
+    spin_unlock(&connection.lock)
+    return whole
+
+
 cdef inline void connection_begin_close(tst_connection *connection) noexcept nogil:
     """From here on only output remains. Owner only."""
     connection.closing = True
@@ -515,6 +533,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     connection.out_closed = connection.out_drop = connection.aborted = False
     connection.armed = 0
     store32(&connection.out_error, 0, RELAXED)
+    connection_mark(connection, PEND_CLOSE, False, STATE_OWNED, generation_of(load64(&connection.state, RELAXED)))
     spin_unlock(&connection.lock)
     fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK)
     sys_prepare(connection.fd)

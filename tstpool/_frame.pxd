@@ -124,6 +124,17 @@ cdef inline const char *find_delimiter(const tst_framing *framing, const char *b
     return NULL
 
 
+cdef inline bint ends_in_delimiter(const tst_framing *framing, const char *bytes, size_t size) noexcept nogil:
+    """With the delimiter behind it, there would be one that begins before the end: b"a\\n" and b"\\n\\n", say."""
+    cdef size_t n = framing.n_delimiter
+    cdef size_t part
+    for part in range(1, min(n, size + 1)):
+        if (memcmp(bytes + size - part, framing.delimiter, part) == 0
+                and memcmp(framing.delimiter + part, framing.delimiter, n - part) == 0):
+            return True
+    return False
+
+
 cdef inline int frame_delimited(const tst_framing *framing, const char *bytes, size_t size, size_t *scanned,
                                 tst_frame *frame) noexcept nogil:
     cdef size_t overlap = framing.n_delimiter - 1

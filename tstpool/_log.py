@@ -92,7 +92,10 @@ def log_caused(
     pool: object, kind: object, level: int, text: str, *arguments: object, exc_info: BaseException | None = None
 ) -> None:
     """A record that a peer has caused, unless there are too many of that kind."""
-    before = left_out(pool, kind)
+    try:
+        before = left_out(pool, kind)
+    except MemoryError:  # then one record less: whoever has it written is dealing with worse
+        return
     if before is not None:
         text += f" ({before} like it were left out)" if before else ""
         log(level, text, *arguments, exc_info=exc_info)

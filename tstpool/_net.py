@@ -26,6 +26,8 @@ def check_address(host: str | None, port: int) -> None:
     """TypeError or ValueError for what can't be an address. getaddrinfo() alone would take a port of 65536 for 0."""
     if host is not None and not isinstance(host, str):
         raise TypeError(f"host must be a string or None, not {type(host).__name__}")
+    if host is not None and host.startswith(UNIX_PREFIX) and "\0" in host[len(UNIX_PREFIX) + 1 :]:
+        raise ValueError(f"a unix socket's path can't hold a null character: {host!r}")
     if not 0 <= operator.index(port) <= 65535:
         raise ValueError(f"port must be from 0 to 65535: {port}")
 
@@ -196,10 +198,10 @@ def discard_listener(listener: socket.socket) -> None:
 
 
 def file_of(address: tuple[str, int]) -> tuple[int, int] | None:
-    """Which file a unix listener's address names now; None for other addresses."""
+    """Which file a unix listener's address names now; None when it names none."""
     host = address[0]
-    if not host.startswith(UNIX_PREFIX):
-        return None
+    if not host.startswith(UNIX_PREFIX) or host.startswith(UNIX_PREFIX + "\0"):
+        return None  # an abstract unix address has no file
     with contextlib.suppress(OSError):
         found = os.stat(host[len(UNIX_PREFIX) :])
         return found.st_dev, found.st_ino

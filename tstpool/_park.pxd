@@ -114,6 +114,15 @@ cdef inline bint any_shard_running(tst_engine *engine) noexcept nogil:
     return False
 
 
+cdef inline bint any_shard_free(tst_engine *engine) noexcept nogil:
+    """One that nobody polls. Mutex held."""
+    cdef int i
+    for i in range(engine.n_shards):
+        if load64(&engine.shards[i].token, SEQ_CST) == 0 and not load32(&engine.shards[i].done, ACQUIRE):
+            return True
+    return False
+
+
 cdef inline tst_shard *take_over_stalled(tst_engine *engine, tst_worker *worker, bint *any_running,
                                          int *suspicion) noexcept nogil:
     """One look at all shards. Returns a shard that was taken from its stuck holder, or NULL.
@@ -197,7 +206,7 @@ cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t id
             store32(&engine.watcher_asleep, 0, RELAXED)
         now = clock_now()
         shard = take_over_stalled(engine, worker, &running, &suspicion)
-        if shard != NULL:
+        if shard != NULL or any_shard_free(engine):
             break
         if running:
             busy_at = now
@@ -235,6 +244,8 @@ cdef inline int engine_park(tst_engine *engine, tst_worker *worker, tst_shard **
             wait_until(engine, &engine.standby, idle_at)
     if engine.watcher == -1:
         pthread_cond_signal(&engine.standby)   # we may have been woken to watch, and leave for another reason
+        if engine.n_shards > 1:
+            engine_wake_looker(engine)         # or have watched, and nobody else is parked
     pthread_mutex_unlock(&engine.mutex)
     worker_waited(engine, worker, clock_now())
     return result

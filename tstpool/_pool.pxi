@@ -121,7 +121,7 @@ messages_per_turn=32)
     own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the pool (256
     MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more, and the
     others no message above high_water, unless it is a broadcast's or the only output that waits. None: no limit.
-    idle_time: seconds without work after which on_idle is called. slow_handler: seconds from which on_slow is.
+    idle_time: seconds without work after which on_idle is called (3; a millisecond at least). slow_handler: seconds from which on_slow is.
     accepts_per_turn: clients that one listener accepts before those that are there get their turn (16). accept_pause:
     seconds for which nobody is accepted after the process has run out of descriptors or memory (0.1; a millisecond at
     least). receive_size: bytes that are received from one connection before others get their turn (256 KiB; from 4 KiB
@@ -192,7 +192,7 @@ messages_per_turn=32)
         self.max_send_size = positive(max_send_size, "max_send_size")
         self.engine.slow_handler = nanoseconds(slow_handler, "slow_handler")
         self.engine.busy_poll = nanoseconds(busy_poll, "busy_poll")
-        self.engine.idle_time = max(<uint64_t>1, nanoseconds(idle_time, "idle_time"))
+        self.engine.idle_time = max(<uint64_t>1_000_000, nanoseconds(idle_time, "idle_time"))
         self.engine.trigger = TRIGGERS[trigger]
         self.engine.watcher = -1
         self.binding = None if handler is None else bind(handler, {})
@@ -211,9 +211,13 @@ messages_per_turn=32)
     cdef int check_alive(self) except -1:
         if self.dead:
             raise TstError("this pool belongs to the parent process: after fork() make a new one")
+        if self.mutex is None:
+            raise TstError("TstPool.__init__() was not called")
         return 0
 
     def __repr__(self):
+        if self.mutex is None:
+            return "<TstPool without __init__()>"
         return f"<TstPool {self.name} {'running' if self.running else 'stopped'} {self.addresses}>"
 
     @property
@@ -300,7 +304,7 @@ messages_per_turn=32)
         try:
             for listener in sockets if self.keepalive else ():
                 _net.keep_alive(listener, self.keepalive)
-            address = [self.add_listener(listener, used, limits) for listener in sockets][0]
+            address = [self.add_listener(listener, used, limits, True) for listener in sockets][0]
         except BaseException:
             for listener in sockets:
                 _net.discard_listener(listener)
@@ -318,12 +322,15 @@ messages_per_turn=32)
         fill_limits(&wanted, named)
         if named == self.limits and self.engine.limits != NULL:
             return self.engine.limits
-        limits = <tst_limits *>malloc(sizeof(tst_limits))
-        if limits == NULL:
-            raise MemoryError("no memory for a listener")
-        limits[0] = wanted
-        limits.total = &self.engine.total
+        wanted.total = &self.engine.total
         with self.mutex:
+            limits = same_limits(self.engine.limits, &wanted)
+            if limits != NULL:
+                return limits
+            limits = <tst_limits *>malloc(sizeof(tst_limits))
+            if limits == NULL:
+                raise MemoryError("no memory for a listener")
+            limits[0] = wanted
             if self.engine.limits == NULL:
                 self.engine.limits = limits
             else:
@@ -331,18 +338,21 @@ messages_per_turn=32)
                 self.engine.limits.next = limits
         return limits
 
-    cdef object add_listener(self, object listener, Framing framing, tst_limits *limits):
-        address = _net.address_of(listener)
-        file = _net.file_of(address)
+    cdef object add_listener(self, object listener, Framing framing, tst_limits *limits, bint ours):
+        """`ours`: so is the file of a unix socket; another process may still use that of one that was handed over."""
         cdef uint64_t id = 0
         cdef tst_connection *connection
+        cdef int fd = listener.fileno()
+        address = _net.address_of(listener)
+        file = _net.file_of(address) if ours else None
+        blocking = os.get_blocking(fd)
         with self.mutex:
             self.check_not_stopping()
             self.open()
             if framing not in self.framings:
                 self.framings.append(framing)          # connections borrow it: it stays for as long as the pool
             framing = self.framings[self.framings.index(framing)]
-            connection = self.enter(listener.fileno(), TYPE_LISTEN, 0, &id)
+            connection = self.enter(fd, TYPE_LISTEN, 0, &id)
             if connection == NULL:
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
@@ -350,12 +360,14 @@ messages_per_turn=32)
             try:
                 self.listeners.append((address[0], address[1], id))
                 try:
-                    listener.setblocking(False)
+                    os.set_blocking(fd, False)
+                    os.set_inheritable(fd, False)
                     if file is not None:
                         self.files.append((address, file))
                     listener.detach()
                 except BaseException:
                     self.listeners.pop()
+                    os.set_blocking(fd, blocking)
                     raise
             except BaseException:
                 withdraw(connection)
@@ -369,10 +381,14 @@ messages_per_turn=32)
         there, and its file may have the number that ours had."""
         while True:
             try:
-                address, file = self.files.pop()
+                entry = self.files.pop()
             except IndexError:                     # nothing is left; other threads may be doing the same
                 return 0
-            _net.unlink_socket(address, file)
+            try:
+                _net.unlink_socket(*entry)
+            except BaseException:                  # Ctrl-C: whoever closes the listener tries again
+                self.files.append(entry)
+                raise
 
     def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
                 framing=THE_POOLS):
@@ -425,29 +441,31 @@ messages_per_turn=32)
         cdef uint64_t id = 0
         cdef tst_connection *connection
         cdef TstSocket made
-        with self.mutex:
-            self.check_not_stopping()
-            self.open()
-            connection = self.enter(sock.fileno(), type, 0, &id)
-            if connection == NULL:
-                raise MemoryError("no slot for the socket")
-            connection.framing = framing_pointer(framing)
-            connection.limits = self.engine.limits
-            connection.active_tick = connection.output_tick = tick_of(clock_now())
-            try:
-                path = read_peer(connection)
-                made = make_socket(self, connection)
-                adopt(sock)
-            except BaseException:
-                withdraw(connection)
-                raise
-            made.peer_path = path
-            made.data = user_data
-            made.binding = binding
-            publish_socket(connection, made)
-            add64(&self.added, 1, RELAXED)
-            self.begin(id)
-        self.stop_if_asked()
+        try:
+            with self.mutex:
+                self.check_not_stopping()
+                self.open()
+                connection = self.enter(sock.fileno(), type, 0, &id)
+                if connection == NULL:
+                    raise MemoryError("no slot for the socket")
+                connection.framing = framing_pointer(framing)
+                connection.limits = self.engine.limits
+                connection.active_tick = connection.output_tick = tick_of(clock_now())
+                try:
+                    path = read_peer(connection)
+                    made = make_socket(self, connection)
+                    adopt(sock)
+                except BaseException:
+                    withdraw(connection)
+                    raise
+                made.peer_path = path
+                made.data = user_data
+                made.binding = binding
+                publish_socket(connection, made)
+                add64(&self.added, 1, RELAXED)
+                self.begin(id)
+        finally:
+            self.stop_if_asked()
         return made
 
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept:
@@ -551,7 +569,7 @@ messages_per_turn=32)
         with cython.critical_section(self):
             self.fault = None
         self.live_workers = 0
-        made = [threading.Thread(target=self.work, args=(no, self.launch), name=f"{self.name}-{no}", daemon=False)
+        made = [threading.Thread(target=new_life(self, no), name=f"{self.name}-{no}", daemon=False)
                 for no in range(self.n_workers)]
         threads.extend(made)
         self.ended = RunsEnd(False)
@@ -583,12 +601,12 @@ messages_per_turn=32)
                     time.sleep(0.001)
         return 0
 
-    def work(self, no, launch):
-        """A worker thread's life. Not for users. `launch`: the start() that it belongs to; it may come too late."""
-        cdef Worker worker
+    cdef int work(self, int no, int launch) except -1:
+        """A worker thread's life. `launch`: the start() that it belongs to; it may come too late."""
+        cdef Worker worker = None
         with WORKERS_END:
             if launch != self.launch:
-                return
+                return 0
             self.live_workers += 1
         try:
             worker = new_worker(self, no)
@@ -599,26 +617,33 @@ messages_per_turn=32)
             log(logging.CRITICAL, "worker %d of %s broke", no, self.name, exc_info=error)
             if worker is not None:     # nobody knows what it has left half done
                 worker_broke(worker, error)
+            else:
+                stop_for(self, error)
             raise
         finally:
             if worker is not None:
                 drop_spares(worker.worker)
             if not self.dead:              # of a forked child no other thread is there, but what it held may be
                 worker_ends(self)
+        return 0
 
     cdef int begin_stop(self, uint64_t drain) except -1:
         """Tells every shard to drain, for at most `drain` nanoseconds. Repeating it can only shorten the time."""
-        cdef uint64_t until = clock_now() + drain
+        try:
+            self.unlink_files()
+        finally:                               # Ctrl-C may have come there
+            self.begin_draining(clock_now() + drain)
+        return 0
+
+    cdef void begin_draining(self, uint64_t until) noexcept:
         cdef uint32_t running = PHASE_RUNNING
         cdef int i
         if load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING or until < load64(&self.engine.drain_until, ACQUIRE):
             store64(&self.engine.drain_until, until, RELEASE)
-        self.unlink_files()
         compare_exchange32(&self.engine.phase, &running, PHASE_DRAINING, False, SEQ_CST, RELAXED)
         for i in range(self.engine.n_shards):
             if self.engine.shards[i].event_fd >= 0:
                 sys_wake(self.engine.shards[i].event_fd)
-        return 0
 
     def stop(self, drain=5.0):
         """Stops: no more clients, running handlers finish, queued output is sent, connections close, workers end.
@@ -801,6 +826,8 @@ messages_per_turn=32)
         nanoseconds(drain, "drain")            # it is wanted only at the end, which is late to hear that it is wrong
         if interpreter_ends:
             return
+        if threading.current_thread() in self.threads:
+            raise TstError("serve_forever() in a handler would wait for itself")
         if not self.running:
             self.start()
         try:
@@ -901,12 +928,10 @@ messages_per_turn=32)
         return True
 
     def broadcast(self, data, exclude=None, where=None):
-        """Sends the same bytes to every connection. exclude: a TstSocket, or several. where: a function of one socket
+        """Sends the same bytes to every connection. exclude: a TstSocket, an id or a descriptor, or several. where: a function of one socket
         that says whether it is to get them. Returns how many connections it was queued for; those that are closed, or
         have too much waiting, are left out, and the latter aborted where on_overflow is "close"."""
-        if isinstance(exclude, TstSocket):
-            exclude = (exclude,)
-        left_out = set() if exclude is None else set(exclude)
+        cdef set left_out = numbers_of(exclude)
         cdef bytes payload = data if type(data) is bytes else bytes(contiguous(data))
         cdef tst_shared *shared = NULL
         cdef int reached = 0
@@ -917,7 +942,9 @@ messages_per_turn=32)
             raise MemoryError("no memory for the broadcast")
         try:
             for sock in self.snapshot():
-                if (left_out and sock in left_out) or (where is not None and not where(sock)):
+                if left_out and (sock.id in left_out or sock.sd in left_out):
+                    continue
+                if where is not None and not where(sock):
                     continue
                 queued = (<TstSocket>sock).append(shared.bytes, shared.size, shared, False)
                 if queued >= 0:
@@ -979,6 +1006,15 @@ messages_per_turn=32)
     def __bool__(self):
         return True
 
+    def __iter__(self):
+        """Over sockets()."""
+        return iter(self.sockets())
+
+    def __contains__(self, sock_or_sd):
+        """Whether the TstSocket, or the connection with that id or descriptor, is open and this pool's."""
+        cdef uint32_t generation = 0
+        return self.find(sock_or_sd, &generation) != NULL
+
     def __getitem__(self, sd):
         """The open connection with that descriptor, or that 64-bit id. KeyError when there is none."""
         cdef uint32_t generation = 0
@@ -1030,6 +1066,51 @@ messages_per_turn=32)
             end_time=load64(&worker.stats.end_time, RELAXED) / 1e9)
 
 
+cdef tst_limits *same_limits(tst_limits *made, const tst_limits *wanted) noexcept:
+    """One of those that were made before, or NULL."""
+    cdef tst_limits other
+    while made != NULL:
+        other = made[0]
+        other.next = NULL
+        if memcmp(&other, wanted, sizeof(tst_limits)) == 0:
+            return made
+        made = made.next
+    return NULL
+
+
+cdef set numbers_of(object sockets):
+    """The ids and descriptors of what stands for a connection, or for several."""
+    if sockets is None:
+        return set()
+    if isinstance(sockets, TstSocket) or hasattr(sockets, "__index__"):
+        sockets = (sockets,)
+    return {sock.id if isinstance(sock, TstSocket) else operator.index(sock) for sock in sockets}
+
+
+@cython.final
+cdef class WorkersLife:
+    """What a worker's thread runs: nothing that a user could call, or that a subclass could have another thing for."""
+
+    cdef TstPool pool
+    cdef int no
+    cdef int launch
+
+    def __cinit__(self, key=None):
+        if key is not POOLS_KEY:
+            raise TypeError("not to be made by hand")
+
+    def __call__(self):
+        self.pool.work(self.no, self.launch)
+
+
+cdef WorkersLife new_life(TstPool pool, int no):
+    cdef WorkersLife life = WorkersLife.__new__(WorkersLife, POOLS_KEY)
+    life.pool = pool
+    life.no = no
+    life.launch = pool.launch
+    return life
+
+
 cdef int set_binding(TstPool pool, Binding binding) except -1:
     with cython.critical_section(pool):        # sock.handler may be asked for on any thread
         pool.binding = binding
@@ -1055,16 +1136,26 @@ cdef void close_once(int *fd) noexcept:
 
 cdef object take(TstPool pool, object sock, object type, object binding, object user_data, Framing framing):
     """addsocket() for a socket.socket, which is detached unless this fails."""
+    ssl = sys.modules.get("ssl")
+    if ssl is not None and isinstance(sock, ssl.SSLSocket):
+        raise TypeError("a pool has no TLS: its bytes would go out as they are, beneath that of an SSLSocket")
     if sock.fileno() < 0:
         raise ValueError("the socket is closed")
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError("a pool serves stream sockets alone")
     if table_find(&pool.engine.table, sock.fileno()) != NULL:
         raise ValueError("the pool has that descriptor already")
+    listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if type != TYPE_LISTEN:
+        if listens:
+            raise ValueError("the socket listens: its type is TstSockType.LISTEN")
         return pool.add(sock, type, binding, user_data, framing)
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if not listens:
         raise ValueError("the socket does not listen")
+    if binding is not None or user_data is not None:
+        raise ValueError("a listener has no handler and no user_data of its own")
     try:
-        pool.add_listener(sock, framing, pool.engine.limits)
+        pool.add_listener(sock, framing, pool.engine.limits, False)
     finally:
         pool.stop_if_asked()
     return None

@@ -34,8 +34,14 @@ cdef enum:
 
 
 cdef inline void worker_enter(tst_worker *worker) noexcept nogil:
-    """A handler begins: until worker_leave the watcher may find that it is stuck."""
+    """Code of the user's begins: a handler, or whatever else an entry runs, such as the finalizer of an object that it
+    lets go. Until worker_leave the watcher may find that it is stuck."""
     store64(&worker.calls, load64(&worker.calls, RELAXED) + 1, RELEASE)
+
+
+cdef inline void worker_goes_on(tst_worker *worker) noexcept nogil:
+    """In between: one call has returned, so that what follows is another one."""
+    store64(&worker.calls, load64(&worker.calls, RELAXED) + 2, RELEASE)
 
 
 cdef inline void worker_leave(tst_worker *worker) noexcept nogil:
@@ -93,7 +99,7 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
     connection.framed = connection.message_ready = False
     while True:
         stat = compiled.received(compiled.handler, connection.sock, view + frame.begin, frame.size)
-        store64(&worker.calls, worker.calls + 2, RELEASE)      # the next message is another call
+        worker_goes_on(worker)
         if stat == STAT_RUN:
             break
         n[0] += 1
@@ -130,7 +136,7 @@ cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint6
     cdef const char *bytes = NULL
     cdef size_t size = message_at_hand(connection, &bytes)
     cdef int stat = connection.compiled.received(connection.compiled.handler, connection.sock, bytes, size)
-    store64(&worker.calls, worker.calls + 2, RELEASE)
+    worker_goes_on(worker)
     if stat == STAT_RUN:
         connection.passed_on |= PASSED_MESSAGE
         return True
@@ -144,11 +150,11 @@ cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint6
 
 
 cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connection *connection) noexcept nogil:
-    """Gives the compiled handler whole messages, up to a fair share of time. True: the one at hand needs Python."""
+    """Gives the compiled handler whole messages, up to a fair share of time. True: the one at hand needs Python.
+    Between worker_enter and worker_leave."""
     cdef uint64_t n = 0
     cdef bint passed = False
     store32(&connection.events, (connection.events & (EPOLLPRI | EPOLLRDHUP)) | EPOLLIN, RELAXED)
-    worker_enter(worker)
     while not passed and connection_cut(connection):
         if not connection.framed:
             passed = run_bytes(worker, connection, &n)
@@ -156,19 +162,17 @@ cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connec
             passed = connection.too_large or run_frames(worker, connection, &n)
         if n >= worker.burst and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
             break
-    worker_leave(worker)
     count(&worker.stats.messages, n)
     worker_job(engine, worker, connection, n + passed)
     return passed
 
 
 cdef inline bint run_writable(tst_engine *engine, tst_worker *worker, tst_connection *connection) noexcept nogil:
-    """True: Python is to be told instead."""
+    """True: Python is to be told instead. Between worker_enter and worker_leave."""
     cdef int stat
     store32(&connection.events, EPOLLOUT, RELAXED)
-    worker_enter(worker)
     stat = connection.compiled.writable(connection.compiled.handler, connection.sock)
-    worker_leave(worker)
+    worker_goes_on(worker)
     if stat == STAT_RUN:
         connection.passed_on |= PASSED_WRITABLE
         return True
@@ -205,7 +209,9 @@ cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_
     worker.current = entry.connection
     shard_enter_running(engine, worker, shard)
     worker.clock = tick_now(&worker.ticks)
+    worker_enter(worker)
     python = run_compiled(engine, worker, entry)
+    worker_leave(worker)
     worker.current = NULL
     worker.lost = not shard_leave_running(worker, shard)
     if python:

@@ -110,7 +110,7 @@ cdef struct tst_batch:
 
 
 cdef struct tst_worker:
-    uint64_t calls             # atomic: odd while it is inside a handler
+    uint64_t calls             # atomic: odd while it runs an entry's handlers, or another hook
     uint64_t waiting_since     # atomic: monotonic nanoseconds, 0 while it has something to do
     int no
     int tid

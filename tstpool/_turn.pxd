@@ -17,7 +17,7 @@ from tstpool._collect cimport accepting_may_resume, listeners_resume, shard_coll
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_TIMER, STATE_OPEN, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN, generation_of, table_chunk,
     tst_connection)
-from tstpool._entry cimport batch_finish, connection_drop_output
+from tstpool._entry cimport batch_finish, connection_drop_output_of
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, compare_exchange64, load32, load64, load_pointer,
     pthread_cond_broadcast, pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
@@ -25,8 +25,8 @@ from tstpool._poll cimport sys_alarm, sys_wait
 from tstpool._queue cimport stock_has_litter
 from tstpool._shard cimport (
     BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, SLEEPING_LONG, SLEEPING_NOT, SLEEPING_SHORT, TOKEN_RUNNING, batch_empty,
-    shard_ask, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine, tst_shard,
-    tst_worker)
+    engine_wake_looker, shard_ask, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine,
+    tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tick_base
 from tstpool._timer cimport TICK_BITS, tick_before, tick_of, wheel_fire, wheel_next
 
@@ -67,7 +67,7 @@ cdef inline void shard_close_all(tst_engine *engine, tst_shard *shard, bint abor
             word = load64(&connection.state, ACQUIRE)
             if word & STATE_OPEN and load_pointer(&connection.shard, ACQUIRE) == shard:
                 if abort and connection.type != TYPE_LISTEN:
-                    connection_drop_output(connection)
+                    connection_drop_output_of(connection, generation_of(word))
                 shard_ask(connection, generation_of(word), PEND_CLOSE)
 
 
@@ -174,12 +174,15 @@ cdef inline int turn_elsewhere(tst_engine *engine, tst_shard *shard) noexcept no
 
 
 cdef inline void shard_yield(tst_engine *engine, tst_worker *worker, tst_shard *shard) noexcept nogil:
-    """Gives the token back; whoever is free takes it."""
+    """Gives the token back; whoever is free takes it: a worker that is parked, as the watcher perhaps, or one that sleeps
+    in another shard, and takes turns between the two."""
     worker.last_shard = shard.no
     pthread_mutex_lock(&engine.mutex)
     store64(&shard.token, 0, SEQ_CST)
     pthread_cond_signal(&engine.standby)
+    pthread_cond_signal(&engine.watch)
     pthread_mutex_unlock(&engine.mutex)
+    engine_wake_looker(engine)
 
 
 cdef inline int shard_set_alarm(tst_shard *shard, uint64_t now) noexcept nogil:

@@ -85,7 +85,7 @@ cdef class Loan:
         with cython.critical_section(self):
             self.bytes = NULL
             kept = self.exports != 0
-        if not kept or self.storage != NULL:
+        if not kept or self.storage != NULL or self.size == 0:
             return 0
         if not input_is_stored(input):
             self.scratch = batch.scratch
@@ -107,7 +107,7 @@ cdef Loan new_loan(const tst_input *input, size_t size):
     """The first `size` bytes of the input. Of much that is stored a small message is lent as a copy: if it is kept, all
     that lies behind it in the same memory would have to be copied instead, for each message anew."""
     cdef Loan loan = Loan.__new__(Loan, POOLS_KEY)
-    loan.bytes = input.view if input.view != NULL else &NOWHERE    # an empty message may lie nowhere
+    loan.bytes = input.view if size else &NOWHERE      # an empty message needs no memory, and is to keep none
     loan.size = size
     if input.storage != NULL and 0 < size < input.size // 4:
         loan.storage = <char *>malloc(size)
@@ -306,20 +306,27 @@ cdef class Worker:
         return 0
 
     cdef bint run_one(self, tst_shard *shard, tst_entry *entry) except -1:
-        """False: another thread runs the entry, or has run it, or it has nothing to be run."""
+        """False: another thread runs the entry, or has run it, or it has nothing to be run.
+
+        All of it may be taken over from, as all of it may run code of the user's: hooks, and finalizers of what is let
+        go: results, tracebacks, handlers that were replaced, what hung on a TstSocket."""
         if not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING):
             return False
         if not token_held(shard, self.worker.no):
             # Who took the shard over may have looked at the entry before it was RUNNING.
             with nogil:
                 entry_detach(entry, &self.worker.stats)
+        worker_enter(self.worker)
         try:
             self.run_entry(entry)
+            if entry.what & DO_RETIRE:     # what has been let go has taken its time, which is no handler's
+                self.worker.clock = tick_now(&self.worker.ticks)
         except BaseException as error:
             if self.pool.dead:
                 raise
             self.drop_entry(entry, error)
         finally:
+            worker_leave(self.worker)
             self.worker.current = NULL
             store32(&entry.state, ENTRY_RAN, RELEASE)
         return True
@@ -331,8 +338,6 @@ cdef class Worker:
         cdef bint no_memory = isinstance(error, MemoryError)
         if not no_memory:
             log(logging.ERROR, "the connection with socket %d is broken", connection.fd, exc_info=error)
-        if self.worker.calls % 2:
-            worker_leave(self.worker)
         connection_break(connection, ENOMEM if no_memory else EIO)
         # A message that there was no memory for is not tried again, nor does what is left of one pass for others.
         connection.windowed = connection.message_ready = False
@@ -340,7 +345,7 @@ cdef class Worker:
         connection_forget_frame(connection)
         if connection.sock == NULL or (connection.closing and not no_memory):
             entry.what = DO_RETIRE     # no handler has heard of it, or it was its end that failed
-            self.forget(connection)
+            forget_socket(connection)
         return 0
 
     cdef int run_entry(self, tst_entry *entry) except -1:
@@ -377,6 +382,7 @@ cdef class Worker:
         """The socket's handler as it is now; the pool's as this worker's own copy of it."""
         if load32(&sock.connection.rebind, RELAXED) and sock.connection.body == NULL:
             self.adopt_binding(sock)
+            self.worker.clock = tick_now(&self.worker.ticks)   # the one before it may have taken long to go
         return self.binding if sock.active is None else sock.active
 
     cdef int make_body(self, TstSocket sock) except -1:
@@ -398,16 +404,7 @@ cdef class Worker:
         return 0
 
     cdef int adopt_binding(self, TstSocket sock) except -1:
-        """The connection is new, or its sock.handler was assigned: from here on that is its handler. The one before it
-        is let go, and what it has kept for the connection: both may run code of the user's."""
-        cdef bint began = self.begin_hook()
-        try:
-            self.take_binding(sock)
-        finally:
-            self.end_hook(began)
-        return 0
-
-    cdef int take_binding(self, TstSocket sock) except -1:
+        """The connection is new, or its sock.handler was assigned: from here on that is its handler."""
         cdef tst_connection *connection = sock.connection
         cdef Binding binding, source
         store32(&connection.rebind, 0, SEQ_CST)        # before the look: what is assigned later sets it again
@@ -443,7 +440,7 @@ cdef class Worker:
                 connection_apply(sock.connection, self.worker, stat)
         if hook is not None:
             result = self.call(sock, binding, hook, NOTHING)
-            stat = stat_from(result) if isinstance(result, int) else TST_SUSPEND
+            stat = stat_from(result) if is_stat(result) else TST_SUSPEND
             if stat <= TST_SEND:
                 self.apply(sock, binding, result, None, NOTHING)
         if stat > TST_SEND:
@@ -457,9 +454,8 @@ cdef class Worker:
         cdef int stat
         cdef void *handler = sock.connection.compiled.handler
         with nogil:
-            worker_enter(self.worker)
             stat = hook(handler, <void *>sock)
-            worker_leave(self.worker)
+            worker_goes_on(self.worker)
             worker_job(self.engine, self.worker, sock.connection, 1)
         if sock.connection.report:
             self.report(sock)
@@ -519,9 +515,8 @@ cdef class Worker:
                     connection_expect(connection, worker, size)
                 message_take(connection, size)
             n += 1
-            worker_enter(worker)
             result = tst_call(hook, <PyObject *>sock, <PyObject *>data)
-            worker_leave(worker)
+            worker_goes_on(worker)
             connection.windowed = False
             untimed += 1
             if untimed >= worker.group:
@@ -550,14 +545,13 @@ cdef class Worker:
     cdef int other_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
         """What on_message has returned, when it is no small reply: a reference that is ours, or NULL with an exception
         set."""
-        cdef bint began
         if result == NULL:
-            began = self.begin_hook()      # until the error has gone, and with it what its traceback holds
             try:
                 tst_raise()
             except BaseException as error:
                 self.failed(sock, binding, error)
-            self.end_hook(began)
+            worker_goes_on(self.worker)
+            self.worker.clock = tick_now(&self.worker.ticks)   # the next one's time begins now
         elif result == <PyObject *>None:
             if connection_send(sock.connection) != NULL:
                 connection_apply(sock.connection, self.worker, TST_SUSPEND)
@@ -690,9 +684,8 @@ cdef class Worker:
         if compiled.handler != NULL and (<TstNogilHandler>compiled.handler).state_size == 0:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
             with nogil:
-                worker_enter(self.worker)
                 stat = compiled.received(compiled.handler, <void *>sock, <const char *>view.buf, <size_t>view.len)
-                worker_leave(self.worker)
+                worker_goes_on(self.worker)
             PyBuffer_Release(&view)
             if stat != TST_RUN:
                 return stat
@@ -782,48 +775,35 @@ cdef class Worker:
         cdef tst_connection *connection = sock.connection
         cdef Binding binding = self.binding_of(sock)
         cdef object hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
-        reason = sock.reason
+        cdef bint connected
+        reason, sock.reason = sock.reason, None
         if reason is None and connection.reason:
             reason = system_error(connection.reason)
-        if connection.connected and connection.compiled != NULL:
+        # First of all: should anything here fail for want of memory, it is tried again, but a hook is called once.
+        connected, connection.connected = connection.connected, False
+        if connected and connection.compiled != NULL:
             self.notify(sock, connection.compiled.disconnected)
-        if connection.connected and hook is not None:
+        if connected and hook is not None:
             result = self.call(sock, binding, hook, reason)
             # Not while the pool stops: nobody would ask the fresh connection to close.
             if (isinstance(result, int) and stat_from(result) == TST_RECONNECTED
                     and load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING):
                 connection_reconnect(connection)
-                self.forget_reason(sock)
+                connection.connected = True
                 return False
-        reason = None                          # what the frames of its traceback hold goes with the socket
-        self.forget(connection)
+        store32(&sock.sent_whole, connection_sent_whole(connection), RELEASE)
+        forget_socket(connection)
         return True
-
-    cdef int forget(self, tst_connection *connection) except -1:
-        """forget_socket: what is let go may run code of the user's, which may block as a hook may."""
-        cdef bint began = self.begin_hook()
-        try:
-            forget_socket(connection)
-        finally:
-            self.end_hook(began)
-        return 0
-
-    cdef int forget_reason(self, TstSocket sock) except -1:
-        cdef bint began = self.begin_hook()
-        sock.reason = None
-        self.end_hook(began)
-        return 0
 
     cdef object call(self, TstSocket sock, Binding binding, object hook, object argument):
         """Calls hook(sock), or hook(sock, argument), measures it, and deals with what it raises; then the result is
         None, and the connection closes unless on_error says else."""
-        worker_enter(self.worker)
         try:
             result = hook(sock) if argument is NOTHING else hook(sock, argument)
         except BaseException as error:
             self.failed(sock, binding, error)
             result = None
-        worker_leave(self.worker)
+        worker_goes_on(self.worker)
         worker_job(self.engine, self.worker, sock.connection, 1)
         if sock.connection.report:
             self.report(sock)
@@ -832,7 +812,6 @@ cdef class Worker:
     cdef int report(self, TstSocket sock) except -1:
         """on_slow and on_most_elapsed for a job that has ended."""
         cdef uint64_t elapsed = sock.connection.report
-        cdef bint began = self.begin_hook()
         sock.connection.report = 0
         try:
             if elapsed == self.worker.stats.most_elapsed and self.binding.on_most_elapsed is not None:
@@ -841,20 +820,9 @@ cdef class Worker:
                 self.binding.on_slow(sock, elapsed / 1e9)
         except BaseException as error:
             log_caused(self.pool, type(error), logging.ERROR, "on_slow raised", exc_info=error)
-        self.end_hook(began)
+        worker_goes_on(self.worker)
+        self.worker.clock = tick_now(&self.worker.ticks)       # their time is no handler's
         return 0
-
-    cdef bint begin_hook(self) noexcept:
-        """A hook begins, within another one or by itself: it may block, and then the shard is to be taken over. True:
-        by itself, and end_hook is to say that it has ended."""
-        if self.worker.calls % 2:
-            return False
-        worker_enter(self.worker)
-        return True
-
-    cdef void end_hook(self, bint began) noexcept:
-        if began:
-            worker_leave(self.worker)
 
     cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1:
         """Does what a handler's return value says. `hook`: the pool's, for TstStat.RUN from a socket's own handler."""
@@ -866,8 +834,9 @@ cdef class Worker:
             return 0
         if type(result) is bytes:
             return self.reply(sock, binding, result)
-        if not isinstance(result, int):
-            wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {type(result).__name__}")
+        if not is_stat(result):                # the count that send() has returned, perhaps
+            what = "a number that is none of them" if isinstance(result, int) else type(result).__name__
+            wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {what}")
             self.failed(sock, binding, wrong)
             return 0
         stat = stat_from(result)
@@ -901,16 +870,13 @@ cdef class Worker:
     cdef int failed(self, TstSocket sock, Binding binding, object error) except -1:
         """A hook raised: on_error, then the socket is disconnected, unless on_error says SUSPEND."""
         cdef object hook = binding.on_error if binding.function is None else self.binding.on_error
-        cdef bint began
         if self.pool.dead:
             raise error                    # in a forked child: it is for whoever forked
         verdict = None
-        began = self.begin_hook()
         try:
             verdict = hook(sock, error)
         except BaseException as second:
             log_caused(self.pool, type(second), logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
-        self.end_hook(began)
         if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
             return 0
         sock.reason = error
@@ -921,14 +887,14 @@ cdef class Worker:
         """on_idle; with the shard it polls open to take-over, for the hook may block."""
         if shard != NULL:
             shard_enter_running(self.engine, self.worker, shard)
-        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        worker_enter(self.worker)
         try:
             if self.binding.on_idle is not None:
                 self.binding.on_idle(self.worker.no)
         except BaseException as error:
             log(logging.ERROR, "on_idle raised", exc_info=error)
         finally:
-            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+            worker_leave(self.worker)
         return 0
 
     cdef int log_slow(self, tst_shard *shard) except -1:
@@ -936,7 +902,7 @@ cdef class Worker:
         cdef bint again = False
         cdef int no
         shard_enter_running(self.engine, self.worker, shard)
-        store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+        worker_enter(self.worker)
         store64(&self.worker.slow_logged, self.worker.calls, RELAXED)      # this call is none of a handler
         try:
             no = slow_next(self.engine, 0, &again)
@@ -947,7 +913,7 @@ cdef class Worker:
         except BaseException as error:
             log(logging.ERROR, "a slow handler could not be logged", exc_info=error)
         finally:
-            store64(&self.worker.calls, self.worker.calls + 1, RELEASE)
+            worker_leave(self.worker)
         if again:
             store64(&self.engine.slow_look, clock_now() + self.engine.slow_handler, RELEASE)
         return 0
@@ -956,16 +922,15 @@ cdef class Worker:
         """accept has failed: one line a second at most, however often it fails. The log may block, as a hook may: the
         shard, if it is ours, is RUNNING; and nobody else goes there meanwhile."""
         cdef int number = self.worker.accept_errno
-        cdef bint began
         text = "there are max_connections of them" if number == EUSERS else os.strerror(number)
         self.worker.accept_errno = 0
-        began = self.begin_hook()
+        worker_enter(self.worker)
         if not exchange32(&self.engine.complaining, 1, ACQ_REL):
             if not self.engine.complained or clock_now() - self.engine.complained >= 1_000_000_000:
                 self.engine.complained = clock_now()
                 log(logging.WARNING, "%s accepts no more connections for now: %s", self.pool.name, text)
             store32(&self.engine.complaining, 0, RELEASE)
-        self.end_hook(began)
+        worker_leave(self.worker)
         return 0
 
 

@@ -96,7 +96,7 @@ from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport connection_drop_body, connection_flush, sys_control, sys_wake
 from tstpool._queue cimport (
     queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
-from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_job, worker_leave
+from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_goes_on, worker_job, worker_leave
 from tstpool._shard cimport (
     DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
     PHASE_DRAINING, PHASE_RUNNING, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
@@ -768,13 +768,12 @@ cdef void connect(tst_worker *worker, sock_t *sock) noexcept nogil:
     if world.transfers and sim_below(2):
         sock.receiving.s_len = TRANSFER_MOST
         publish(connection, <void **>&connection.recv, &sock.receiving)
-    worker_enter(worker)
     enter(sock, "connected")
     if sim_below(4) == 0:
         send_frame(sock, 0)
     may_block()
     leave(sock, 0)
-    worker_leave(worker)
+    worker_goes_on(worker)
     worker_job(world.engine, worker, connection, 1)
     if sim_chance(<uint32_t>world.closing):
         sock.connected = connection.connected = False      # refused
@@ -821,14 +820,13 @@ cdef bint disconnect(tst_worker *worker, sock_t *sock) noexcept nogil:
     if sock.connection.connected:
         if not sock.connected or sock.disconnected:
             sim_fail("client %d is disconnected without having been connected, or twice", sock.client)
-        worker_enter(worker)
         enter(sock, "disconnected")
         sock.disconnected = True
         may_block()
         sock.in_python = True
         replaced = sock.reconnects and sim_below(2) and replace_connection(sock)
         leave(sock, 0)
-        worker_leave(worker)
+        worker_goes_on(worker)
         if replaced and load32(&world.engine.phase, ACQUIRE) == PHASE_RUNNING:
             sock.disconnected = False
             connection_reconnect(sock.connection)
@@ -901,9 +899,8 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
             connection.frame.begin = connection.frame.size = connection.frame.whole = connection.frame.needed = 0
         elif not transfer:
             input_consume(&connection.input, size)
-        worker_enter(worker)
         stat = on_received(NULL, sock, copy, size)
-        worker_leave(worker)
+        worker_goes_on(worker)
         worker_job(world.engine, worker, connection, 1)
         free(copy)
         connection_apply(connection, worker, stat)
@@ -930,9 +927,8 @@ cdef void run_entry(tst_worker *worker, tst_entry *entry) noexcept nogil:
     connection.report = 0
     if due & DO_WRITABLE and not connection.closing:
         connection.passed_on &= PASSED_MESSAGE
-        worker_enter(worker)
         on_writable(NULL, sock)
-        worker_leave(worker)
+        worker_goes_on(worker)
         worker_job(world.engine, worker, connection, 1)
         connection_apply(connection, worker, STAT_SUSPEND)
     if not due & DO_CONNECT:
@@ -951,7 +947,9 @@ cdef bint run_one(tst_worker *worker, tst_shard *shard, tst_entry *entry) noexce
         return False
     if not token_held(shard, worker.no):
         connection_mark(entry.connection, STATE_DETACHED, True, STATE_OWNED, entry.generation)
+    worker_enter(worker)
     run_entry(worker, entry)
+    worker_leave(worker)
     worker.current = NULL
     store32(&entry.state, ENTRY_RAN, RELEASE)
     return True
@@ -1007,9 +1005,9 @@ cdef void idle(tst_worker *worker, tst_shard *shard) noexcept nogil:
     world.idle_at[worker.no] = sim_now()
     if shard != NULL:
         shard_enter_running(world.engine, worker, shard)
-    store64(&worker.calls, worker.calls + 1, RELEASE)
+    worker_enter(worker)
     may_block()
-    store64(&worker.calls, worker.calls + 1, RELEASE)
+    worker_leave(worker)
 
 
 cdef tst_shard *serve(tst_worker *worker, tst_shard *shard, bint *taken_over) noexcept nogil:
