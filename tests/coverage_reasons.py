@@ -17,7 +17,6 @@ REASONS = {
         "tstpool/_conn.pxd queue_frame": ["return -ENOMEM"],
         "tstpool/_socket.pxi make_state": ["return -ENOMEM"],
         "tstpool/_pool.pxi TstPool.add": ['raise MemoryError("no slot for the socket")'],
-        "tstpool/_pool.pxi TstPool.add_listener": ["self.listeners.pop()", "raise"],
         "tstpool/_workers.pxi make_room": ["raise MemoryError()"],
         "tstpool/_worker.pxi Worker.make_spares": [
             "except MemoryError:",
@@ -124,7 +123,6 @@ REASONS = {
         "tstpool/_socket.pxi TstSocket.raise_unsent": ["return 0"],
         "tstpool/_worker.pxi Worker.drop_entry": [
             'log(logging.ERROR, "the connection with socket %d is broken", connection.fd, exc_info=error)',
-            "worker_leave(self.worker)",
         ],
         "tstpool/_worker.pxi Worker.log_slow": [
             "except BaseException as error:",

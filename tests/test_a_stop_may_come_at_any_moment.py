@@ -365,9 +365,9 @@ def test_while_a_listener_is_added():
     pool = TstPool(handler())
 
     class Listener(socket.socket):
-        def setblocking(self, flag):
+        def detach(self):
             pool.stop(0)
-            super().setblocking(flag)
+            return super().detach()
 
     listener = Listener()
     listener.bind(("127.0.0.1", 0))

@@ -43,7 +43,8 @@ from libc.string cimport memcpy, memset
 
 from tstpool._data cimport tst_data, tst_input
 from tstpool._frame cimport (
-    FRAME_DELIMITED, HEADER_MOST, ends_in_delimiter, find_delimiter, frame_header, frame_put_length, tst_frame, tst_framing)
+    FRAME_DELIMITED, HEADER_MOST, ends_in_delimiter, find_delimiter, frame_header, frame_put_length, tst_frame,
+    tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, linger,
     load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, write)

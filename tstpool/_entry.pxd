@@ -533,7 +533,6 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     connection.out_closed = connection.out_drop = connection.aborted = False
     connection.armed = 0
     store32(&connection.out_error, 0, RELAXED)
-    connection_mark(connection, PEND_CLOSE, False, STATE_OWNED, generation_of(load64(&connection.state, RELAXED)))
     spin_unlock(&connection.lock)
     fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK)
     sys_prepare(connection.fd)

@@ -145,7 +145,7 @@ cdef Framing framing_from(object value):
     """What a user gave as framing; None for bytes as they arrive."""
     if value is None or (isinstance(value, Framing) and (<Framing>value).options is not None):
         return value
-    raise TypeError(f"framing must be None, Raw, Fixed, Delimited or LengthPrefixed: {value!r}")
+    raise TypeError(f"framing must be None, Raw, Fixed, Delimited or LengthPrefixed, not {type(value).__name__}")
 
 
 cdef const tst_framing *framing_pointer(Framing framing) noexcept:

@@ -13,7 +13,11 @@ cdef class TstHandler:
 
     def on_message(self, sock, data):
         """`data`: one whole message as bytes, or, if the pool was made with copy=False, as a memoryview; without
-        framing, whatever has arrived. Returning bytes sends them as one message."""
+        framing, whatever has arrived. Returning bytes sends them as one message; a number that is no TstStat, such as
+        the count that send() returns, is an error.
+
+        A peer that has finished sending is let go when its messages are handled and what was queued is sent. Who is to
+        answer later, from another thread, calls sock.pause() here, and sock.resume() once that is sent."""
 
     def on_writable(self, sock):
         """need_send() was asked for and the kernel takes output; a TstStat.SEND has been handed to it whole; or, of a
@@ -38,8 +42,8 @@ cdef class TstHandler:
                    "a handler took %.3f s on socket %d", seconds, sock.sd)
 
     def on_error(self, sock, exc):
-        """A hook raised `exc`, or what it returned could not be sent; or the peer's message was too long
-        (MessageTooLarge), or there was no memory for it. The socket is disconnected
+        """A hook raised `exc`, or what it returned was nothing for a hook to return, or could not be sent; or the
+        peer's message was too long (MessageTooLarge), or there was no memory for it. The socket is disconnected
         afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND.
 
         Unless overridden it logs them, a hook's with its traceback, in which control characters are escaped. Of each

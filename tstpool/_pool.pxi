@@ -121,12 +121,13 @@ messages_per_turn=32)
     own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the pool (256
     MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more, and the
     others no message above high_water, unless it is a broadcast's or the only output that waits. None: no limit.
-    idle_time: seconds without work after which on_idle is called (3; a millisecond at least). slow_handler: seconds from which on_slow is.
-    accepts_per_turn: clients that one listener accepts before those that are there get their turn (16). accept_pause:
-    seconds for which nobody is accepted after the process has run out of descriptors or memory (0.1; a millisecond at
-    least). receive_size: bytes that are received from one connection before others get their turn (256 KiB; from 4 KiB
-    to 16 MiB), if they are not of one message or transfer whose size is known, nor behind input that is kept, where it
-    is 64 KiB: each worker has a buffer of that size, and of one with a copy=False view that is kept, as many as are.
+    idle_time: seconds without work after which on_idle is called (3; a millisecond at least). slow_handler: seconds
+    from which on_slow is. accepts_per_turn: clients that one listener accepts before those that are there get their
+    turn (16). accept_pause: seconds for which nobody is accepted after the process has run out of descriptors or memory
+    (0.1; a millisecond at least). receive_size: bytes that are received from one connection before others get their
+    turn (256 KiB; from 4 KiB to 16 MiB), if they are not of one message or transfer whose size is known, nor behind
+    input that is kept, where it is 64 KiB: each worker has a buffer of that size, and of one with a copy=False view
+    that is kept, as many as are.
     messages_per_turn: messages of one connection that are handled before others get their turn, if they take 0.1 ms
     together (32).
     busy_poll: seconds for which a worker polls without sleeping when it slept no longer than that the last time, as
@@ -342,34 +343,28 @@ messages_per_turn=32)
         """`ours`: so is the file of a unix socket; another process may still use that of one that was handed over."""
         cdef uint64_t id = 0
         cdef tst_connection *connection
-        cdef int fd = listener.fileno()
         address = _net.address_of(listener)
         file = _net.file_of(address) if ours else None
-        blocking = os.get_blocking(fd)
         with self.mutex:
             self.check_not_stopping()
             self.open()
             if framing not in self.framings:
                 self.framings.append(framing)          # connections borrow it: it stays for as long as the pool
             framing = self.framings[self.framings.index(framing)]
-            connection = self.enter(fd, TYPE_LISTEN, 0, &id)
+            connection = self.enter(listener.fileno(), TYPE_LISTEN, 0, &id)
             if connection == NULL:
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
+            entry, names = (address[0], address[1], id), [] if file is None else [(address, file)]
             try:
-                self.listeners.append((address[0], address[1], id))
-                try:
-                    os.set_blocking(fd, False)
-                    os.set_inheritable(fd, False)
-                    if file is not None:
-                        self.files.append((address, file))
-                    listener.detach()
-                except BaseException:
-                    self.listeners.pop()
-                    os.set_blocking(fd, blocking)
-                    raise
+                self.listeners.append(entry)
+                self.files.extend(names)
+                adopt(listener, True)
             except BaseException:
+                take_out(self.listeners, entry)
+                for name in names:
+                    take_out(self.files, name)
                 withdraw(connection)
                 raise
             add32(&self.engine.n_listeners, 1, RELAXED)
@@ -397,6 +392,8 @@ messages_per_turn=32)
         timeout: seconds for connecting. Returns the TstSocket. Raises OSError with the address in its text.
         """
         self.check_alive()
+        if timeout is not None:
+            nanoseconds(timeout, "timeout")
         sock = _net.connected_socket(host, port, timeout)
         try:
             if self.keepalive:
@@ -454,7 +451,7 @@ messages_per_turn=32)
                 try:
                     path = read_peer(connection)
                     made = make_socket(self, connection)
-                    adopt(sock)
+                    adopt(sock, False)
                 except BaseException:
                     withdraw(connection)
                     raise
@@ -824,6 +821,7 @@ messages_per_turn=32)
         when the interpreter is shutting down.
         """
         nanoseconds(drain, "drain")            # it is wanted only at the end, which is late to hear that it is wrong
+        self.check_alive()
         if interpreter_ends:
             return
         if threading.current_thread() in self.threads:
@@ -928,9 +926,10 @@ messages_per_turn=32)
         return True
 
     def broadcast(self, data, exclude=None, where=None):
-        """Sends the same bytes to every connection. exclude: a TstSocket, an id or a descriptor, or several. where: a function of one socket
-        that says whether it is to get them. Returns how many connections it was queued for; those that are closed, or
-        have too much waiting, are left out, and the latter aborted where on_overflow is "close"."""
+        """Sends the same bytes to every connection. exclude: a TstSocket, an id or a descriptor, or several. where: a
+        function of one socket that says whether it is to get them. Returns how many connections it was queued for;
+        those that are closed, or have too much waiting, are left out, and the latter aborted where on_overflow is
+        "close"."""
         cdef set left_out = numbers_of(exclude)
         cdef bytes payload = data if type(data) is bytes else bytes(contiguous(data))
         cdef tst_shared *shared = NULL
@@ -1171,13 +1170,26 @@ cdef int withdraw(tst_connection *connection) except -1:
     return 0
 
 
-cdef int adopt(object sock) except -1:
-    """Makes a socket.socket's descriptor fit for the engine, and takes it out."""
-    sock.setblocking(False)
-    os.set_inheritable(sock.fileno(), False)
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sys_prepare(sock.fileno())
-    sock.detach()
+cdef int take_out(list some, object one) except -1:
+    if one in some:
+        some.remove(one)
+    return 0
+
+
+cdef int adopt(object sock, bint listens) except -1:
+    """Makes a socket.socket's descriptor fit for the engine, and takes it out; if that fails, it is as it was."""
+    cdef int fd = sock.fileno()
+    blocking, inheritable = os.get_blocking(fd), os.get_inheritable(fd)
+    try:
+        os.set_blocking(fd, False)
+        os.set_inheritable(fd, False)
+        sock.detach()
+    except BaseException:
+        os.set_blocking(fd, blocking)
+        os.set_inheritable(fd, inheritable)
+        raise
+    if not listens and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sys_prepare(fd)
     return 0
 
 

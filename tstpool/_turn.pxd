@@ -174,8 +174,8 @@ cdef inline int turn_elsewhere(tst_engine *engine, tst_shard *shard) noexcept no
 
 
 cdef inline void shard_yield(tst_engine *engine, tst_worker *worker, tst_shard *shard) noexcept nogil:
-    """Gives the token back; whoever is free takes it: a worker that is parked, as the watcher perhaps, or one that sleeps
-    in another shard, and takes turns between the two."""
+    """Gives the token back; whoever is free takes it: a worker that is parked, perhaps as the watcher, or one that
+    sleeps in another shard, and takes turns between the two."""
     worker.last_shard = shard.no
     pthread_mutex_lock(&engine.mutex)
     store64(&shard.token, 0, SEQ_CST)

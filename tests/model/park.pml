@@ -173,6 +173,17 @@ inline any_shard_running() {
     od
 }
 
+/* The same of one that nobody polls. The mutex is held, and no token becomes 0 without it. */
+inline any_shard_free() {
+    atomic {
+        running = false; i = 0;
+        do
+        :: i < SHARDS -> running = running || (token[i] == 0 && !done[i]); i++
+        :: else -> i = 0; break
+        od
+    }
+}
+
 /* One look at all shards, the mutex held. `found`: a shard that was taken. */
 inline take_over_stalled() {
     found = NONE; i = 0;
@@ -203,9 +214,9 @@ inline take_over_stalled() {
 }
 
 inline watch() {
-    watcher = me; found = NONE;
+    watcher = me; found = NONE; running = false;
     do
-    :: phase == PHASE_ENDING || idle_over || found != NONE -> break
+    :: phase == PHASE_ENDING || idle_over || found != NONE || running -> break
     :: else ->
         if
         :: true -> wait(WATCH, true)
@@ -228,7 +239,8 @@ inline watch() {
             fi;
             watcher_asleep = false
         fi;
-        take_over_stalled()
+        take_over_stalled();
+        if :: found == NONE -> any_shard_free() :: else -> running = false fi
     od;
     watcher = NONE;
 #if SHARDS > 1
@@ -278,7 +290,14 @@ inline engine_park() {
         fi
     od;
 #if !defined(BUG_IDLE_STANDBY_TAKES_THE_SIGNAL) && !defined(BUG_NOBODY_IS_TOLD_TO_WATCH)
-    if :: watcher == NONE -> signal(STANDBY) :: else fi;    /* the signal may have been meant to make us the watcher */
+    if
+    :: watcher == NONE ->
+        signal(STANDBY);                   /* the signal may have been meant to make us the watcher */
+#if SHARDS > 1
+        engine_wake_looker()
+#endif
+    :: else
+    fi;
 #endif
     unlock();
     atomic { found = NONE; timed_out = false }
@@ -404,9 +423,10 @@ turn:
             lock();
             token[s] = 0;
             signal(STANDBY);
+            signal(WATCH);
             unlock();
 #ifndef BUG_LOOKER_LEAVES_WITHOUT_A_WORD
-            if :: other != NONE -> engine_wake_looker() :: else fi;
+            engine_wake_looker();
 #endif
             elsewhere = 0;
             if

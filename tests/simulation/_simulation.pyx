@@ -96,7 +96,8 @@ from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport connection_drop_body, connection_flush, sys_control, sys_wake
 from tstpool._queue cimport (
     queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
-from tstpool._run cimport RUN_TIME, message_at_hand, run_messages, worker_enter, worker_goes_on, worker_job, worker_leave
+from tstpool._run cimport (
+    RUN_TIME, message_at_hand, run_messages, worker_enter, worker_goes_on, worker_job, worker_leave)
 from tstpool._shard cimport (
     DO_CONNECT, DO_DISCONNECT, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, ID_ALARM,
     PHASE_DRAINING, PHASE_RUNNING, batch_detach, batch_get, batch_leave, connection_ask_relief, entry_move,
