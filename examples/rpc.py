@@ -35,7 +35,10 @@ class BadParams(ValueError):
 def add(*numbers: float) -> float:
     if not all(isinstance(number, int | float) for number in numbers):
         raise BadParams("only numbers can be added")
-    return sum(numbers)
+    try:
+        return sum(numbers)
+    except OverflowError as error:
+        raise BadParams("the numbers are too large") from error
 
 
 def sleep(seconds: float) -> float:

@@ -135,7 +135,7 @@ cdef bint is_stat(object result) except -1:
     if not isinstance(result, int):
         return False
     stat = stat_from(result)
-    return TST_SUSPEND <= stat <= TST_DISCONNECT or stat == 9 or stat == 10        # EXIT and EXITED
+    return 0 <= stat <= <int>TST_DISCONNECT or stat == 9 or stat == 10     # EXIT and EXITED
 
 
 cdef int stat_from(object number) except -1:

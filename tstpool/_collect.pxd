@@ -106,6 +106,8 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
     cdef uint64_t id
     cdef int fd, _n, failures = 0
     cdef bint full
+    if shard.accept_again:                 # another listener's event of this turn has brought the pause
+        return
     for _n in range(engine.accepts_per_turn):
         if batch.n_entries == BATCH_ENTRIES:
             return
@@ -259,7 +261,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         collect_lingering(worker, shard, batch, connection, pending, arrived or pending & PEND_IN != 0, now)
         return
     store32(&connection.events, events, RELAXED)
-    if pending & PEND_ARM:
+    if pending & PEND_ARM or load32(&connection.pressure, RELAXED) == PRESSURE_GONE:
         connection.active_tick = tick_of(now)      # while it was paused the peer was not to blame
         connection.unfinished = False              # a message that had begun gets its time anew, too
     if pending & PEND_TIMER:

@@ -188,10 +188,10 @@ cdef inline bint data_requested(tst_data *data) noexcept nogil:
 
 
 cdef inline bint data_begun(tst_data *data) noexcept nogil:
-    """A part of what was asked for is there, or all of it."""
+    """A part of what was asked for is there. (When all of it was handed out, the same is asked for anew.)"""
     cdef bint result
     spin_lock(&data.lock)
-    result = data.com_len != 0
+    result = 0 < data.com_len < data.req_len
     spin_unlock(&data.lock)
     return result
 

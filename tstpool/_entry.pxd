@@ -12,8 +12,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED, TYPE_SUB,
-    connection_is, connection_is_paused, connection_mark, connection_recv, connection_release, connection_send,
+    PEND_CLOSE, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED,
+    STATE_PAUSED, TYPE_SUB, connection_is, connection_is_paused, connection_mark, connection_recv, connection_release, connection_send,
     connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop, output_is_full,
     tst_connection, tst_limits)
 from tstpool._data cimport (
@@ -442,7 +442,7 @@ cdef inline int connection_transfer(tst_connection *connection, uint64_t now, bi
                 output_account(connection)
             spin_unlock(&connection.lock)
         if result == 0:
-            data.begin_time = now
+            data.begin_time = 0 if limited else now
             data.com_len = data.req_len
             result = 1
     spin_unlock(&data.lock)
@@ -468,7 +468,7 @@ cdef inline bint connection_sent(tst_connection *connection, uint64_t now) noexc
         if data != NULL:
             spin_lock(&data.lock)
             if data.begin_time:
-                data.trans_time = now - data.begin_time
+                data.trans_time = now - min(now, data.begin_time)
                 data.begin_time = 0
             spin_unlock(&data.lock)
     return sent
@@ -573,10 +573,20 @@ cdef inline bint connection_is_empty(tst_connection *connection) noexcept nogil:
     return connection.input.size == 0 and connection.body == NULL and connection_recv(connection) == NULL
 
 
+cdef inline bint connection_is_to_go_on(tst_connection *connection) noexcept nogil:
+    """The peer has finished sending, and reads; its handler has not finished: it has paused the connection, to answer
+    later, or waits to hear that there is room for more output. Owner only."""
+    if connection.reason or load32(&connection.out_error, RELAXED):
+        return False
+    if connection.ask_writable or load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_OUT):
+        return True
+    return connection.tell_room and load32(&connection.pressure, RELAXED) != PRESSURE_NONE
+
+
 cdef inline bint connection_is_over(tst_connection *connection, bint takes) noexcept nogil:
     """It is to be closed, because nothing more can arrive and its handler waits for nothing. `takes`: what
     connection_takes_messages has said; if it was no, what is there is for later. Owner only."""
-    if not connection.end_of_input or connection.hold_input or connection.closing:
+    if not connection.end_of_input or connection.hold_input or connection.closing or connection_is_to_go_on(connection):
         return False
     return takes or not (connection.message_ready or connection.input.size)
 

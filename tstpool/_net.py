@@ -26,7 +26,8 @@ def check_address(host: str | None, port: int) -> None:
     """TypeError or ValueError for what can't be an address. getaddrinfo() alone would take a port of 65536 for 0."""
     if host is not None and not isinstance(host, str):
         raise TypeError(f"host must be a string or None, not {type(host).__name__}")
-    if host is not None and host.startswith(UNIX_PREFIX) and "\0" in host[len(UNIX_PREFIX) + 1 :]:
+    path = host[len(UNIX_PREFIX) :] if host is not None and host.startswith(UNIX_PREFIX) else ""
+    if "\0" in path and not path.startswith("\0"):  # an abstract address may hold any
         raise ValueError(f"a unix socket's path can't hold a null character: {host!r}")
     if not 0 <= operator.index(port) <= 65535:
         raise ValueError(f"port must be from 0 to 65535: {port}")

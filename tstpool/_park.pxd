@@ -211,8 +211,6 @@ cdef inline tst_shard *watch(tst_engine *engine, tst_worker *worker, uint64_t id
         if running:
             busy_at = now
     store32(<uint32_t *>&engine.watcher, <uint32_t>-1, SEQ_CST)
-    if shard != NULL and engine.n_shards > 1:
-        engine_wake_looker(engine)             # perhaps nobody else is parked
     pthread_cond_signal(&engine.standby)       # somebody else is to watch now
     return shard
 
@@ -244,8 +242,9 @@ cdef inline int engine_park(tst_engine *engine, tst_worker *worker, tst_shard **
             wait_until(engine, &engine.standby, idle_at)
     if engine.watcher == -1:
         pthread_cond_signal(&engine.standby)   # we may have been woken to watch, and leave for another reason
-        if engine.n_shards > 1:
-            engine_wake_looker(engine)         # or have watched, and nobody else is parked
+        # Or have watched, and nobody else is parked. Whoever begins to run later sees to it himself.
+        if engine.n_shards > 1 and (any_shard_running(engine) or any_shard_free(engine)):
+            engine_wake_looker(engine)
     pthread_mutex_unlock(&engine.mutex)
     worker_waited(engine, worker, clock_now())
     return result

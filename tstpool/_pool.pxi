@@ -212,12 +212,12 @@ messages_per_turn=32)
     cdef int check_alive(self) except -1:
         if self.dead:
             raise TstError("this pool belongs to the parent process: after fork() make a new one")
-        if self.mutex is None:
-            raise TstError("TstPool.__init__() was not called")
+        if self.hooks is None:
+            raise TstError("TstPool.__init__() was not called, or failed")
         return 0
 
     def __repr__(self):
-        if self.mutex is None:
+        if self.hooks is None:
             return "<TstPool without __init__()>"
         return f"<TstPool {self.name} {'running' if self.running else 'stopped'} {self.addresses}>"
 
@@ -930,7 +930,7 @@ messages_per_turn=32)
         function of one socket that says whether it is to get them. Returns how many connections it was queued for;
         those that are closed, or have too much waiting, are left out, and the latter aborted where on_overflow is
         "close"."""
-        cdef set left_out = numbers_of(exclude)
+        cdef set left_out = numbers_of(self, exclude)
         cdef bytes payload = data if type(data) is bytes else bytes(contiguous(data))
         cdef tst_shared *shared = NULL
         cdef int reached = 0
@@ -1077,13 +1077,15 @@ cdef tst_limits *same_limits(tst_limits *made, const tst_limits *wanted) noexcep
     return NULL
 
 
-cdef set numbers_of(object sockets):
-    """The ids and descriptors of what stands for a connection, or for several."""
+cdef set numbers_of(TstPool pool, object sockets):
+    """The ids and descriptors of what stands for a connection of the pool, or for several."""
     if sockets is None:
         return set()
     if isinstance(sockets, TstSocket) or hasattr(sockets, "__index__"):
         sockets = (sockets,)
-    return {sock.id if isinstance(sock, TstSocket) else operator.index(sock) for sock in sockets}
+    # Another pool's may have the id of one that is ours.
+    return {sock.id if isinstance(sock, TstSocket) else operator.index(sock) for sock in sockets
+            if not isinstance(sock, TstSocket) or (<TstSocket>sock).pool is pool}
 
 
 @cython.final
@@ -1179,7 +1181,7 @@ cdef int take_out(list some, object one) except -1:
 cdef int adopt(object sock, bint listens) except -1:
     """Makes a socket.socket's descriptor fit for the engine, and takes it out; if that fails, it is as it was."""
     cdef int fd = sock.fileno()
-    blocking, inheritable = os.get_blocking(fd), os.get_inheritable(fd)
+    blocking, inheritable, family = os.get_blocking(fd), os.get_inheritable(fd), sock.family
     try:
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)
@@ -1188,7 +1190,7 @@ cdef int adopt(object sock, bint listens) except -1:
         os.set_blocking(fd, blocking)
         os.set_inheritable(fd, inheritable)
         raise
-    if not listens and sock.family in (socket.AF_INET, socket.AF_INET6):
+    if not listens and family in (socket.AF_INET, socket.AF_INET6):
         sys_prepare(fd)
     return 0
 

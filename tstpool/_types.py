@@ -72,7 +72,8 @@ class WorkerStats:
     """How many times it had nothing to do for `idle_time`."""
     sum_time: float
     most_elapsed: float
-    """The longest job."""
+    """The longest job. Quick handler calls are timed together, up to 32 of one connection, and a compiled handler's
+    always: each then has their average, or, if they took long together, all of it."""
     begin_time: float
     """Begin of the last job."""
     end_time: float
@@ -102,7 +103,8 @@ class PoolStats:
     spins: int
     """Handler calls repeated at once although nothing new had come: SEND with nothing to send, input left unread."""
     slow_calls: int
-    """Handler calls that took `slow_handler` or longer."""
+    """Handler calls that took `slow_handler` or longer; those that are timed together (see `most_elapsed`) count as
+    one."""
     stale_events: int
     """Events that arrived for a connection that was gone already."""
     stale_reused: int

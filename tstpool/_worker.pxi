@@ -346,6 +346,7 @@ cdef class Worker:
         if connection.sock == NULL or (connection.closing and not no_memory):
             entry.what = DO_RETIRE     # no handler has heard of it, or it was its end that failed
             forget_socket(connection)
+        self.worker.clock = tick_now(&self.worker.ticks)
         return 0
 
     cdef int run_entry(self, tst_entry *entry) except -1:
@@ -389,6 +390,7 @@ cdef class Worker:
         """A long message has begun: from here on it is received straight into the object that the handler gets."""
         cdef tst_connection *connection = sock.connection
         cdef size_t have
+        self.binding_of(sock)                  # an assigned handler is to get it, and may not want an object
         if not connection_wants_body(connection):
             return 0
         have = connection.input.size - connection.frame.begin
@@ -446,6 +448,7 @@ cdef class Worker:
         if stat > TST_SEND:
             sock.connection.connected = False
             count(&self.worker.stats.rejected, 1)
+            connection_apply(sock.connection, self.worker, TST_DISCONNECT)
             connection_begin_close(sock.connection)
         return True
 
@@ -476,6 +479,7 @@ cdef class Worker:
             store32(&connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
             if connection.framed and connection.too_large:
                 self.refuse(sock, binding)
+                break
             elif binding is self.binding and self.pool.copy and is_quick(connection) and binding.on_message is not None:
                 n += self.quick_messages(sock, binding, began)
                 if self.worker.clock - began >= RUN_TIME or not connection.message_ready:
@@ -545,13 +549,15 @@ cdef class Worker:
     cdef int other_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
         """What on_message has returned, when it is no small reply: a reference that is ours, or NULL with an exception
         set."""
+        cdef uint64_t clock = self.worker.clock
+        cdef uint64_t began
         if result == NULL:
+            began = tick_now(&self.worker.ticks)
             try:
                 tst_raise()
             except BaseException as error:
                 self.failed(sock, binding, error)
-            worker_goes_on(self.worker)
-            self.worker.clock = tick_now(&self.worker.ticks)   # the next one's time begins now
+            self.leave_out(clock, began)       # what its traceback holds may take long to go, too
         elif result == <PyObject *>None:
             if connection_send(sock.connection) != NULL:
                 connection_apply(sock.connection, self.worker, TST_SUSPEND)
@@ -809,6 +815,12 @@ cdef class Worker:
             self.report(sock)
         return result
 
+    cdef void leave_out(self, uint64_t clock, uint64_t began) noexcept:
+        """What has run since `began` is no handler's job: the one under way, or the next, began that much later. `clock`:
+        the worker's, then."""
+        worker_goes_on(self.worker)
+        self.worker.clock = clock + (tick_now(&self.worker.ticks) - began)
+
     cdef int report(self, TstSocket sock) except -1:
         """on_slow and on_most_elapsed for a job that has ended."""
         cdef uint64_t elapsed = sock.connection.report
@@ -870,13 +882,17 @@ cdef class Worker:
     cdef int failed(self, TstSocket sock, Binding binding, object error) except -1:
         """A hook raised: on_error, then the socket is disconnected, unless on_error says SUSPEND."""
         cdef object hook = binding.on_error if binding.function is None else self.binding.on_error
+        cdef uint64_t clock = self.worker.clock
+        cdef uint64_t began
         if self.pool.dead:
             raise error                    # in a forked child: it is for whoever forked
         verdict = None
+        began = tick_now(&self.worker.ticks)
         try:
             verdict = hook(sock, error)
         except BaseException as second:
             log_caused(self.pool, type(second), logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
+        self.leave_out(clock, began)
         if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
             return 0
         sock.reason = error

@@ -243,9 +243,6 @@ inline watch() {
         if :: found == NONE -> any_shard_free() :: else -> running = false fi
     od;
     watcher = NONE;
-#if SHARDS > 1
-    if :: found != NONE -> engine_wake_looker() :: else fi;
-#endif
 #ifndef BUG_NOBODY_IS_TOLD_TO_WATCH
     signal(STANDBY);
 #endif
@@ -294,7 +291,10 @@ inline engine_park() {
     :: watcher == NONE ->
         signal(STANDBY);                   /* the signal may have been meant to make us the watcher */
 #if SHARDS > 1
-        engine_wake_looker()
+        any_shard_running();
+        if :: !running -> any_shard_free() :: else fi;
+        if :: running -> engine_wake_looker() :: else fi;
+        running = false
 #endif
     :: else
     fi;
