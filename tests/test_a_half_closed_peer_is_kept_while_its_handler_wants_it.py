@@ -71,14 +71,20 @@ def talk_to(client, rounds=20):
     [(Pieces, {}), (Paced, {"auto_pause": False}), (Paced, {"auto_pause": True})],
     ids=["need_send", "on_writable", "on_writable-auto_pause"],
 )
-def test_a_reply_in_pieces_reaches_a_half_closed_peer_whole(make_pool, make_client, trigger, kind, options):
+@pytest.mark.parametrize("late", [False, True], ids=["fin-at-once", "fin-later"])
+def test_a_reply_in_pieces_reaches_a_half_closed_peer_whole(make_pool, make_client, trigger, kind, options, late):
     """B18, S6: it begins to read when no more goes out, and on_disconnect comes once, after all of it."""
     pieces = kind()
     pool = pieces.pool = make_pool(pieces, workers=2, trigger=trigger, high_water=HIGH_WATER, start=False, **options)
     pool.start()
     client = make_client(pool)
-    ask_and_half_close(client)
+    if late:
+        client.sendall(b"q")
+    else:
+        ask_and_half_close(client)
     wait_until(pieces.has_stopped)
+    if late:
+        client.shutdown(socket.SHUT_WR)
     for _ in range(PIECES):
         assert recv_exact(client, len(PIECE)) == PIECE
     assert client.recv(1) == b""

@@ -13,9 +13,9 @@ from libc.string cimport memcpy
 
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED,
-    STATE_PAUSED, TYPE_SUB, connection_is, connection_is_paused, connection_mark, connection_recv, connection_release, connection_send,
-    connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop, output_is_full,
-    tst_connection, tst_limits)
+    STATE_PAUSED, TYPE_SUB, connection_is, connection_is_paused, connection_mark, connection_recv, connection_release,
+    connection_send, connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop,
+    output_is_full, tst_connection, tst_limits)
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, tst_data)

@@ -816,8 +816,8 @@ cdef class Worker:
         return result
 
     cdef void leave_out(self, uint64_t clock, uint64_t began) noexcept:
-        """What has run since `began` is no handler's job: the one under way, or the next, began that much later. `clock`:
-        the worker's, then."""
+        """What has run since `began` is no handler's job: the one under way, or the next, began that much later.
+        `clock`: the worker's, then."""
         worker_goes_on(self.worker)
         self.worker.clock = clock + (tick_now(&self.worker.ticks) - began)
 
