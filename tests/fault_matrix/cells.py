@@ -114,7 +114,7 @@ CALLS = [
     ),
     Call("mmap", "large", MEMORY, every="ENOMEM", fresh=True),
     Call("mmap", "long", MEMORY, later=False, fresh=True),
-    Call("brk", "pieces", {"served|ended": "ENOMEM"}, every="ENOMEM", fresh=True),
+    Call("brk", "many_pieces", {"served|ended": "ENOMEM"}, every="ENOMEM", fresh=True),
     # -- start
     Call("socket", "start", {"refused": "EACCES EAFNOSUPPORT EINVAL EMFILE ENFILE ENOBUFS ENOMEM EPROTONOSUPPORT"}),
     Call(

@@ -171,6 +171,15 @@ def pieces(server):
         client.expect(framed(message * 4))
 
 
+def many_pieces(server):
+    message = b"m" + os.urandom(8000)
+    with Client(server.framed) as client:
+        client.talk(framed(b"e before"))
+        yield
+        client.send(framed(message))
+        client.expect(framed(message * 32))
+
+
 def half_close(server):
     """Sends, shuts its side, reads to the end."""
     data = os.urandom(30000)
@@ -296,6 +305,6 @@ def too_slow(server):
 
 
 KINDS = [
-    newcomer, echo, framed_echo, long, large, pieces, half_close, leaver, told_to_end, told_to_end_whole, writable,
-    transfer, outsider, spoken_to, broadcast, blocker, too_slow,
+    newcomer, echo, framed_echo, long, large, pieces, many_pieces, half_close, leaver, told_to_end, told_to_end_whole,
+    writable, transfer, outsider, spoken_to, broadcast, blocker, too_slow,
 ]  # fmt: skip

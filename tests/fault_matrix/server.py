@@ -50,6 +50,11 @@ class Commands(TstHandler):
         for place in range(0, len(answer), 5000):
             sock.send(answer[place : place + 5000])
 
+    def do_m(self, sock, data):  # the same with many, which take more memory than malloc has in stock
+        answer = framed(data * 32)
+        for place in range(0, len(answer), 5000):
+            sock.send(answer[place : place + 5000])
+
     def do_l(self, sock, data):  # an answer that the kernel does not take at once
         sock.send_message(data * (int(data[1:]) // len(data)))
 
