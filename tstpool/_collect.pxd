@@ -24,8 +24,8 @@ from tstpool._poll cimport (
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
-    BATCH_ENTRIES, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING, SCRATCH_FULL, batch_add,
-    connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    BATCH_ENTRIES, BATCH_EVENTS, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING, SCRATCH_FULL,
+    batch_add, connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
 from tstpool._timer cimport DEADLINE_LINGER, connection_deadline, tick_before, tick_of
 
@@ -413,7 +413,10 @@ cdef inline void collect_request(tst_engine *engine, tst_worker *worker, tst_sha
 cdef inline void collect_requests(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                   uint64_t now) noexcept nogil:
     cdef tst_connection *connection
-    while not worker.lost and shard.todo != NULL and batch_has_room(batch):
+    cdef int n = 0
+    # After a broadcast there are as many as connections, and most make no entry.
+    while not worker.lost and shard.todo != NULL and n < BATCH_EVENTS and batch_has_room(batch):
+        n += 1
         connection = shard.todo
         shard.todo = connection.next_request
         collect_request(engine, worker, shard, batch, connection, now)

@@ -84,6 +84,7 @@ cdef enum:
 # is more than high_water: the usual, which goes out at once, costs nothing.
 cdef struct tst_total:
     uint64_t queued            # atomic: bytes
+    uint64_t broadcasts        # atomic: bytes of those that somebody has waiting still, each counted once
     uint64_t most              # 0: no limit
     uint64_t overflow_closed   # atomic: connections that were closed for having too much
     uint64_t overflow_refused  # atomic: how often more was not taken
@@ -159,6 +160,7 @@ cdef struct tst_connection:
     uint8_t out_drop           # locked: the flusher is to forget what is left
     uint8_t retired            # locked: the owner has let go for ever
     uint8_t aborted            # locked: the peer is to get a reset
+    uint8_t urgent_off         # locked, written by the owner: EPOLLPRI is not asked for, see connection_mutes_urgent
     uint32_t out_error         # atomic, written locked: errno of the send that failed
     uint32_t armed             # locked: the event mask that the kernel holds
     tst_queue out              # locked
@@ -424,7 +426,7 @@ cdef inline bint output_is_full(const tst_connection *connection, size_t size,
 
     Where nothing waits, a message of up to high_water always is: whoever reads must get replies, however little others
     do. A larger one is if the total allows it; or if nothing at all waits, for else it could never be sent; or if it is
-    a broadcast's, whose bytes are there once for all who get them.
+    a broadcast's, whose bytes are there once for all who get them, and other broadcasts' are not too many.
     """
     cdef const tst_limits *limits = connection.limits
     cdef size_t waits = queue_size(<tst_queue *>&connection.out)
@@ -433,10 +435,12 @@ cdef inline bint output_is_full(const tst_connection *connection, size_t size,
         return False
     if limits.max_queued and waits >= limits.max_queued:
         return True
-    if limits.total.most == 0 or (waits and not connection.want_out and waits <= limits.high_water):
+    if limits.total.most == 0 or (
+            waits and not connection.want_out and waits + size <= limits.high_water):
         return False
     total = load64(&limits.total.queued, RELAXED)
-    if waits == 0 and (total == 0 or (shared != NULL and shared.object == NULL)):
+    if waits == 0 and (total == 0 or (shared != NULL and shared.held != NULL
+                                      and load64(shared.held, RELAXED) - shared.size <= limits.total.most)):
         return False
     return total + size > limits.total.most
 

@@ -100,6 +100,7 @@ cdef class TstSocket:
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil
     cdef ssize_t overflow(self) noexcept nogil
     cdef void flush_once(self) noexcept nogil
+    cdef bint end_if_overdue(self) noexcept nogil
     cdef int wait_for_room(self) except -1
     cdef ssize_t append_object(self, object data, bint framed) except? -1
     cdef ssize_t append_other(self, object data, bint framed) except? -1
@@ -212,6 +213,7 @@ cdef class TstPool:
     cdef int begin(self, uint64_t id) except -1
     cdef int shards_to_open(self) except -1
     cdef int open(self) except -1
+    cdef int check_uninterrupted(self, bint interrupted) except -1
     cdef int start_locked(self, list threads) except -1
     cdef int give_up(self, list threads) except -1
     cdef int work(self, int no, int launch) except -1
@@ -223,6 +225,7 @@ cdef class TstPool:
     cdef list close_down(self)
     cdef list close_descriptors(self)
     cdef void abandon(self) noexcept
+    cdef int forked(self) except -1
     cdef void drop_all_litter(self) noexcept
     cdef void free_memory(self) noexcept
     cdef tst_connection *find(self, object which, uint32_t *generation) except? NULL

@@ -124,12 +124,17 @@ include "_worker.pxi"
 def _stop_all():
     """The interpreter ends: workers must go before it waits for its threads, and none may come after that."""
     global interpreter_ends
-    with WORKERS_END:
+    with WORKERS_END:              # nothing more in it: a list may have the garbage collector run
         interpreter_ends = True
-        pools = [ref() for ref in list(_open.values())]
-    for pool in pools:
-        if pool is not None:
-            pool.stop(1.0)
+    failure = None
+    for pool in [ref() for ref in list(_open.values())]:
+        try:
+            if pool is not None:
+                TstPool.stop(pool, 1.0)        # a subclass may have another thing of that name
+        except BaseException as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _after_fork_in_child():
@@ -138,7 +143,7 @@ def _after_fork_in_child():
     for ref in list(_open.values()):
         pool = ref()
         if pool is not None:
-            (<TstPool>pool)._forked()
+            (<TstPool>pool).forked()
     _open.clear()
 
 

@@ -206,6 +206,10 @@ cdef inline bint data_complete(tst_data *data) noexcept nogil:
 
 # -------------------------------------------------------------------------------------------------- input
 
+cdef enum:
+    ROOMY = 131072             # bytes of storage from which little unread input does not keep it
+
+
 cdef struct tst_input:
     const char *view       # borrowed from the scratch buffer, or a place in storage
     size_t size            # unread bytes at view
@@ -278,6 +282,20 @@ cdef inline int input_keep(tst_input *input) noexcept nogil:
     """The turn ends: what is still unread moves out of the scratch buffer."""
     if input.size == 0:
         input_free(input)
-    elif not input_is_stored(input) and input_reserve(input, 0) == NULL:
-        return -ENOMEM
+    elif not input_is_stored(input):
+        return 0 if input_reserve(input, 0) != NULL else -ENOMEM
+    elif input.capacity > ROOMY and input.size < input.capacity // 4:
+        input_shrink(input)
     return 0
+
+
+cdef inline void input_shrink(tst_input *input) noexcept nogil:
+    """What is left moves into memory of its own size: a byte behind a long message must not hold what that took."""
+    cdef char *small = <char *>malloc(input.size)
+    if small == NULL:
+        return
+    memcpy(small, input.view, input.size)
+    free(input.storage)
+    input.storage = small
+    input.capacity = input.size
+    input.view = small

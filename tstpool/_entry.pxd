@@ -21,13 +21,13 @@ from tstpool._data cimport (
     input_free, input_is_stored, input_keep, input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
+    ACQUIRE, EPOLLPRI, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
     compare_exchange64, fcntl, iovec, load32, load64, sched_yield, shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_retire, connection_silence, flush_once, flush_result, input_mask, sys_control, sys_prepare, sys_recv,
-    sys_recv_pieces, sys_reset_on_close, sys_unread, sys_writable)
+    connection_input_mask, connection_mutes_urgent, connection_retire, connection_silence, flush_once, flush_result,
+    sys_control, sys_prepare, sys_recv, sys_recv_pieces, sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
@@ -198,8 +198,10 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
     cdef ssize_t n = 0
     if connection.body != NULL:
         n = receive_body(connection)
+        batch.spares_used += <size_t>max(n, 0)
     elif data != NULL and connection.input.size == 0 and not connection.message_ready:
         n = receive_in_place(connection, data, now, &room)
+        batch.spares_used += <size_t>max(n, 0)
     if room == 0 and connection.body == NULL:
         if tst_rarely(connection.expects != 0) and connection.input.size == 0 and (
                 connection_has_spare(connection, batch, worker)):
@@ -221,6 +223,7 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
             if n > 0:
                 connection.input.size += <size_t>n
     if n > 0:
+        connection_mutes_urgent(connection, False)
         count(&worker.stats.bytes_in, <uint64_t>n)
         connection.heard = True
         connection.bulky = n >= BULKY
@@ -356,7 +359,7 @@ cdef inline void connection_wait_for_flusher(tst_connection *connection) noexcep
 
 
 cdef enum:
-    ABORT_NOTHING = 0                      # the connection is gone; or, with a reason, it was closed before
+    ABORT_NOTHING = 0                      # the connection is gone; or, for too much output, it was closed before
     ABORT_CLOSED = 1                       # it was closed before, but not like this
     ABORT_OPEN = 2                         # this call has closed it
 
@@ -369,7 +372,7 @@ cdef inline int connection_abort(tst_connection *connection, uint32_t generation
     if connection_is(connection, generation):
         if not connection.out_closed:
             ended = ABORT_OPEN
-        elif not reason:
+        elif reason != ENOBUFS:
             ended = ABORT_CLOSED
     if ended:
         if reason:
@@ -410,6 +413,8 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
         connection.readable = False
         if broken:
             connection_break(connection, broken)
+        elif load32(&connection.events, RELAXED) & EPOLLPRI:
+            connection_mutes_urgent(connection, True)
     elif n < 0:
         connection_break(connection, <int>-n)
 
@@ -529,7 +534,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     if connection.aborted:                         # by somebody who took the new descriptor for the old one
         sys_reset_on_close(connection.fd, False)
     sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
-    connection.registered = connection.want_room = False
+    connection.registered = connection.want_room = connection.urgent_off = False
     connection.out_closed = connection.out_drop = connection.aborted = False
     connection.armed = 0
     store32(&connection.out_error, 0, RELAXED)
@@ -748,10 +753,12 @@ cdef inline bint connection_linger(tst_connection *connection, tst_batch *batch,
     for _round in range(LINGER_ROUNDS):
         n = sys_recv(connection.fd, batch.scratch.bytes + batch.scratch_used, batch.scratch_size - batch.scratch_used)
         if n == -EAGAIN:
+            connection_mutes_urgent(connection, True)      # nobody wants to hear of any
             connection.readable = False
             return True
         if n <= 0:
             return False
+        batch.spares_used += <size_t>n     # so that others get their turn
         connection.active_tick = tick_of(now)
     connection.readable = True
     return True
@@ -801,7 +808,8 @@ cdef inline bint connection_is_usual(tst_connection *connection, uint32_t tick) 
 
 cdef inline bint connection_is_armed_for_input(const tst_connection *connection) noexcept nogil:
     """And for nothing else, and that is all it wants as far as its output is concerned. Lock held."""
-    return connection.armed == input_mask() and not connection.want_out and not connection.want_room
+    return (connection.armed == connection_input_mask(connection) and not connection.want_out
+            and not connection.want_room)
 
 
 cdef inline bint entry_finish_usual(tst_worker *worker, tst_entry *entry, uint64_t now) noexcept nogil:

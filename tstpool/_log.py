@@ -18,6 +18,7 @@ logger = logging.getLogger("tstpool")
 # Of what a peer can cause, this many records of a kind in a second: enough to see what goes wrong, and too few to fill
 # a disk in a day.
 RECORDS_A_SECOND = 10
+TEXT_MOST = 8192  # characters of a traceback: an exception's text may be a peer's message, however long
 KINDS_MOST = 100  # classes of exceptions that are counted each by itself: handlers may make new ones as they go
 
 
@@ -32,7 +33,11 @@ def escape_traceback(record: logging.LogRecord) -> bool:
     """Writes the record's traceback before a formatter does, escaped and indented: a line that came from a peer can't
     pass for a record of its own. The exception itself stays with the record."""
     if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
-        record.exc_text = textwrap.indent(escaped(logging.Formatter().formatException(record.exc_info)), "  ")
+        text = logging.Formatter().formatException(record.exc_info)
+        if len(text) > TEXT_MOST:
+            left_out = len(text) - TEXT_MOST
+            text = f"{text[: TEXT_MOST // 2]}\n... {left_out} characters are left out ...\n{text[-TEXT_MOST // 2 :]}"
+        record.exc_text = textwrap.indent(escaped(text), "  ")
     return True
 
 
@@ -57,7 +62,8 @@ class Allowance:
         self.left_out = 0
 
 
-_allowances: weakref.WeakKeyDictionary[object, dict[object, Allowance]] = weakref.WeakKeyDictionary()
+# By the pool's id, with what tells of its end: a pool of a user's class may have no hash.
+_allowances: dict[int, tuple[weakref.ref[object], dict[object, Allowance]]] = {}
 _lock = threading.RLock()  # a finalizer may come while the same thread holds it
 
 
@@ -74,7 +80,10 @@ def left_out(pool: object, kind: object) -> int | None:
     how many were left out since the last one. On any thread."""
     now = time.monotonic()
     with _lock:
-        kinds = _allowances.setdefault(pool, {})
+        number = id(pool)
+        if number not in _allowances:
+            _allowances[number] = weakref.ref(pool, lambda _: _allowances.pop(number, None)), {}
+        kinds = _allowances[number][1]
         if len(kinds) >= KINDS_MOST and kind not in kinds:
             kind = BaseException  # the rest together
         allowance = kinds.setdefault(kind, Allowance())

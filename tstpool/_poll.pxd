@@ -191,6 +191,20 @@ cdef inline uint32_t input_mask() noexcept nogil:
     return EPOLLIN | EPOLLRDHUP | EPOLLPRI
 
 
+cdef inline uint32_t connection_input_mask(const tst_connection *connection) noexcept nogil:
+    """Lock held."""
+    return EPOLLIN | EPOLLRDHUP if connection.urgent_off else input_mask()
+
+
+cdef inline void connection_mutes_urgent(tst_connection *connection, bint off) noexcept nogil:
+    """An urgent byte that has arrived before those in front of it is reported, while nothing can be received: and again
+    and again, until the gap is filled, as long as the kernel is asked for EPOLLPRI. Owner only."""
+    if connection.urgent_off != off:
+        spin_lock(&connection.lock)
+        connection.urgent_off = off
+        spin_unlock(&connection.lock)
+
+
 cdef inline uint32_t output_mask(tst_connection *connection) noexcept nogil:
     """Lock held."""
     return EPOLLOUT if connection.want_out or connection.want_room else 0
@@ -219,9 +233,10 @@ cdef inline int connection_control(tst_connection *connection, uint32_t mask, ts
 
 cdef inline int connection_arm(tst_connection *connection, bint want_in, tst_stats *stats) noexcept nogil:
     """Makes the kernel report what is wanted, if it does not do so yet. Lock held."""
-    cdef uint32_t wanted = input_mask() if want_in else 0
+    cdef uint32_t wanted = connection_input_mask(connection) if want_in else 0
+    cdef uint32_t harmful = EPOLLOUT | (EPOLLPRI if connection.urgent_off else 0)
     wanted |= output_mask(connection)
-    if wanted & ~connection.armed == 0 and not connection.armed & ~wanted & EPOLLOUT:
+    if wanted & ~connection.armed == 0 and not connection.armed & ~wanted & harmful:
         if connection.registered:
             return 0
     return connection_control(connection, wanted | trigger_mask(connection) if wanted else EPOLLONESHOT, stats)

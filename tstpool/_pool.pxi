@@ -248,10 +248,10 @@ messages_per_turn=32)
         with self.mutex:               # else workers might look it up that start right now
             if load32(&self.engine.phase, ACQUIRE) != PHASE_STOPPED:
                 raise TstError("hooks are set before start()")
-            if function is None:
-                self.hooks.pop(name, None)
-            else:
+            before = self.hooks.pop(name, None)    # goes when the mutex is free: its finalizer may stop the pool
+            if function is not None:
                 self.hooks[name] = function
+        del before
         return 0
 
     def setEventNewConnected(self, f):
@@ -540,7 +540,8 @@ messages_per_turn=32)
         cdef list threads = []
         self.check_alive()
         try:
-            with self.mutex:
+            with self.mutex as interrupted:
+                self.check_uninterrupted(interrupted)
                 self.start_locked(threads)
         except BaseException:
             if threads:                # outside the mutex: it waits for handlers, which may want that
@@ -548,6 +549,12 @@ messages_per_turn=32)
             raise
         finally:
             self.stop_if_asked()
+
+    cdef int check_uninterrupted(self, bint interrupted) except -1:
+        """A signal handler or a finalizer, on a thread that starts the pool, must not start it."""
+        if interrupted:
+            raise TstError("this thread is starting or changing the pool already")
+        return 0
 
     cdef int start_locked(self, list threads) except -1:
         """Adds the workers' threads to `threads`: from then on there is something to give up."""
@@ -557,7 +564,7 @@ messages_per_turn=32)
             raise TstError("no handler: give one to TstPool() or create()")
         self.open()
         make_room(self.engine, self.n_workers)
-        begin_counting(self, len(self))
+        begin_counting(self, open_connections(self))
         set_binding(self, bind(self.binding.handler, self.hooks))
         self.engine.call_idle = self.binding.on_idle is not None
         self.engine.log_slow = self.engine.slow_handler > 0 and logs_slow(self.binding)
@@ -572,8 +579,10 @@ messages_per_turn=32)
         self.ended = RunsEnd(False)
         self.threads = made
         with WORKERS_END:
-            if interpreter_ends:
-                raise TstError("the interpreter is shutting down")
+            late = interpreter_ends
+        if late:
+            raise TstError("the interpreter is shutting down")
+        self.check_alive()             # a signal handler may have forked
         store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
         for thread in made:
             thread.start()
@@ -589,12 +598,16 @@ messages_per_turn=32)
                 gone = self.close_down()
             let_sockets_go(gone)
         else:
-            self.begin_stop(0)
+            with self.mutex:
+                self.begin_stop(0)
+        until = time.monotonic() + 1.0
         for thread in threads:
             while thread in threading.enumerate():     # listed from start() on; join() takes it only once it runs
                 try:
                     thread.join()
                 except RuntimeError:
+                    if time.monotonic() > until:       # Ctrl-C came within its start(): it never will run, or be joined
+                        break
                     time.sleep(0.001)
         return 0
 
@@ -664,7 +677,7 @@ messages_per_turn=32)
                 self.begin_stop(patience)
         if gone is not None:
             let_sockets_go(gone)
-        elif threading.current_thread() in threads or not wait_ended(self, ended, float(drain)):
+        elif is_one_of(threads) or not wait_ended(self, ended, float(drain)):
             return False
         join_all(threads)
         return True
@@ -680,7 +693,7 @@ messages_per_turn=32)
     cdef int stop_if_asked(self) except -1:
         """What stop_later() has left, once the mutex is free."""
         if load32(&self.stop_asked, RELAXED):      # if another thread has stopped it meanwhile, that is the stop
-            self.stop(0)
+            TstPool.stop(self, 0)
         return 0
 
     cdef int cut_off(self) except -1:
@@ -765,6 +778,8 @@ messages_per_turn=32)
             for i in range(TABLE_CHUNK if first != NULL else 0):
                 store32(&first[i].lock, 0, RELEASE)
                 first[i].closing = True        # who has forked may be its handler: no more messages are for that
+                free_data(connection_recv(&first[i]))
+                free_data(connection_send(&first[i]))
                 if load64(&first[i].state, ACQUIRE) & STATE_OPEN:
                     close(first[i].fd)
                     store64(&first[i].state, <uint64_t>(generation_of(first[i].state) + 1) << 32, RELEASE)
@@ -805,13 +820,14 @@ messages_per_turn=32)
         for i in range(self.engine.n_outgrown):
             free(self.engine.outgrown[i])
 
-    def _forked(self):
+    cdef int forked(self) except -1:
         """In a forked child: the pool is dead here, and peers must see the end when the parent closes."""
         self.dead = True
         self.abandon()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
         self.ended = RunsEnd(True)
         self.threads = []
+        return 0
 
     def serve_forever(self, drain=5.0):
         """Starts if need be, and blocks until stop(). On KeyboardInterrupt it stops, then raises it on.
@@ -824,7 +840,9 @@ messages_per_turn=32)
         self.check_alive()
         if interpreter_ends:
             return
-        if threading.current_thread() in self.threads:
+        with self.mutex:
+            threads = self.threads
+        if is_one_of(threads):
             raise TstError("serve_forever() in a handler would wait for itself")
         if not self.running:
             self.start()
@@ -859,7 +877,8 @@ messages_per_turn=32)
         OSError with the address in its text; then no thread is left.
         """
         self.check_alive()
-        with self.mutex:
+        with self.mutex as interrupted:
+            self.check_uninterrupted(interrupted)
             if not self.ended.is_set():
                 raise TstError("the pool is running already")
             n_workers = positive(thread_count, "thread_count")
@@ -867,13 +886,16 @@ messages_per_turn=32)
             self.max_recv_size, self.max_send_size = (positive(max_recv_size, "max_recv_size"),
                                                       positive(max_send_size, "max_send_size"))
             self.n_workers = n_workers
+            before = self.binding
             set_binding(self, binding)
+        before = None                  # with the mutex free: its finalizer may stop the pool
         if bind_port:
             self.listen(bind_ip or None, bind_port)
         try:
             self.start()
-        except BaseException:
-            self.stop(0)
+        except BaseException as error:
+            if not (isinstance(error, TstError) and self.running):     # which another thread has started
+                self.stop(0)
             raise
         return True
 
@@ -939,6 +961,8 @@ messages_per_turn=32)
         shared = shared_new(PyBytes_AS_STRING(payload), <size_t>PyBytes_GET_SIZE(payload))
         if shared == NULL:
             raise MemoryError("no memory for the broadcast")
+        shared.held = &self.engine.total.broadcasts
+        add64(shared.held, shared.size, RELAXED)
         try:
             for sock in self.snapshot():
                 if left_out and (sock.id in left_out or sock.sd in left_out):
@@ -996,11 +1020,7 @@ messages_per_turn=32)
 
     def __len__(self):
         """Open connections, listeners not counted."""
-        cdef int i
-        cdef int total = 0
-        for i in range(<int>load32(<uint32_t *>&self.engine.n_shards, ACQUIRE)):
-            total += <int>load32(&self.engine.shards[i].open, RELAXED)
-        return max(0, total - open_listeners(self))
+        return open_connections(self)
 
     def __bool__(self):
         return True
@@ -1116,6 +1136,20 @@ cdef int set_binding(TstPool pool, Binding binding) except -1:
     with cython.critical_section(pool):        # sock.handler may be asked for on any thread
         pool.binding = binding
     return 0
+
+
+cdef void free_data(tst_data *data) noexcept:
+    """Lets go of a transfer's lock, whoever had it when the process was forked."""
+    if data != NULL:
+        store32(&data.lock, 0, RELEASE)
+
+
+cdef int open_connections(TstPool pool) except -1:
+    cdef int i
+    cdef int total = 0
+    for i in range(<int>load32(<uint32_t *>&pool.engine.n_shards, ACQUIRE)):
+        total += <int>load32(&pool.engine.shards[i].open, RELAXED)
+    return max(0, total - open_listeners(pool))
 
 
 cdef int open_listeners(TstPool pool) except -1:

@@ -21,7 +21,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from tstpool._libc cimport ACQ_REL, RELAXED, RELEASE, add32, iovec, load_pointer, store_pointer, sub32, tst_rarely
+from tstpool._libc cimport (
+    ACQ_REL, RELAXED, RELEASE, add32, add64, iovec, load_pointer, store_pointer, sub32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 
 cdef enum:
@@ -41,6 +42,7 @@ cdef struct tst_shared:
     tst_shared *next       # owned by the litter
     const char *bytes      # borrowed from the object, or behind the struct
     size_t size
+    uint64_t *held         # borrowed, atomic: where the bytes of broadcasts are counted; NULL: nowhere, as an object's
 
 
 cdef struct tst_chunk:
@@ -77,6 +79,7 @@ cdef inline tst_shared *shared_new(const char *bytes, size_t size) noexcept nogi
         return NULL
     shared.users = 1
     shared.object = NULL
+    shared.held = NULL
     shared.next = NULL
     shared.size = size
     shared.bytes = <const char *>(shared + 1)
@@ -89,6 +92,8 @@ cdef inline void shared_leave(tst_shared *shared, tst_stock *stock) noexcept nog
     if sub32(&shared.users, 1, ACQ_REL):
         return
     if shared.object == NULL:
+        if shared.held != NULL:
+            add64(shared.held, -<uint64_t>shared.size, RELAXED)
         free(shared)
         return
     spin_lock(&stock.lock)

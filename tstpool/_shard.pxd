@@ -103,7 +103,7 @@ cdef struct tst_batch:
     int n_python               # entries that need the interpreter
     size_t scratch_size        # bytes received into in one turn
     size_t scratch_used
-    size_t spares_used         # bytes received into objects instead
+    size_t spares_used         # bytes received elsewhere: into objects or transfers, or to be dropped
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
     tst_scratch *scratch       # owned, counted; NULL: no memory

@@ -58,23 +58,32 @@ cdef class TstSocket:
         connection_ask_relief(self.connection, self.generation())
         add64(&self.pool.bytes_outside, outside.bytes_out, RELAXED)
 
+    cdef bint end_if_overdue(self) noexcept nogil:
+        """True: the peer has taken nothing for write_timeout, and the connection ends. All workers may be waiting for
+        such peers, so that nobody is left whom a timer would wake."""
+        cdef bint overdue
+        spin_lock(&self.connection.lock)
+        overdue = (connection_is(self.connection, self.generation())
+                   and connection_output_is_overdue(self.connection, clock_now()))
+        spin_unlock(&self.connection.lock)
+        if overdue and connection_abort(self.connection, self.generation(), ETIMEDOUT):
+            shard_ask(self.connection, self.generation(), PEND_CLOSE)
+        return overdue
+
     cdef int wait_for_room(self) except -1:
         """Blocks until less than high_water waits; for a moment if that is so, for then it is the other connections
         that have too much. ConnectionClosed when it ends before."""
         cdef pollfd watched
         cdef size_t waits, enough = self.limits.high_water
-        cdef bint gone, overdue, waited = False
+        cdef bint gone, waited = False
         watched.fd = <int><uint32_t>self.id
         watched.events = POLLOUT
         while True:
             spin_lock(&self.connection.lock)
             gone = self.connection.out_closed or not connection_is(self.connection, self.generation())
-            overdue = not gone and connection_output_is_overdue(self.connection, clock_now())
             waits = queue_size(&self.connection.out)
             spin_unlock(&self.connection.lock)
-            if overdue and connection_abort(self.connection, self.generation(), ETIMEDOUT):
-                shard_ask(self.connection, self.generation(), PEND_CLOSE)      # all workers may be waiting like this
-            if gone or overdue:
+            if gone or self.end_if_overdue():
                 raise ConnectionClosed("the socket was closed while a send waited for room")
             if waits <= enough and waited:
                 return 0
@@ -331,6 +340,7 @@ cdef class TstSocket:
                     self.flush_once()
                 if self.sent_up_to(goal):
                     return
+                self.end_if_overdue()
                 if until and clock_now() >= until:
                     raise TimeoutError(f"output of {self!r} still waits after {timeout} seconds")
                 with nogil:
@@ -470,6 +480,7 @@ cdef tst_shared *share_object(bytes data) except NULL:
         raise MemoryError("no memory to queue output")
     Py_INCREF(data)
     shared.users = 1
+    shared.held = NULL
     shared.object = <void *>data
     shared.next = NULL
     shared.bytes = PyBytes_AS_STRING(data)

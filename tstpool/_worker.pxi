@@ -176,6 +176,8 @@ cdef class Worker:
         self.worker.since = clock_now()
         shard.batch = batch
         while True:
+            if self.pool.dead:             # a hook has forked, and this is the child
+                return NULL
             with nogil:
                 turn = shard_turn(self.engine, self.worker, shard, batch, ran)
             ran = False

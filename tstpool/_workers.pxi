@@ -45,13 +45,19 @@ cdef int stop_for(TstPool pool, object fault) except -1:
     return 0
 
 
+cdef bint is_one_of(list threads) except -1:
+    """The calling thread is; also when all that is left of it is to let its thread-local data go."""
+    ident = threading.get_ident()
+    return any([thread.ident == ident and thread.is_alive() for thread in threads])
+
+
 cdef int join_all(list threads) except -1:
     """Workers that have given up everything already: after it the process has no such threads, not even for a moment.
 
     Not from one of them, whose hook for exceptions (threading.excepthook) may call stop() as its last act: it would
     wait for itself, or two for each other.
     """
-    if threading.current_thread() not in threads:
+    if not is_one_of(threads):
         for thread in threads:
             if thread.ident is not None:       # else start() has failed before it
                 thread.join()
@@ -166,7 +172,7 @@ cdef object look_at_counters(TstPool pool):
             (<uint64_t *>&sum)[k] += load64(counters + k, RELAXED)
         workers.append(pool.worker_stats(i))
     return PoolStats(
-        connections=len(pool), listeners=len(pool.listeners), accepted=sum.accepted,
+        connections=open_connections(pool), listeners=len(pool.listeners), accepted=sum.accepted,
         added=load64(&pool.added, RELAXED), closed=sum.closed + load64(&pool.engine.closed_unserved, RELAXED),
         messages=sum.messages, bytes_in=sum.bytes_in,
         bytes_out=sum.bytes_out + load64(&pool.bytes_outside, RELAXED), spins=sum.spins,

@@ -426,6 +426,7 @@ cdef tst_shared *share_object(const unsigned char *bytes, size_t size) noexcept 
         return NULL
     memcpy(object, bytes, size)
     shared.users = 1
+    shared.held = NULL
     shared.object = object
     shared.next = NULL
     shared.bytes = <const char *>object

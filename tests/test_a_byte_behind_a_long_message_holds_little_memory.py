@@ -1,0 +1,53 @@
+"""B40: what is stored of a next message is no longer in the room that a long one has taken."""
+
+import pytest
+from helpers import SANITIZER, run_python
+
+CODE = """
+import socket, time
+from tstpool import Delimited, TstHandler, TstPool
+
+COUNT, LENGTH = 30, (1 << 20) - 1
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4
+
+def wait_until(cond):
+    deadline = time.monotonic() + 4
+    while not cond() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return cond()
+
+class Handler(TstHandler):
+    def on_message(self, sock, data):
+        pass
+
+pool = TstPool(Handler(), framing=Delimited(), workers=2)
+pool.listen("127.0.0.1", 0)
+pool.start()
+clients = [socket.create_connection(pool.addresses[0]) for _ in range(COUNT)]
+before = resident()
+sent = 0
+for piece in (b"a" * LENGTH, b"\\n" + b"a" * LENGTH, b"\\nb"):
+    for client in clients:
+        client.sendall(piece)
+    sent += len(piece) * COUNT
+    assert wait_until(lambda: pool.stats().bytes_in == sent)
+    print((resident() - before) // COUNT)
+assert wait_until(lambda: pool.stats().messages == 2 * COUNT)
+wait_until(lambda: resident() - before < 700 * COUNT)
+print((resident() - before) // COUNT)
+for client in clients:
+    client.close()
+pool.stop(0)
+"""
+
+
+@pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer's malloc keeps what is freed")
+def test_its_room_shrinks_when_the_message_has_been_handed_over():
+    """B40: a mebibyte for each connection was there before."""
+    done = run_python("-c", CODE, env={"MALLOC_MMAP_THRESHOLD_": "131072"})
+    first, *_, last = map(int, done.stdout.split())
+    assert first > 900  # KiB
+    assert last < 700, done.stdout
