@@ -430,7 +430,6 @@ class World:
         assert stats.connections == 0
         assert stats.accepted == stats.closed == len(peers)
         assert stats.accept_errors == stats.deadline_closed == stats.idle_closed == stats.bytes_queued == 0
-        too_large = sum(isinstance(peer.reason, MessageTooLarge) for peer in peers)  # a call of on_error each
         assert stats.messages == sum(len(peer.messages) for peer in peers)
         assert stats.bytes_in <= sum(len(peer.sent) for peer in peers)
         if not any(peer.input_cut or self.is_too_large(peer) for peer in peers):

@@ -1,0 +1,94 @@
+"""B45: whatever a hook or a subclass has done before."""
+
+import pytest
+from helpers import patient, run_python
+
+PRELUDE = """
+import os, resource, signal, socket, sys, time, warnings
+warnings.simplefilter("ignore")  # 3.12 and later warn about fork with threads
+from tstpool import TstError, TstHandler, TstPool
+
+patience = float(sys.argv[1])
+
+class Echo(TstHandler):
+    def on_message(self, sock, data):
+        return data
+
+def end_of(child):
+    "Its exit status; None when it had to be killed."
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+def ask(client):
+    client.sendall(b"hello")
+    return client.recv(5)
+"""
+
+FORK_IN_ON_IDLE = """
+children, log = [], sys.argv[3]
+
+class Forking(Echo):
+    def on_idle(self, no):
+        if children:
+            return
+        children.append(0)
+        child = os.fork()
+        if child:
+            children.append(child)
+            return
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+pool = TstPool(Forking(), workers=int(sys.argv[2]), idle_time=0.02)
+address = pool.listen("127.0.0.1", 0)
+pool.start()
+while len(children) < 2:
+    time.sleep(0.001)
+print(end_of(children[1]))
+with socket.create_connection(address, patience) as client:
+    print(ask(client), pool.stop())
+"""
+
+NAMED = """
+class Server(TstPool):
+    _forked = False  # of its own
+
+pools = [TstPool(Echo(), workers=1), Server(Echo(), workers=2), TstPool(Echo(), workers=1)]
+clients = []
+for pool in pools:
+    address = pool.listen("127.0.0.1", 0)
+    pool.start()
+    clients.append(socket.create_connection(address, patience))
+    assert ask(clients[-1]) == b"hello"
+child = os.fork()
+if child == 0:
+    dead = 0
+    for pool in pools:
+        try:
+            pool.start()
+        except TstError as error:
+            dead += "fork" in str(error)
+    sys.exit(dead)
+print(end_of(child), [ask(client) for client in clients], [pool.stop(0) for pool in pools])
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_when_on_idle_has_forked_it_and_returns_there(workers, tmp_path):
+    """B45: the worker's thread is all that the child has; it ends, and says little about it."""
+    log = tmp_path / "log"
+    out = run_python("-c", PRELUDE + FORK_IN_ON_IDLE, str(patient(2.5)), str(workers), str(log), timeout=9).stdout
+    assert out.splitlines() == ["0", "b'hello' True"]
+    assert len(log.read_bytes()) < 10_000
+
+
+def test_when_a_subclass_has_an_attribute_of_a_name_that_the_engine_once_called():
+    """B45: all pools are dead in the child, and its exit leaves the parent's connections alone."""
+    out = run_python("-c", PRELUDE + NAMED, str(patient(2.5)), timeout=9).stdout
+    assert out == f"3 {[b'hello'] * 3} {[True] * 3}\n"
