@@ -345,6 +345,8 @@ messages_per_turn=32)
         cdef tst_connection *connection
         address = _net.address_of(listener)
         file = _net.file_of(address) if ours else None
+        cdef list names = [] if file is None else [(address, file)]
+        entry = None
         with self.mutex:
             self.check_not_stopping()
             self.open()
@@ -356,8 +358,8 @@ messages_per_turn=32)
                 raise MemoryError("no slot for the listener")
             connection.framing = framing_pointer(framing)
             connection.limits = limits
-            entry, names = (address[0], address[1], id), [] if file is None else [(address, file)]
             try:
+                entry = (address[0], address[1], id)
                 self.listeners.append(entry)
                 self.files.extend(names)
                 adopt(listener, True)
@@ -845,7 +847,12 @@ messages_per_turn=32)
         if is_one_of(threads):
             raise TstError("serve_forever() in a handler would wait for itself")
         if not self.running:
-            self.start()
+            try:
+                self.start()
+            except TstError:
+                if interpreter_ends:           # since the look above
+                    return
+                raise
         try:
             with self.mutex:
                 ended, threads = self.ended, self.threads
