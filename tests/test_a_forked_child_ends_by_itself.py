@@ -4,7 +4,7 @@ import pytest
 from helpers import patient, run_python
 
 PRELUDE = """
-import os, resource, signal, socket, sys, time, warnings
+import os, signal, socket, sys, time, warnings
 warnings.simplefilter("ignore")  # 3.12 and later warn about fork with threads
 from tstpool import TstError, TstHandler, TstPool
 
@@ -43,7 +43,6 @@ class Forking(Echo):
             children.append(child)
             return
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 pool = TstPool(Forking(), workers=int(sys.argv[2]), idle_time=0.02)
 address = pool.listen("127.0.0.1", 0)
