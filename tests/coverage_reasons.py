@@ -5,6 +5,20 @@ there twice is named twice.
 """
 
 REASONS = {
+    "Moments that no test waits for: no memory, Ctrl-C or the interpreter's end just there; a lock held at a fork.": {
+        "tstpool/_data.pxd input_shrink": ["return"],
+        "tstpool/_pool.pxi TstPool.add_listener": ["take_out(self.files, name)"],
+        "tstpool/_pool.pxi TstPool.give_up": [
+            "if time.monotonic() > until:       # Ctrl-C came within its start(): it never will run, or be joined",
+            "break",
+        ],
+        "tstpool/_pool.pxi TstPool.serve_forever": [
+            "if interpreter_ends:           # since the look above",
+            "return",
+        ],
+        "tstpool/_pool.pxi WorkersLife.__cinit__": ['raise TypeError("not to be made by hand")'],
+        "tstpool/_pool.pxi free_data": ["store32(&data.lock, 0, RELEASE)"],
+    },
     "Memory that can't be had. Each allocation of one scene fails in "
     "tests/test_memory_that_cannot_be_had_crashes_nothing.py; those behind these lines are not made in it, or not at a "
     "time when they may fail there.": {
@@ -154,6 +168,9 @@ REASONS = {
     },
     "Executed only in processes that end without counting, by _exit or a signal: forked children, the interpreter's "
     "exit.": {
+        "tstpool/_pool.pxi TstPool.serve_forever": [
+            'raise TstError("serve_forever() in a handler would wait for itself")'
+        ],
         "tstpool/_pool.pxi TstPool.check_alive": [
             'raise TstError("this pool belongs to the parent process: after fork() make a new one")'
         ],
