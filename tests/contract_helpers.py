@@ -113,6 +113,14 @@ def round_trip(sock, data):
     return recv_exact(sock, len(data))
 
 
+def is_answered(client):
+    """A round trip succeeds, within a second on a quiet machine."""
+    client.settimeout(patient(1))
+    with contextlib.suppress(TimeoutError):
+        return round_trip(client, b"hello") == b"hello"
+    return False
+
+
 def exchange(sock, data):
     """round_trip for more than the socket buffers hold: sends on a thread of its own while receiving here."""
     sender = threading.Thread(target=sock.sendall, args=(data,))

@@ -162,22 +162,17 @@ def large(server):
         client.expect(answer)
 
 
-def pieces(server):
-    message = b"p" + os.urandom(8000)
+def pieces(server, command=b"p", times=4):
+    message = command + os.urandom(8000)
     with Client(server.framed) as client:
         client.talk(framed(b"e before"))
         yield
         client.send(framed(message))
-        client.expect(framed(message * 4))
+        client.expect(framed(message * times))
 
 
 def many_pieces(server):
-    message = b"m" + os.urandom(8000)
-    with Client(server.framed) as client:
-        client.talk(framed(b"e before"))
-        yield
-        client.send(framed(message))
-        client.expect(framed(message * 32))
+    yield from pieces(server, b"m", 32)
 
 
 def half_close(server):

@@ -45,15 +45,13 @@ class Commands(TstHandler):
     def do_e(self, sock, data):  # echo
         return data
 
-    def do_p(self, sock, data):  # an answer in pieces, which sendmsg sends
-        answer = framed(data * 4)
+    def do_p(self, sock, data, times=4):  # an answer in pieces, which sendmsg sends
+        answer = framed(data * times)
         for place in range(0, len(answer), 5000):
             sock.send(answer[place : place + 5000])
 
-    def do_m(self, sock, data):  # the same with many, which take more memory than malloc has in stock
-        answer = framed(data * 32)
-        for place in range(0, len(answer), 5000):
-            sock.send(answer[place : place + 5000])
+    def do_m(self, sock, data):  # in so many that they take more memory than malloc has in stock
+        self.do_p(sock, data, 32)
 
     def do_l(self, sock, data):  # an answer that the kernel does not take at once
         sock.send_message(data * (int(data[1:]) // len(data)))
