@@ -17,7 +17,7 @@ REASONS = {
             "return",
         ],
         "tstpool/_pool.pxi WorkersLife.__cinit__": ['raise TypeError("not to be made by hand")'],
-        "tstpool/_pool.pxi free_data": ["store32(&data.lock, 0, RELEASE)"],
+        "tstpool/_pool.pxi unlock_transfer": ["store32(&data.lock, 0, RELEASE)"],
     },
     "Memory that can't be had. Each allocation of one scene fails in "
     "tests/test_memory_that_cannot_be_had_crashes_nothing.py; those behind these lines are not made in it, or not at a "

@@ -129,17 +129,23 @@ cdef object contiguous(object data):
     return view if view.c_contiguous else view.tobytes()
 
 
+cdef enum:
+    STAT_EXIT = 9                      # TstStat's numbers that the Cython interface does not name
+    STAT_EXITED = 10
+    NO_STAT = 100                      # of what is none of them
+
+
 cdef bint is_stat(object result) except -1:
     """A TstStat, or a number of one."""
     cdef int stat
     if not isinstance(result, int):
         return False
     stat = stat_from(result)
-    return 0 <= stat <= <int>TST_DISCONNECT or stat == 9 or stat == 10     # EXIT and EXITED
+    return 0 <= stat <= <int>TST_DISCONNECT or stat == STAT_EXIT or stat == STAT_EXITED
 
 
 cdef int stat_from(object number) except -1:
-    """A number that a handler has returned as one of TstStat's, if it is one."""
+    """A number that a handler has returned as one of TstStat's; NO_STAT when it is far from any."""
     cdef int overflow = 0
     cdef long value = PyLong_AsLongAndOverflow(number, &overflow)      # asks no method of a class of the user's
-    return <int>value if not overflow and 0 <= value < 100 else 100
+    return <int>value if not overflow and 0 <= value < NO_STAT else NO_STAT

@@ -262,7 +262,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         return
     store32(&connection.events, events, RELAXED)
     if pending & PEND_ARM or load32(&connection.pressure, RELAXED) == PRESSURE_GONE:
-        connection.active_tick = tick_of(now)      # while it was paused the peer was not to blame
+        connection.active_tick = tick_of(now)      # while it was paused, or pressed, the peer was not to blame
         connection.unfinished = False              # a message that had begun gets its time anew, too
     if pending & PEND_TIMER:
         connection_expire(worker, connection, now)
@@ -448,4 +448,4 @@ cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard
 
 cdef inline bint batch_has_room(tst_batch *batch) noexcept nogil:
     return (batch.n_entries + ENTRIES_SPARE <= BATCH_ENTRIES
-            and batch.scratch_used + batch.spares_used < batch.scratch_size // SCRATCH_FULL)
+            and batch.scratch_used + batch.received_elsewhere < batch.scratch_size // SCRATCH_FULL)

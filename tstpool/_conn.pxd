@@ -435,8 +435,7 @@ cdef inline bint output_is_full(const tst_connection *connection, size_t size,
         return False
     if limits.max_queued and waits >= limits.max_queued:
         return True
-    if limits.total.most == 0 or (
-            waits and not connection.want_out and waits + size <= limits.high_water):
+    if limits.total.most == 0 or (waits and not connection.want_out and waits + size <= limits.high_water):
         return False
     total = load64(&limits.total.queued, RELAXED)
     if waits == 0 and (total == 0 or (shared != NULL and shared.held != NULL

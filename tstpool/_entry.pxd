@@ -161,7 +161,7 @@ cdef inline ssize_t receive_spare(tst_connection *connection, tst_batch *batch, 
             and connection.frame.whole == got):
         worker.spares = spare.next
         worker.spares_left -= 1
-        batch.spares_used += got
+        batch.received_elsewhere += got
         connection.body = spare
         connection.body_size = spare.size
         connection.message_ready = connection.framed = True
@@ -198,10 +198,10 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
     cdef ssize_t n = 0
     if connection.body != NULL:
         n = receive_body(connection)
-        batch.spares_used += <size_t>max(n, 0)
+        batch.received_elsewhere += <size_t>max(n, 0)
     elif data != NULL and connection.input.size == 0 and not connection.message_ready:
         n = receive_in_place(connection, data, now, &room)
-        batch.spares_used += <size_t>max(n, 0)
+        batch.received_elsewhere += <size_t>max(n, 0)
     if room == 0 and connection.body == NULL:
         if tst_rarely(connection.expects != 0) and connection.input.size == 0 and (
                 connection_has_spare(connection, batch, worker)):
@@ -758,7 +758,7 @@ cdef inline bint connection_linger(tst_connection *connection, tst_batch *batch,
             return True
         if n <= 0:
             return False
-        batch.spares_used += <size_t>n     # so that others get their turn
+        batch.received_elsewhere += <size_t>n     # so that others get their turn
         connection.active_tick = tick_of(now)
     connection.readable = True
     return True

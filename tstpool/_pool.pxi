@@ -780,8 +780,8 @@ messages_per_turn=32)
             for i in range(TABLE_CHUNK if first != NULL else 0):
                 store32(&first[i].lock, 0, RELEASE)
                 first[i].closing = True        # who has forked may be its handler: no more messages are for that
-                free_data(connection_recv(&first[i]))
-                free_data(connection_send(&first[i]))
+                unlock_transfer(connection_recv(&first[i]))
+                unlock_transfer(connection_send(&first[i]))
                 if load64(&first[i].state, ACQUIRE) & STATE_OPEN:
                     close(first[i].fd)
                     store64(&first[i].state, <uint64_t>(generation_of(first[i].state) + 1) << 32, RELEASE)
@@ -1145,7 +1145,7 @@ cdef int set_binding(TstPool pool, Binding binding) except -1:
     return 0
 
 
-cdef void free_data(tst_data *data) noexcept:
+cdef void unlock_transfer(tst_data *data) noexcept:
     """Lets go of a transfer's lock, whoever had it when the process was forked."""
     if data != NULL:
         store32(&data.lock, 0, RELEASE)

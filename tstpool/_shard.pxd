@@ -103,7 +103,7 @@ cdef struct tst_batch:
     int n_python               # entries that need the interpreter
     size_t scratch_size        # bytes received into in one turn
     size_t scratch_used
-    size_t spares_used         # bytes received elsewhere: into objects or transfers, or to be dropped
+    size_t received_elsewhere  # bytes: into objects or transfers, or to be dropped
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
     tst_scratch *scratch       # owned, counted; NULL: no memory
@@ -283,7 +283,7 @@ cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
 cdef inline int batch_empty(tst_batch *batch) noexcept nogil:
     """Makes it ready for the next turn. -ENOMEM: it has nothing to receive into."""
     batch.n_entries = batch.n_python = 0
-    batch.scratch_used = batch.spares_used = 0
+    batch.scratch_used = batch.received_elsewhere = 0
     if batch.scratch != NULL and load32(&batch.scratch.users, ACQUIRE) > 1:
         scratch_leave(batch.scratch)       # somebody still looks at what was received last
         batch.scratch = NULL
