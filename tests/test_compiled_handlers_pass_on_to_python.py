@@ -6,7 +6,7 @@ import threading
 import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, stream, wait_counts
 from contract_helpers import every_trigger, handler, in_threads, round_trip
-from downstream_handlers import Commands, Counting, Echo, FramedEcho
+from downstream_handlers import Commands, Counting, Echo, FramedEcho, PassesOn
 from helpers import patient, quick_switches, recv_exact, recv_until_eof, scaled, wait_until
 
 from tstpool import TstNogilHandler, TstSockType, TstStat
@@ -361,3 +361,17 @@ def test_run_from_a_sockets_own_handler_reaches_a_compiled_pool(make_pool, pair,
     pool.addsocket(theirs, handler=passing)
     ours.settimeout(patient(1))
     assert say(ours, b"r1") == [b"r1"]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_room_for_output_that_a_sockets_own_handler_passes_on_reaches_the_pools(make_pool, pair, compiled):
+    """TstStat.RUN from its on_writable, as from its on_message."""
+    ours, theirs = pair
+    calls = []
+
+    ask = handler(on_message=lambda sock, data: TstStat.SEND, on_writable=lambda sock: TstStat.RUN)
+    pools = PassesOn() if compiled else handler(on_writable=calls.append)
+    pool = make_pool(pools, listen=None)
+    pool.addsocket(theirs, handler=ask)
+    ours.sendall(b"room?")
+    wait_until(lambda: pools.writable_calls == 1 if compiled else len(calls) == 1)

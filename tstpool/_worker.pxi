@@ -437,7 +437,7 @@ cdef class Worker:
             return False
         sock.connection.connected = True
         if sock.connection.compiled != NULL:
-            stat = self.notify(sock, sock.connection.compiled.connected)
+            stat = self.notify(sock, sock.connection.compiled, sock.connection.compiled.connected)
         if stat != TST_RUN:
             hook = None
             if stat <= TST_SEND:
@@ -446,7 +446,7 @@ cdef class Worker:
             result = self.call(sock, binding, hook, NOTHING)
             stat = stat_from(result) if is_stat(result) else TST_SUSPEND
             if stat <= TST_SEND:
-                self.apply(sock, binding, result, None, NOTHING)
+                self.apply(sock, binding, result)
         if stat > TST_SEND:
             sock.connection.connected = False
             count(&self.worker.stats.rejected, 1)
@@ -454,12 +454,11 @@ cdef class Worker:
             connection_begin_close(sock.connection)
         return True
 
-    cdef int notify(self, TstSocket sock, tst_notified hook) except -1:
-        """Calls a compiled handler's hook other than `received`. Returns its TstStat."""
+    cdef int notify(self, TstSocket sock, const tst_compiled *compiled, tst_notified hook) except -1:
+        """Calls a hook of that compiled handler, other than `received`. Returns its TstStat."""
         cdef int stat
-        cdef void *handler = sock.connection.compiled.handler
         with nogil:
-            stat = hook(handler, <void *>sock)
+            stat = hook(compiled.handler, <void *>sock)
             worker_goes_on(self.worker)
             worker_job(self.engine, self.worker, sock.connection, 1)
         if sock.connection.report:
@@ -564,7 +563,7 @@ cdef class Worker:
             if connection_send(sock.connection) != NULL:
                 connection_apply(sock.connection, self.worker, TST_SUSPEND)
         else:
-            self.apply(sock, binding, <object>result, None, NOTHING)
+            self.apply(sock, binding, <object>result)
         Py_XDECREF(result)
         return 0
 
@@ -633,10 +632,10 @@ cdef class Worker:
             view = memoryview(data)
         result = self.call(sock, binding, binding.on_message, data if view is None else view)
         if binding is self.binding or not is_run(result):
-            self.apply(sock, binding, result, None, NOTHING)
+            self.apply(sock, binding, result)
         elif self.binding.function is None:
             verdict = self.message_to_pool(sock, data if view is None else view)
-            self.apply(sock, self.binding, verdict, None, NOTHING)
+            self.apply(sock, self.binding, verdict)
         else:
             if not whole or connection.windowed:
                 give_back(connection, data)
@@ -679,17 +678,17 @@ cdef class Worker:
             return self.function_message(sock, self.binding, whole)
         if loan is not None:
             sock.took(size)
-        self.apply(sock, self.binding if passed_on else binding, result, None, NOTHING)
+        self.apply(sock, self.binding if passed_on else binding, result)
         return True
 
     cdef object message_to_pool(self, TstSocket sock, object data):
-        """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler. If that is a compiled
-        one with a C state for each connection, which this connection has not, its on_message gets it. Returns what it
-        has returned, to be applied when `data` is not needed any more."""
+        """A socket's own handler has passed a message on (TstStat.RUN) to the pool's TstHandler, the compiled part of
+        it if that is for any connection. Returns what it has returned, to be applied when `data` is not needed any
+        more."""
         cdef const tst_compiled *compiled = &self.pool.binding.compiled
         cdef Py_buffer view
         cdef int stat = TST_RUN
-        if compiled.handler != NULL and (<TstNogilHandler>compiled.handler).state_size == 0:
+        if is_for_any_connection(compiled):
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
             with nogil:
                 stat = compiled.received(compiled.handler, <void *>sock, <const char *>view.buf, <size_t>view.len)
@@ -715,11 +714,11 @@ cdef class Worker:
                     # The transfer as it was: the function may have asked for the next one.
                     data = self.transferred(sock, begin, size) if transfer else self.unread_input(sock)
                     verdict = self.message_to_pool(sock, data)
-                    self.apply(sock, self.binding, verdict, None, NOTHING)
+                    self.apply(sock, self.binding, verdict)
                     return True
             else:
                 return self.function_message(sock, self.binding, whole)
-        self.apply(sock, binding, result, None, NOTHING)
+        self.apply(sock, binding, result)
         if whole or connection.has_read or connection.closing or connection.hold_input or (
                 connection_awaits_transfer(connection)):
             return True
@@ -767,16 +766,29 @@ cdef class Worker:
         cdef int stat
         store32(&connection.events, _EPOLLOUT, RELAXED)
         if connection.compiled != NULL and not connection.passed_on & PASSED_WRITABLE:
-            stat = self.notify(sock, connection.compiled.writable)
+            stat = self.notify(sock, connection.compiled, connection.compiled.writable)
             if stat != TST_RUN:
                 connection_apply(connection, self.worker, stat)
                 return 0
         connection.passed_on &= PASSED_MESSAGE
         if hook is not None:
-            self.apply(sock, binding, self.call(sock, binding, hook, NOTHING),
-                       self.binding.function if self.binding.function is not None else self.binding.on_writable,
-                       NOTHING)
+            result = self.call(sock, binding, hook, NOTHING)
+            if binding is not self.binding and is_run(result):
+                result = self.writable_of_pool(sock)
+                binding = self.binding
+            self.apply(sock, binding, result)
         return 0
+
+    cdef object writable_of_pool(self, TstSocket sock):
+        """As message_to_pool(): a socket's own handler has passed it on that there is room for output."""
+        cdef const tst_compiled *compiled = &self.pool.binding.compiled
+        cdef object hook = self.binding.function if self.binding.function is not None else self.binding.on_writable
+        cdef int stat = TST_RUN
+        if is_for_any_connection(compiled):
+            stat = self.notify(sock, compiled, compiled.writable)
+        if stat != TST_RUN:
+            return stat
+        return None if hook is None else self.call(sock, self.binding, hook, NOTHING)
 
     cdef bint disconnect(self, TstSocket sock) except -1:
         """on_disconnect, and the end of the TstSocket's life in the table. False: the handler has reconnected it."""
@@ -790,7 +802,7 @@ cdef class Worker:
         # First of all: should anything here fail for want of memory, it is tried again, but a hook is called once.
         connected, connection.connected = connection.connected, False
         if connected and connection.compiled != NULL:
-            self.notify(sock, connection.compiled.disconnected)
+            self.notify(sock, connection.compiled, connection.compiled.disconnected)
         if connected and hook is not None:
             result = self.call(sock, binding, hook, reason)
             # Not while the pool stops: nobody would ask the fresh connection to close.
@@ -838,10 +850,9 @@ cdef class Worker:
         self.worker.clock = tick_now(&self.worker.ticks)       # their time is no handler's
         return 0
 
-    cdef int apply(self, TstSocket sock, Binding binding, object result, object hook, object argument) except -1:
-        """Does what a handler's return value says. `hook`: the pool's, for TstStat.RUN from a socket's own handler."""
+    cdef int apply(self, TstSocket sock, Binding binding, object result) except -1:
+        """Does what a handler's return value says."""
         cdef tst_connection *connection = sock.connection
-        cdef int stat
         if result is None:
             if connection_send(connection) != NULL:
                 connection_apply(connection, self.worker, TST_SUSPEND)
@@ -853,10 +864,7 @@ cdef class Worker:
             wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {what}")
             self.failed(sock, binding, wrong)
             return 0
-        stat = stat_from(result)
-        if stat == TST_RUN and binding is not self.binding and hook is not None:
-            return self.apply(sock, self.binding, self.call(sock, self.binding, hook, argument), None, NOTHING)
-        connection_apply(connection, self.worker, stat)
+        connection_apply(connection, self.worker, stat_from(result))
         return 0
 
     cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
@@ -1033,6 +1041,11 @@ cdef int give_back(tst_connection *connection, bytes data) except -1:
         connection.frame.size += size
         connection.frame.whole += size
     return 0
+
+
+cdef bint is_for_any_connection(const tst_compiled *compiled) noexcept:
+    """There is such a compiled handler, and it has no C state for each connection, which another's has not."""
+    return compiled.handler != NULL and (<TstNogilHandler>compiled.handler).state_size == 0
 
 
 cdef bint is_run(object result) except -1:
