@@ -4,6 +4,7 @@ import gc
 
 import pytest
 from contract_helpers import as_function, echo, every_style, handler, replying, round_trip, serve
+from downstream_handlers import Commands
 from helpers import recv_exact, scaled, wait_until
 
 
@@ -219,3 +220,28 @@ def test_a_buffer_says_what_it_is_and_counts_no_more_done_than_was_asked_for(ope
     with pytest.raises(ValueError, match="com_len"):
         data.com_len = 31
     assert data.com_len == 10
+
+
+def test_what_a_compiled_handler_is_given_stays_where_it_is(make_pool, make_client):
+    """Another thread's resize() while it runs is refused: it would move the bytes."""
+    waits = Commands()
+    pool = make_pool(waits)
+    client = make_client(pool)
+    (sock,) = wait_until(pool.sockets)
+    sock.recv_data.req_len = 8
+    client.sendall(b"b1234567")
+    wait_until(lambda: waits.waiting)
+    with pytest.raises(BufferError):
+        sock.recv_data.resize(1 << 20)
+    waits.open_gate()
+    wait_until(lambda: waits.counts["received"] == 1)
+    wait_until(lambda: resized(sock.recv_data, 1 << 20))
+    assert bytes(sock.recv_data.s[:8]) == b"b1234567"
+
+
+def resized(data, size):
+    try:
+        data.resize(size)
+    except BufferError:        # the handler is about to return
+        return False
+    return True

@@ -26,8 +26,8 @@ from tstpool._conn cimport (
     connection_mark, connection_recv, connection_send, connection_takes_messages, generation_of, output_drop,
     table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified, word_is)
 from tstpool._data cimport (
-    data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, data_unpin, input_consume,
-    input_free, input_is_stored, input_keep, input_unread, tst_data, tst_input)
+    data_hold, data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, data_unpin,
+    input_consume, input_free, input_is_stored, input_keep, input_unread, tst_data, tst_input)
 from tstpool._entry cimport (
     ABORT_OPEN, SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
     connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due,

@@ -34,7 +34,7 @@ from tstpool._lock cimport spin_lock, spin_unlock
 
 cdef struct tst_data:
     uint32_t lock          # shared, atomic: guards all below
-    uint32_t exports       # memoryviews that Python holds on s
+    uint32_t exports       # memoryviews that Python holds on s, and whoever else uses it while the lock is free
     char *s                # owned; NULL until first needed
     size_t s_len           # bytes in s, or to be in s once it is made
     size_t req_pos
@@ -154,6 +154,13 @@ cdef inline size_t data_pin(tst_data *data, size_t least, char **place) noexcept
         place[0] = data.s + data.req_pos + data.com_len
     spin_unlock(&data.lock)
     return room
+
+
+cdef inline void data_hold(tst_data *data) noexcept nogil:
+    """It stays where it is until data_unpin: an export, too."""
+    spin_lock(&data.lock)
+    data.exports += 1
+    spin_unlock(&data.lock)
 
 
 cdef inline void data_unpin(tst_data *data, ssize_t received, uint64_t now) noexcept nogil:

@@ -17,7 +17,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from tstpool._conn cimport (
     PASSED_MESSAGE, PASSED_WRITABLE, connection_recv, connection_send, connection_takes_messages, tst_compiled,
     tst_connection)
-from tstpool._data cimport input_consume, tst_data
+from tstpool._data cimport data_hold, data_unpin, input_consume, tst_data
 from tstpool._entry cimport (
     STAT_RECONNECTED, STAT_RUN, connection_apply, connection_awaits_transfer, connection_cut, connection_due,
     connection_keep_input, entry_finish)
@@ -135,8 +135,15 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
 cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint64_t *n) noexcept nogil:
     """The same for what has no framing: all that has arrived, or the transfer that was asked for."""
     cdef const char *bytes = NULL
-    cdef size_t size = message_at_hand(connection, &bytes)
-    cdef int stat = connection.compiled.received(connection.compiled.handler, connection.sock, bytes, size)
+    cdef tst_data *transfer = connection_recv(connection) if connection_awaits_transfer(connection) else NULL
+    cdef size_t size
+    cdef int stat
+    if transfer != NULL:
+        data_hold(transfer)        # resize() on another thread would move it
+    size = message_at_hand(connection, &bytes)
+    stat = connection.compiled.received(connection.compiled.handler, connection.sock, bytes, size)
+    if transfer != NULL:
+        data_unpin(transfer, 0, 0)
     worker_goes_on(worker)
     if stat == STAT_RUN:
         connection.passed_on |= PASSED_MESSAGE

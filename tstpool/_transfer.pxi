@@ -100,11 +100,11 @@ cdef class TstData:
     def resize(self, n):
         """Makes the buffer `n` bytes long and keeps its contents; new bytes are zero.
 
-        Raises BufferError while a memoryview of it is held, ValueError when n <= 0 or the current request would not
-        fit.
+        Raises BufferError while a memoryview of it is held, or a compiled handler is given what is in it, ValueError
+        when n <= 0 or the current request would not fit.
         """
         cdef int result = data_resize(&self.data, size_from(n, "n"))
-        check(result, "the buffer is held by a memoryview" if result == -EBUSY
+        check(result, "the buffer is in use: a memoryview holds it, or a handler" if result == -EBUSY
               else "the new size is 0, or below req_pos + req_len")
 
 

@@ -742,11 +742,9 @@ cdef class Worker:
     cdef object transferred(self, TstSocket sock, size_t begin, size_t size):
         """A part of what `recv_data` holds; less where its buffer has been made shorter meanwhile."""
         cdef tst_data *data = connection_recv(sock.connection)
-        spin_lock(&data.lock)
+        data_hold(data)
         begin = min(begin, data.s_len)
         size = min(size, data.s_len - begin) if data.s != NULL else 0
-        data.exports += 1                      # so that it stays where it is
-        spin_unlock(&data.lock)
         try:
             return PyBytes_FromStringAndSize(data.s + begin, <Py_ssize_t>size) if size else b""
         finally:

@@ -344,7 +344,7 @@ def test_any_bytes_mean_the_same_however_they_are_split(stream, places):
         unread = client.unread if outcome == module.MORE else None
         results.append((outcome, client.take(), unread))
         del client
-        assert server.requests_memory == 0 and server.n_clients == 0
+        assert server.waiting_memory == 0 and server.n_clients == 0
     assert results[0] == results[1] == results[2]
 
 
@@ -378,13 +378,13 @@ def test_an_array_of_too_many_arguments_is_refused_before_they_come(kv):
     assert client.take() == b"-ERR Protocol error: invalid multibulk length\r\n"
     client = kv.Client(server := kv.Server())
     assert client.feed(b"*1048576\r\n") == kv.MORE
-    assert server.requests_memory < 10_000  # room is made for arguments as they come
+    assert server.waiting_memory < 10_000  # room is made for arguments as they come
 
 
 def test_an_argument_that_is_announced_takes_no_memory_before_it_comes(kv):
     client = kv.Client(server := kv.Server(argument=1 << 20))
     assert client.feed(b"*1\r\n$1048576\r\n") == kv.MORE
-    assert server.requests_memory < 10_000
+    assert server.waiting_memory < 10_000
     client = kv.Client(server)
     assert client.feed(b"*1\r\n$1048577\r\n") == kv.CLOSE
 
@@ -394,14 +394,14 @@ def test_a_client_with_too_much_unread_is_closed_and_its_memory_comes_back(kv):
     client = kv.Client(server)
     assert client.feed(b"*3\r\n$3\r\nSET\r\n") == kv.MORE
     assert client.feed(b"$90000\r\n" + b"x" * 89_000) == kv.MORE
-    assert server.requests_memory <= 2 * 131_072
+    assert server.waiting_memory <= 2 * 131_072
     assert client.feed(b"x" * 1000 + b"\r\n$90000\r\n" + b"x" * 50_000) == kv.CLOSE
     del client
-    assert server.requests_memory == 0
+    assert server.waiting_memory == 0
 
 
 def test_all_clients_together_may_have_only_so_much_unread(kv):
-    server = kv.Server(argument=100_000, request=200_000, requests=500_000)
+    server = kv.Server(argument=100_000, request=200_000, waiting=500_000)
     clients, outcomes = [], []
     for _ in range(10):
         clients.append(kv.Client(server))
@@ -412,11 +412,11 @@ def test_all_clients_together_may_have_only_so_much_unread(kv):
 
 
 def test_who_holds_little_is_not_closed_for_what_others_hold(kv):
-    server = kv.Server(argument=100_000, request=200_000, requests=500_000)
+    server = kv.Server(argument=100_000, request=200_000, waiting=500_000)
     clients = [kv.Client(server) for _ in range(5)]
     for client, size in zip(clients, (99_000, 99_000, 99_000, 50_000, 50_000), strict=True):
         assert client.feed(b"*2\r\n$3\r\nGET\r\n$100000\r\n" + b"x" * size) == kv.MORE
-    assert server.requests_memory > 500_000
+    assert server.waiting_memory > 500_000
     client = kv.Client(server)
     assert client.feed(b"*1\r\n$4\r\nPI") == kv.MORE
     assert client.feed(b"NG\r\n") == kv.MORE
@@ -428,20 +428,20 @@ def test_a_client_that_is_closed_holds_nothing_although_it_has_not_gone_yet(kv):
     server = kv.Server(argument=100_000, request=200_000, output=100_000, output_pause=1000)
     client = kv.Client(server)
     assert client.feed(b"MULTI\n" + array(b"SET", b"a", b"x" * 90_000)) == kv.MORE
-    assert server.requests_memory > 90_000
+    assert server.waiting_memory > 90_000
     assert client.feed(b"*1\r\n$x\r\n") == kv.CLOSE
-    assert server.requests_memory == 0
+    assert server.waiting_memory == 0
     client = kv.Client(server)
     assert client.feed(b"*2\r\n$4\r\nECHO\r\n$90000\r\n" + b"x" * 89_000) == kv.MORE
-    assert server.requests_memory > 89_000
+    assert server.waiting_memory > 89_000
     client.refuses = True
     assert client.feed(b"x" * 1000 + b"\r\n") == kv.CLOSE
-    assert server.requests_memory == 0
+    assert server.waiting_memory == 0
     assert client.feed(b"x" * 1000) == client.again() == kv.CLOSE
     client = kv.Client(server)
     assert client.feed(array(b"ECHO", b"x" * 2000)) == client.feed(array(b"ECHO", b"x" * 90_000)) == kv.PAUSED
     client.end()
-    assert server.requests_memory == 0
+    assert server.waiting_memory == 0
 
 
 def test_requests_of_who_does_not_read_wait(kv):
@@ -462,7 +462,7 @@ def test_requests_of_who_does_not_read_wait(kv):
     assert outcome == kv.MORE
     assert replies(received) == [reply] * 1000 + [b":1\r\n"]
     assert most < 10_000 + 65_536 + len(reply)  # one buffer of replies more
-    assert client.unread == 0 and server.requests_memory == 0
+    assert client.unread == 0 and server.waiting_memory == 0
 
 
 def test_who_does_not_read_and_goes_on_sending_is_closed(kv):
@@ -579,7 +579,7 @@ def test_what_multi_queues_is_limited_too(kv):
     outcomes = [client.feed(array(b"SET", b"a", b"v" * 10_000)) for _ in range(11)]
     assert outcomes[0] == kv.MORE and outcomes[-1] == kv.CLOSE
     del client
-    assert server.requests_memory == 0
+    assert server.waiting_memory == 0
 
 
 def test_a_transaction_that_memory_does_not_suffice_for_ends_the_connection(kv):
@@ -590,7 +590,7 @@ def test_a_transaction_that_memory_does_not_suffice_for_ends_the_connection(kv):
     kv.fail_realloc(1)
     assert client.feed(b"EXEC\nPING\n") == kv.CLOSE
     assert client.take() == b"*3\r\n+OK\r\n"
-    assert server.requests_memory == 0
+    assert server.waiting_memory == 0
 
 
 def test_mset_that_does_not_fit_sets_nothing(kv):

@@ -1,6 +1,7 @@
 # cython: language_level=3, freethreading_compatible=True
 """For the tests alone: the layers of tstkv without a connection, so that time, memory and every split of a request are
 the test's to choose. Built only with TSTKV_PROBE=1."""
+from libc.errno cimport ENOBUFS
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
@@ -63,12 +64,12 @@ cdef class Server:
     cdef kv_server server
     cdef bint ready
 
-    def __cinit__(self, *, maxmemory=1 << 30, argument=1 << 20, request=1 << 21, requests=1 << 30, output=1 << 30,
+    def __cinit__(self, *, maxmemory=1 << 30, argument=1 << 20, request=1 << 21, waiting=1 << 30, output=1 << 30,
                   output_pause=1 << 30, clients=1000):
         cdef uint64_t key[2]
         key[0], key[1] = 1, 2
         self.server.limits.argument, self.server.limits.request = argument, request
-        self.server.limits.requests, self.server.limits.output = requests, output
+        self.server.limits.waiting, self.server.limits.output = waiting, output
         self.server.limits.output_pause, self.server.limits.clients = output_pause, clients
         self.ready = True
         if server_init(&self.server, maxmemory, key) < 0:
@@ -79,8 +80,12 @@ cdef class Server:
             server_free(&self.server)
 
     @property
-    def requests_memory(self):
-        return self.server.requests_memory
+    def waiting_memory(self):
+        return self.server.waiting_memory
+
+    @property
+    def used(self):
+        return self.server.table.used
 
     @property
     def n_clients(self):
@@ -89,6 +94,8 @@ cdef class Server:
 
 cdef ssize_t keep_reply(void *client, const char *bytes, size_t size) noexcept nogil:
     with gil:
+        if (<Client>client).busy:
+            return -ENOBUFS
         (<Client>client).replies += bytes[:size]
         return -1 if (<Client>client).refuses else len((<Client>client).replies)
 
@@ -98,7 +105,8 @@ cdef class Client:
     cdef kv_client client
     cdef Server server
     cdef public bytearray replies
-    cdef public bint refuses
+    cdef public bint refuses               # it takes nothing more
+    cdef public bint busy                  # ... for now
     cdef readonly bint welcome
 
     def __init__(self, Server server):

@@ -203,7 +203,7 @@ cdef inline void info_text(kv_call *call, char *text) noexcept nogil:
         "# Keyspace\r\n",
         KV_REDIS_VERSION, KV_VERSION, <unsigned long long>((call.now - server.started) // 1000),
         <unsigned long long>server.n_clients, <unsigned long long>server.limits.clients,
-        <unsigned long long>server.table.used, <unsigned long long>server.requests_memory,
+        <unsigned long long>server.table.used, <unsigned long long>server.waiting_memory,
         <unsigned long long>maxmemory_shown(server), <unsigned long long>server.n_connections,
         <unsigned long long>server.n_calls, <unsigned long long>server.table.n_expired)
 

@@ -5,6 +5,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from tstkv._libc cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, clockid_t, pthread_mutex_t, timespec
 from tstkv._reply cimport kv_reply, reply_error, reply_text
 from tstkv._resp cimport kv_request
+from tstkv._rest cimport kv_rest
 from tstkv._table cimport kv_table
 from tstkv._text cimport text_is, text_to_integer
 
@@ -52,7 +53,7 @@ cdef struct kv_limits:
     size_t request             # bytes of a client that wait here to be run: a request that is not whole, or more
     size_t output              # bytes of replies that wait for a client to read them
     size_t output_pause        # ... and from which its further requests wait until it has
-    uint64_t requests          # bytes of all clients that wait to be run
+    uint64_t waiting           # bytes of all clients that wait here: requests to be run, replies to be sent
     uint64_t clients
 
 
@@ -68,7 +69,7 @@ cdef struct kv_server:
     uint64_t n_clients         # open now
     uint64_t n_connections     # since the start
     uint64_t n_calls           # commands since the start
-    uint64_t requests_memory   # bytes that wait to be run, all clients'
+    uint64_t waiting_memory    # bytes that wait to be run or sent, all clients'
 
 
 # The requests between MULTI and EXEC, as they were sent.
@@ -90,9 +91,10 @@ cdef struct kv_client:
     size_t begin
     size_t end
     size_t capacity
-    size_t memory              # its part of requests_memory
+    kv_rest rest               # of its replies: what is to be sent in the next turns
+    size_t memory              # its part of waiting_memory
     bint counted               # in n_clients
-    bint waits                 # its requests wait until it has read its replies
+    bint waits                 # its requests wait for another turn, or until it has read its replies
     bint closed                # nothing more is run
     bint resp3                 # it has asked for RESP3
     kv_queued queued           # what it has sent since MULTI

@@ -8,7 +8,7 @@ from tstkv._call cimport (
 from tstkv._glob cimport glob_is_too_long, glob_matches
 from tstkv._libc cimport CLOCK_REALTIME
 from tstkv._reply cimport (
-    reply_array, reply_bulk, reply_error, reply_integer, reply_null, reply_ok, reply_peer_end, reply_text)
+    reply_array, reply_bulk, reply_error, reply_integer, reply_null, reply_ok, reply_peer_end, reply_text, reply_value)
 from tstkv._table cimport (
     entry_expire, entry_key, entry_value, kv_entry, kv_slot, memory_for, room_for, table_clear, table_find, table_hash,
     table_next, table_prepare, table_remove, table_set)
@@ -24,18 +24,18 @@ cdef inline kv_slot *find_key(kv_call *call, size_t i, uint64_t *hash) noexcept 
     return table_find(&call.server.table, hash[0], argument(call, i), argument_size(call, i), call.now)
 
 
-cdef inline void reply_value(kv_call *call, kv_slot *slot) noexcept nogil:
+cdef inline void reply_found(kv_call *call, kv_slot *slot) noexcept nogil:
     if slot == NULL:
         reply_null(call.reply)
     else:
-        reply_bulk(call.reply, entry_value(slot.entry), slot.entry.value_size)
+        reply_value(call.reply, slot.entry)
 
 
 # -------------------------------------------------------------------------------------------- get and set
 
 cdef inline int command_get(kv_call *call) noexcept nogil:
     cdef uint64_t hash = 0
-    reply_value(call, find_key(call, 1, &hash))
+    reply_found(call, find_key(call, 1, &hash))
     return CALL_DONE
 
 
@@ -44,7 +44,7 @@ cdef inline int command_mget(kv_call *call) noexcept nogil:
     cdef size_t i
     reply_array(call.reply, n_arguments(call) - 1)
     for i in range(1, n_arguments(call)):
-        reply_value(call, find_key(call, i, &hash))
+        reply_found(call, find_key(call, i, &hash))
     return CALL_DONE
 
 
@@ -177,7 +177,7 @@ cdef inline int command_set(kv_call *call) noexcept nogil:
         return CALL_DONE
     slot = find_key(call, 1, &hash)
     if options.get:
-        reply_value(call, slot)
+        reply_found(call, slot)
     if (options.only_new and slot != NULL) or (options.only_old and slot == NULL):
         if not options.get:
             reply_null(call.reply)

@@ -13,7 +13,7 @@ class KeyValueHandler(TstNogilHandler):
         maxclients: int = 10000,
         max_argument: int = 33554432,
         max_request: int = 67108864,
-        max_requests: int = 1073741824,
+        max_waiting: int = 1073741824,
         max_output: int = 268435456,
         output_pause: int = 1048576,
     ) -> Self: ...

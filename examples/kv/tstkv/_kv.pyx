@@ -54,15 +54,17 @@ cdef class KeyValueHandler(TstNogilHandler):
     """Serves a table of its own to all connections of the pools that it is given to. Bytes, all but maxclients:
 
     maxmemory: what keys and values may take together; 0: all there is. maxclients: connections at a time. max_argument:
-    the longest key or value. max_request: what one client may have sent that is not run yet. max_requests: the same of
-    all clients. max_output: replies of one client that wait until it reads them. output_pause: from which on its
-    requests wait too.
+    the longest key or value. max_request: what one client may have sent that is not run yet. max_waiting: the same of
+    all clients, and replies that wait here. max_output: replies of one client that wait until it reads them.
+    output_pause: from which on its requests wait too.
+
+    A pool's high_water must be 65,536 at least, as it is unless it is told otherwise.
     """
     cdef kv_server server
     cdef bint ready
 
     def __cinit__(self, *, maxmemory=256 << 20, maxclients=10000, max_argument=32 << 20, max_request=64 << 20,
-                  max_requests=1 << 30, max_output=256 << 20, output_pause=1 << 20):
+                  max_waiting=1 << 30, max_output=256 << 20, output_pause=1 << 20):
         cdef uint64_t hash_key[2]
         if not 0 < max_argument <= ARGUMENT_MOST or not max_argument <= max_request <= REQUEST_MOST:
             raise ValueError(f"max_argument may be 1 to {ARGUMENT_MOST}, max_request that to {REQUEST_MOST}")
@@ -70,7 +72,7 @@ cdef class KeyValueHandler(TstNogilHandler):
             raise ValueError(f"maxmemory may be 0, for no limit, or {MAXMEMORY_LEAST} to {NO_MAXMEMORY}")
         self.server.limits.argument = max_argument
         self.server.limits.request = max_request
-        self.server.limits.requests = max_requests
+        self.server.limits.waiting = max_waiting
         self.server.limits.output = max_output
         self.server.limits.output_pause = output_pause
         self.server.limits.clients = maxclients

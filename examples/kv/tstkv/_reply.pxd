@@ -1,25 +1,34 @@
 # cython: language_level=3
 """Replies, written into one buffer, which goes to the client when a chunk of requests is done, or when it is full.
 
-A reply that is longer than the buffer goes to the client from where it lies. So nothing here grows, and nothing fails
-but the client: once it takes no more (`gone`, `too_much`), what is written is dropped.
+In each turn a client is sent REPLY_ROOM bytes at most. What goes beyond that waits in its `rest` (see _rest.pxd) for the
+next turn, and its next requests wait for that. So one long reply holds nobody up and is not copied whole; and whoever
+reads gets it, however little others do: of a client for whom nothing waits, a pool takes so many bytes (its high_water)
+in any case, while more of them may be refused for what waits for others.
+
+Nothing fails here but the client: once it takes no more (`gone`, `too_much`), what is written is dropped.
 
 They are RESP2. A client that asks for RESP3 (HELLO 3, which some libraries insist on) gets that for the few kinds of
 reply in which it differs: null, map, set, and text for people.
 """
+from libc.errno cimport ENOBUFS
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, strlen
 
+from tstkv._libc cimport kv_rarely
+from tstkv._rest cimport kv_rest, rest_add, rest_add_value, rest_next, rest_took
+from tstkv._table cimport entry_value, kv_entry, kv_table
 from tstkv._text cimport integer_to_text
 
 cdef enum:
-    REPLY_ROOM = 65536         # bytes in the buffer
+    REPLY_ROOM = 65536         # bytes in the buffer, and that a client is sent in one turn; the usual high_water
     REPLY_SMALL = 4096         # bytes that are copied sooner than it is asked whether anybody gets them
     HEADER_MOST = 23           # bytes in a reply's first line: a sign, an integer and its end
 
 
-# Takes a copy of the bytes. Returns how many bytes wait for the client now, or a negative number: it takes no more.
+# Takes a copy of the bytes. Returns how many bytes wait for the client now; -ENOBUFS: too much waits, for it or for all
+# clients, so that it may take them later; any other negative number: it takes no more.
 ctypedef ssize_t (*kv_send)(void *client, const char *bytes, size_t size) noexcept nogil
 
 
@@ -28,16 +37,20 @@ cdef struct kv_reply:
     size_t size                # bytes written and not sent yet
     kv_send send
     void *client               # borrowed for one chunk of requests
+    kv_rest *rest              # borrowed from the client, likewise
+    kv_table *table            # borrowed from the server
+    size_t share               # bytes that the client may still be sent in this turn
     size_t waiting             # bytes that wait for the client, as of the last send
     size_t waiting_most
-    bint too_much              # more than that would wait: the client is to be closed
+    bint too_much              # more than that would wait, or than there is memory for: the client is to be closed
     bint gone                  # the client takes nothing more; what it has sent is run all the same
     bint resp3                 # the client has asked for it
 
 
-cdef inline int reply_init(kv_reply *reply, size_t waiting_most) noexcept nogil:
+cdef inline int reply_init(kv_reply *reply, kv_table *table, size_t waiting_most) noexcept nogil:
     """-1: no memory."""
     reply.bytes = <char *>malloc(REPLY_ROOM)
+    reply.table = table
     reply.waiting_most = waiting_most
     return 0 if reply.bytes != NULL else -1
 
@@ -47,30 +60,63 @@ cdef inline void reply_free(kv_reply *reply) noexcept nogil:
     reply.bytes = NULL
 
 
-cdef inline void reply_begin(kv_reply *reply, kv_send send, void *client, bint resp3) noexcept nogil:
-    """What is written from here on is for `client`."""
+cdef inline void reply_begin(kv_reply *reply, kv_send send, void *client, kv_rest *rest, bint resp3) noexcept nogil:
+    """A turn: what is written from here on is for `client`, behind the `rest` of what was written before."""
     reply.size = reply.waiting = 0
+    reply.share = REPLY_ROOM
     reply.send = send
     reply.client = client
+    reply.rest = rest
     reply.too_much = reply.gone = False
     reply.resp3 = resp3
 
 
-cdef inline void reply_pass(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
-    """Hands bytes to the client."""
-    cdef ssize_t waiting
+cdef inline bint reply_is_full(const kv_reply *reply) noexcept nogil:
+    """The client has had its turn: its next requests are for another one."""
+    return (reply.share < REPLY_ROOM // 2 or reply.rest.size != 0) and not reply.gone
+
+
+cdef inline bint reply_send(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
+    """Hands bytes to the client. False: it does not take them, for now or (`gone`) at all."""
+    cdef ssize_t waiting = reply.send(reply.client, bytes, size)
+    if kv_rarely(waiting < 0):
+        reply.gone = waiting != -ENOBUFS
+        return False
+    reply.share -= size
+    reply.waiting = <size_t>waiting
+    reply.too_much = reply.waiting > reply.waiting_most
+    return True
+
+
+cdef inline void reply_keep(kv_reply *reply, const char *bytes, size_t size, kv_entry *entry) noexcept nogil:
+    """Adds bytes to the rest. entry: whose value they are, or NULL."""
+    cdef int result
     if reply.too_much or reply.gone:
         return
-    waiting = reply.send(reply.client, bytes, size)
-    reply.gone = waiting < 0
-    reply.waiting = 0 if reply.gone else <size_t>waiting
-    reply.too_much = reply.waiting > reply.waiting_most
+    result = rest_add(reply.rest, bytes, size) if entry == NULL else rest_add_value(reply.rest, entry)
+    reply.too_much = result < 0 or reply.waiting + reply.rest.size > reply.waiting_most
+
+
+cdef inline void reply_send_rest(kv_reply *reply) noexcept nogil:
+    """Sends as much of the rest as the client may still get in this turn."""
+    cdef const char *bytes
+    cdef size_t size
+    while reply.rest.size and reply.share and not reply.too_much and not reply.gone:
+        size = reply.share
+        bytes = rest_next(reply.rest, &size)
+        if not reply_send(reply, bytes, size):
+            return
+        rest_took(reply.rest, reply.table, size)
 
 
 cdef inline void reply_flush(kv_reply *reply) noexcept nogil:
-    if reply.size:
-        reply_pass(reply, reply.bytes, reply.size)
-        reply.size = 0
+    """Empties the buffer."""
+    cdef size_t size = reply.size
+    reply.size = 0
+    if size == 0 or reply.too_much or reply.gone:
+        return
+    if kv_rarely(reply.rest.size != 0 or size > reply.share) or not reply_send(reply, reply.bytes, size):
+        reply_keep(reply, reply.bytes, size, NULL)
 
 
 cdef inline char *reply_reserve(kv_reply *reply, size_t size) noexcept nogil:
@@ -80,13 +126,16 @@ cdef inline char *reply_reserve(kv_reply *reply, size_t size) noexcept nogil:
     return reply.bytes + reply.size
 
 
-cdef inline void reply_large(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
-    """Copies nothing that nobody will get."""
+cdef inline void reply_large(kv_reply *reply, const char *bytes, size_t size, kv_entry *entry) noexcept nogil:
+    """entry: whose value it is, or NULL. Copies nothing that nobody will get, and no value that has to wait."""
+    cdef bint waits = size > REPLY_ROOM
     if reply.too_much or reply.gone:
         return
-    if size > REPLY_ROOM:
+    if entry != NULL:
+        waits = size > REPLY_ROOM - reply.size or reply.rest.size != 0
+    if waits:
         reply_flush(reply)
-        reply_pass(reply, bytes, size)
+        reply_keep(reply, bytes, size, entry)
         return
     memcpy(reply_reserve(reply, size), bytes, size)
     reply.size += size
@@ -94,7 +143,7 @@ cdef inline void reply_large(kv_reply *reply, const char *bytes, size_t size) no
 
 cdef inline void reply_bytes(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
     if size > REPLY_SMALL:
-        reply_large(reply, bytes, size)
+        reply_large(reply, bytes, size, NULL)
         return
     memcpy(reply_reserve(reply, size), bytes, size)
     reply.size += size
@@ -140,6 +189,15 @@ cdef inline void reply_set(kv_reply *reply, size_t n) noexcept nogil:
 cdef inline void reply_bulk(kv_reply *reply, const char *bytes, size_t size) noexcept nogil:
     reply_header(reply, c'$', <int64_t>size)
     reply_bytes(reply, bytes, size)
+    reply_text(reply, "\r\n")
+
+
+cdef inline void reply_value(kv_reply *reply, kv_entry *entry) noexcept nogil:
+    reply_header(reply, c'$', entry.value_size)
+    if kv_rarely(entry.value_size > REPLY_SMALL):
+        reply_large(reply, entry_value(entry), entry.value_size, entry)
+    else:
+        reply_bytes(reply, entry_value(entry), entry.value_size)
     reply_text(reply, "\r\n")
 
 

@@ -5,7 +5,8 @@
                 0           begin            end    capacity
 
 A chunk that finds nothing unread is run where it was received, and only what is left of it is kept. Its replies are
-collected and sent once, at the end of the chunk.
+collected and sent once, at the end of the chunk. If they are long they are sent over several turns (_reply.pxd), and
+until all of them have been sent what has come behind stays unread.
 
 What one client can make us hold has these limits (kv_limits):
 
@@ -13,8 +14,8 @@ What one client can make us hold has these limits (kv_limits):
     request         more unread, or more since MULTI: closed. The buffers are at most four times as large
     output_pause    more replies waiting: its next requests stay unread until it has read the replies (SERVE_PAUSED)
     output          more, by one command: closed
-    requests        more unread by all clients together: who then needs more memory is closed, unless that is little
-                    (CLIENT_SMALL), for those who hold the most are others
+    waiting         more unread, and copied to be sent, by all clients together: who then needs more memory is closed,
+                    unless that is little (CLIENT_SMALL), for those who hold the most are others
 
 Nobody else is served meanwhile. So who has sent much work is interrupted after RUN_MOST, and goes on when others have
 had their turn (SERVE_PAUSED too).
@@ -29,10 +30,12 @@ from tstkv._dispatch cimport commands_init, dispatch
 from tstkv._libc cimport kv_rarely, pthread_mutex_destroy, pthread_mutex_init
 from tstkv._multi cimport queued_forget
 from tstkv._reply cimport (
-    kv_reply, kv_send, reply_begin, reply_flush, reply_free, reply_init, reply_peer_text, reply_text)
+    REPLY_ROOM, kv_reply, kv_send, reply_begin, reply_flush, reply_free, reply_init, reply_is_full, reply_peer_text,
+    reply_send_rest, reply_text)
 from tstkv._resp cimport (
     LINE_MOST, RESP_BROKEN, RESP_PARTIAL, RESP_WHOLE, kv_request, request_free, request_init, request_memory,
     request_reset, request_seen, resp_parse)
+from tstkv._rest cimport rest_forget
 from tstkv._table cimport table_free, table_init
 
 cdef enum:
@@ -56,7 +59,7 @@ cdef inline int server_init(kv_server *server, uint64_t maxmemory, const uint64_
     commands_init(server)
     server.started = now_milliseconds()
     server.line = <char *>malloc(LINE_MOST)
-    if server.line == NULL or reply_init(&server.reply, server.limits.output) < 0:
+    if server.line == NULL or reply_init(&server.reply, &server.table, server.limits.output) < 0:
         return -ENOMEM
     return table_init(&server.table, maxmemory, hash_key)
 
@@ -89,10 +92,11 @@ cdef inline void client_close(kv_server *server, kv_client *client) noexcept nog
         request_reset(&client.request)
         request_free(&client.request)
     queued_forget(&client.queued)
+    rest_forget(&client.rest, &server.table)
     free(client.unread)
     client.unread = NULL
     client.begin = client.end = client.capacity = 0
-    server.requests_memory -= client.memory
+    server.waiting_memory -= client.memory
     client.memory = 0
 
 
@@ -148,10 +152,10 @@ cdef inline void unread_took(kv_client *client, size_t size) noexcept nogil:
 cdef inline bint client_account(kv_server *server, kv_client *client) noexcept nogil:
     """Enters what the client holds now. False: all of them together hold too much, and it has made that worse."""
     cdef size_t before = client.memory
-    client.memory = client.capacity + client.queued.capacity + request_memory(&client.request)
-    server.requests_memory += client.memory - before
+    client.memory = client.capacity + client.queued.capacity + request_memory(&client.request) + client.rest.memory
+    server.waiting_memory += client.memory - before
     return client.memory <= before or client.memory <= CLIENT_SMALL or (
-        server.requests_memory <= server.limits.requests)
+        server.waiting_memory <= server.limits.waiting)
 
 
 # ------------------------------------------------------------------------------------------------- requests
@@ -176,7 +180,7 @@ cdef inline int run(kv_server *server, kv_client *client, const char *bytes, siz
     call.now = begin
     done[0] = 0
     while done[0] < size:
-        if kv_rarely(server.reply.waiting >= server.limits.output_pause):
+        if kv_rarely(reply_is_full(&server.reply)):
             return SERVE_PAUSED
         found = resp_parse(&client.request, bytes + done[0], size - done[0], server.limits.argument, server.line, &used)
         if found == RESP_PARTIAL:
@@ -227,11 +231,12 @@ cdef inline int run_chunk(kv_server *server, kv_client *client, const char *byte
 
 
 cdef inline int finish(kv_server *server, kv_client *client, int outcome) noexcept nogil:
-    """Ends a chunk: sends its replies. Returns SERVE_*."""
+    """Ends a chunk: sends its replies, or the beginning of them. Returns SERVE_*."""
     reply_flush(&server.reply)
+    reply_send_rest(&server.reply)
     if server.reply.gone or server.reply.too_much or not client_account(server, client):
         outcome = SERVE_CLOSE
-    elif outcome == SERVE_MORE and server.reply.waiting >= server.limits.output_pause:
+    elif outcome == SERVE_MORE and (client.rest.size or server.reply.waiting >= server.limits.output_pause):
         outcome = SERVE_PAUSED
     client.waits = outcome == SERVE_PAUSED
     if outcome == SERVE_CLOSE:
@@ -246,16 +251,23 @@ cdef inline int serve_chunk(kv_server *server, kv_client *client, const char *by
     """The client has sent `bytes`. Its replies go through send(to, ...). Returns SERVE_*."""
     if client.closed:
         return SERVE_CLOSE
-    reply_begin(&server.reply, send, to, client.resp3)
+    reply_begin(&server.reply, send, to, &client.rest, client.resp3)
     return finish(server, client, run_chunk(server, client, bytes, size))
 
 
 cdef inline int serve_again(kv_server *server, kv_client *client, kv_send send, void *to) noexcept nogil:
-    """The client has read its replies: the requests that waited for that are run. Returns SERVE_*."""
+    """The client has read what it was sent: it gets more of the rest or, when that is gone, the requests that waited are
+    run. Returns SERVE_*."""
     if client.closed:
         return SERVE_CLOSE
     client.waits = False
-    reply_begin(&server.reply, send, to, client.resp3)
+    reply_begin(&server.reply, send, to, &client.rest, client.resp3)
+    if client.rest.size:
+        reply_send_rest(&server.reply)
+        # Nothing waits for it, and still it is refused: the pool's high_water is less than REPLY_ROOM. To try again would
+        # go on for ever.
+        if server.reply.share == REPLY_ROOM and not server.reply.gone:
+            return finish(server, client, SERVE_CLOSE)
     return finish(server, client, run_unread(server, client) if client.unread != NULL else SERVE_MORE)
 
 
@@ -266,6 +278,7 @@ cdef inline ssize_t send_nowhere(void *client, const char *bytes, size_t size) n
 cdef inline void serve_end(kv_server *server, kv_client *client) noexcept nogil:
     """The client is gone. What it had sent is run, as if it had been run when it came; nobody gets the replies. What is
     too much work for one turn is not run: there is no other turn."""
+    rest_forget(&client.rest, &server.table)
     if client.waits and not client.closed:
         serve_again(server, client, send_nowhere, NULL)
     client_close(server, client)

@@ -2,7 +2,7 @@
 """The table: keys and values in an open hash table that grows without a pause.
 
     slots     [ hash, entry ][ -, NULL ][ hash, entry ][ hash, entry ] ...      capacity: a power of two
-    entry     expires, sizes | key | value | room
+    entry     expires, sizes, users | key | value | room
 
 An entry stands in the slot that its hash names, or behind it, with no empty slot in between (linear probing). Removing
 one moves those behind it up, so that there are no marks of what was.
@@ -16,6 +16,10 @@ behind, so that no search in it ends early.
        capacity / 2 / MOVE_STEP of them.
     3. used <= maxmemory, whatever clients do; that is MAXMEMORY_LEAST or more. `used` counts slots, entries, and what
        malloc adds to them.
+
+A value that is being sent (_rest.pxd) is not changed and not freed meanwhile: whoever needs it is a user of its entry, as
+the table is. Once the key is removed or gets another value, the entry belongs to its other users alone; it stays part of
+`used` until the last of them lets go of it.
 
 Times are milliseconds on the monotonic clock. What has expired is removed when somebody asks for it, and by
 table_sweep, a little at each insertion, and as much as is needed when memory runs out.
@@ -50,12 +54,13 @@ cdef struct kv_entry:
     int64_t expires            # 0: never
     uint32_t key_size
     uint32_t value_size
-    uint64_t room              # bytes behind the struct: for the key and, behind it, the value
+    uint32_t room              # bytes behind the struct: for the key and, behind it, the value
+    uint32_t users             # the table, and each piece of a reply that shows the value; the last one frees the entry
 
 
 cdef struct kv_slot:
     uint64_t hash
-    kv_entry *entry            # owned; NULL: empty
+    kv_entry *entry            # shared: the table is one of its users; NULL: empty
 
 
 cdef struct kv_table:
@@ -109,16 +114,29 @@ cdef inline kv_entry *entry_new(kv_table *table, const char *key, size_t key_siz
     entry.expires = 0
     entry.key_size = <uint32_t>key_size
     entry.value_size = <uint32_t>value_size
-    entry.room = room
+    entry.room = <uint32_t>room            # keys and values have at most 512 MB each
+    entry.users = 1
     memcpy(entry_key(entry), key, key_size)
     table.used += memory_for(room)
     return entry
 
 
-cdef inline void entry_free(kv_table *table, kv_entry *entry) noexcept nogil:
-    table.used -= memory_for(entry.room)
+cdef inline void entry_use(kv_entry *entry) noexcept nogil:
+    """The caller is one more user, until entry_let_go. (A piece of a reply takes memory: there are no 4 billion.)"""
+    entry.users += 1
+
+
+cdef inline void entry_let_go(kv_table *table, kv_entry *entry) noexcept nogil:
+    entry.users -= 1
+    if entry.users == 0:
+        table.used -= memory_for(entry.room)
+        free(entry)
+
+
+cdef inline void entry_leave(kv_table *table, kv_entry *entry) noexcept nogil:
+    """The table lets go of an entry."""
     table.n_expiring -= entry.expires != 0
-    free(entry)
+    entry_let_go(table, entry)
 
 
 cdef inline void entry_expire(kv_table *table, kv_entry *entry, int64_t expires) noexcept nogil:
@@ -190,7 +208,7 @@ cdef inline bint slot_is_old(kv_table *table, kv_slot *slot) noexcept nogil:
 
 
 cdef inline void table_remove(kv_table *table, kv_slot *slot) noexcept nogil:
-    entry_free(table, slot.entry)
+    entry_leave(table, slot.entry)
     table.count -= 1
     if slot_is_old(table, slot):
         slot.entry = gone()
@@ -315,8 +333,8 @@ cdef inline kv_entry *table_set(kv_table *table, uint64_t hash, kv_slot *slot, c
     """Sets the key's value; when it expires stays. slot: where table_find has found it, or NULL. table_prepare has made
     room. The value may not lie in the entry. NULL: no memory."""
     cdef kv_entry *entry
-    # In place, unless most of the room would then be for nothing.
-    if slot != NULL and <uint64_t>key_size + value_size <= slot.entry.room and (
+    # In place, unless the old value is being sent, or most of the room would then be for nothing.
+    if slot != NULL and slot.entry.users == 1 and <uint64_t>key_size + value_size <= slot.entry.room and (
             room_for(key_size, value_size) >= slot.entry.room // 2):
         memcpy(entry_value(slot.entry), value, value_size)
         slot.entry.value_size = <uint32_t>value_size
@@ -330,7 +348,7 @@ cdef inline kv_entry *table_set(kv_table *table, uint64_t hash, kv_slot *slot, c
         table.count += 1
         return entry
     entry_expire(table, entry, slot.entry.expires)
-    entry_free(table, slot.entry)
+    entry_leave(table, slot.entry)
     slot.entry = entry
     return entry
 
@@ -341,7 +359,7 @@ cdef inline void slots_free(kv_table *table, kv_slot *slots, size_t capacity) no
         return
     for i in range(capacity):
         if slots[i].entry != NULL and slots[i].entry != gone():
-            entry_free(table, slots[i].entry)
+            entry_leave(table, slots[i].entry)
     free(slots)
     table.used -= capacity * sizeof(kv_slot)
 
@@ -354,7 +372,7 @@ cdef inline void table_free(kv_table *table) noexcept nogil:
 
 
 cdef inline int table_clear(kv_table *table) noexcept nogil:
-    """Removes all keys and gives the memory back. 0, or -ENOMEM: nothing has changed."""
+    """Removes all keys and gives their memory back. 0, or -ENOMEM: nothing has changed."""
     cdef kv_slot *slots = <kv_slot *>calloc(CAPACITY_LEAST, sizeof(kv_slot))
     if slots == NULL:
         return -ENOMEM
