@@ -66,6 +66,7 @@ def test_the_socket_is_closed_and_the_workers_live(make_pool, make_client, caplo
     records = [record for record in caplog.records if record.name == "tstpool" and record.exc_info]
     assert len(records) == workers + 1
     assert all(record.levelno >= logging.ERROR and isinstance(record.exc_info[1], kind) for record in records)
+    assert pool.stats().handler_errors == workers + 1
 
 
 @every_exception
@@ -131,6 +132,23 @@ def test_an_on_error_that_raises_is_logged_and_the_socket_closed(make_pool, make
         client.sendall(b"x")
         assert client.recv(1) == b""
         assert any(record.exc_info and isinstance(record.exc_info[1], kind) for record in caplog.records)
+        assert pool.stats().handler_errors == 4
+
+
+def test_all_errors_are_counted_however_few_are_logged(make_pool, make_client, caplog):
+    """B52: of on_error, on_slow and on_idle too; a start begins anew."""
+    twice = handler(on_message=failing(ValueError), on_error=lambda sock, exc: TstStat.SUSPEND, on_slow=failing(KeyError))
+    pool = make_pool(twice, slow_handler=1e-9, workers=1)
+    client = make_client(pool)
+    for i in range(1, 31):
+        client.sendall(b"x")
+        wait_until(lambda i=i: pool.stats().handler_errors == 2 * i)
+    assert len(caplog.records) < 30
+    idle = make_pool(handler(on_message=echo, on_idle=failing(ValueError)), idle_time=0.001, workers=1)
+    wait_until(lambda: idle.stats().handler_errors >= 2)
+    pool.stop()
+    pool.start()
+    assert pool.stats().handler_errors == 0
 
 
 @every_style

@@ -87,6 +87,7 @@ cdef struct tst_stats:
     uint64_t rejected        # connections that on_connect refused, or that came when there were too many
     uint64_t deadline_closed[DEADLINE_KINDS]  # connections that missed a deadline
     uint64_t too_large_closed  # connections whose message was longer than allowed
+    uint64_t handler_errors  # exceptions that on_error was told of, or that came out of hooks that nobody is told of
 
 
 cdef inline void count(uint64_t *counter, uint64_t amount) noexcept nogil:

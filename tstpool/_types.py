@@ -137,6 +137,9 @@ class PoolStats:
     """How often a connection came to have more than `high_water` waiting: with `auto_pause` its messages wait then."""
     too_large_closed: int
     """Connections closed because of a message over their framing's `max_message`."""
+    handler_errors: int
+    """Errors that on_error was told of (`MessageTooLarge` among them), and those of on_error, on_slow and on_idle
+    themselves. All of them: of the log's records, at most ten of a class in a second are written."""
     workers: tuple[WorkerStats, ...]
 
     @property

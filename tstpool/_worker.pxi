@@ -843,6 +843,7 @@ cdef class Worker:
             if elapsed >= self.engine.slow_handler and self.binding.on_slow is not None:
                 self.binding.on_slow(sock, elapsed / 1e9)
         except BaseException as error:
+            count(&self.worker.stats.handler_errors, 1)
             log_caused(self.pool, type(error), logging.ERROR, "on_slow raised", exc_info=error)
         worker_goes_on(self.worker)
         self.worker.clock = tick_now(&self.worker.ticks)       # their time is no handler's
@@ -894,11 +895,13 @@ cdef class Worker:
         cdef uint64_t began
         if self.pool.dead:
             raise error                    # in a forked child: it is for whoever forked
+        count(&self.worker.stats.handler_errors, 1)
         verdict = None
         began = tick_now(&self.worker.ticks)
         try:
             verdict = hook(sock, error)
         except BaseException as second:
+            count(&self.worker.stats.handler_errors, 1)
             log_caused(self.pool, type(second), logging.ERROR, "on_error raised on socket %d", sock.sd, exc_info=second)
         self.leave_out(clock, began)
         if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
@@ -916,6 +919,7 @@ cdef class Worker:
             if self.binding.on_idle is not None:
                 self.binding.on_idle(self.worker.no)
         except BaseException as error:
+            count(&self.worker.stats.handler_errors, 1)
             log(logging.ERROR, "on_idle raised", exc_info=error)
         finally:
             worker_leave(self.worker)

@@ -183,7 +183,8 @@ cdef object look_at_counters(TstPool pool):
         message_closed=sum.deadline_closed[DEADLINE_MESSAGE],
         write_closed=sum.deadline_closed[DEADLINE_WRITE] + load64(&pool.engine.total.write_closed, RELAXED),
         linger_closed=sum.deadline_closed[DEADLINE_CLOSE] + sum.deadline_closed[DEADLINE_LINGER],
-        too_large_closed=sum.too_large_closed, auto_pauses=load64(&pool.engine.total.pressed, RELAXED),
+        too_large_closed=sum.too_large_closed, handler_errors=sum.handler_errors,
+        auto_pauses=load64(&pool.engine.total.pressed, RELAXED),
         overflow_closed=load64(&pool.engine.total.overflow_closed, RELAXED),
         overflow_refused=load64(&pool.engine.total.overflow_refused, RELAXED),
         bytes_queued=load64(&pool.engine.total.queued, RELAXED), workers=tuple(workers))
