@@ -137,7 +137,8 @@ def test_an_on_error_that_raises_is_logged_and_the_socket_closed(make_pool, make
 
 def test_all_errors_are_counted_however_few_are_logged(make_pool, make_client, caplog):
     """B52: of on_error, on_slow and on_idle too; a start begins anew."""
-    twice = handler(on_message=failing(ValueError), on_error=lambda sock, exc: TstStat.SUSPEND, on_slow=failing(KeyError))
+    fail = failing(ValueError)
+    twice = handler(on_message=fail, on_error=lambda sock, exc: TstStat.SUSPEND, on_slow=failing(KeyError))
     pool = make_pool(twice, slow_handler=1e-9, workers=1)
     client = make_client(pool)
     for i in range(1, 31):
