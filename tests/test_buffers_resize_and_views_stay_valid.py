@@ -242,6 +242,6 @@ def test_what_a_compiled_handler_is_given_stays_where_it_is(make_pool, make_clie
 def resized(data, size):
     try:
         data.resize(size)
-    except BufferError:        # the handler is about to return
+    except BufferError:  # the handler is about to return
         return False
     return True
