@@ -17,6 +17,7 @@ import re
 import signal
 import threading
 import time
+import unicodedata
 from dataclasses import dataclass, field
 
 import tstpool
@@ -39,11 +40,23 @@ HELP = """\
 * anything else is said to everybody"""
 
 
+# Blank on the screen, though isprintable() and not isspace().
+BLANKS = dict.fromkeys(map(ord, "\u115f\u1160\u2800\u3164\uffa0\U00013441\U00013442\U0001d159"), " ")
+MARKS_MOST = 4  # accents and the like on one character
+
+
 def printable(line: bytes) -> str:
     """The text of a line, fit for any terminal and any log: no control character, escape sequence or bad UTF-8, nor
-    spaces in a row, after which the rest could look like a line of its own."""
-    text = " ".join(line.decode("utf-8", "replace").split())
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    blanks in a row or a tower of accents. Still, where a terminal wraps a long line is for its writer to choose."""
+    room = 0  # for marks; none behind a space, where some cannot be seen and would make one blank of many
+    text = ""
+    for char in " ".join(line.decode("utf-8", "replace").translate(BLANKS).split()):
+        if unicodedata.category(char).startswith("M"):
+            room -= 1
+        else:
+            room = 0 if char == " " else MARKS_MOST
+        text += char if char.isprintable() and room >= 0 else "\N{REPLACEMENT CHARACTER}"
+    return text
 
 
 @dataclass(eq=False)

@@ -3,8 +3,8 @@
 One service and two ways to write it. ``--style framing`` lets the engine cut messages; ``--style req_len`` is that of
 the C++ original: a function, called for events, that says how many bytes it wants next. Nobody on the other side can
 tell which one runs. Methods may block (`sleep` does): other connections are served meanwhile. A client that does not
-read its replies is not read from until it does. Of the standard two things are left out: batches, and the member
-"jsonrpc" of a request, which is not looked at.
+read its replies is not read from until it does. Of the standard three things are left out: batches; the member
+"jsonrpc" of a request, which is not looked at; and ids such as 1.5, or of more than 100 characters.
 """
 
 import argparse
@@ -32,8 +32,12 @@ class BadParams(ValueError):
     for the log alone."""
 
 
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)  # to isinstance() true is an int
+
+
 def add(*numbers: float) -> float:
-    if not all(isinstance(number, int | float) for number in numbers):
+    if not all(is_number(number) for number in numbers):
         raise BadParams("only numbers can be added")
     try:
         return sum(numbers)
@@ -42,7 +46,7 @@ def add(*numbers: float) -> float:
 
 
 def sleep(seconds: float) -> float:
-    if not isinstance(seconds, int | float) or not 0 <= seconds <= 10:
+    if not is_number(seconds) or not 0 <= seconds <= 10:
         raise BadParams("seconds must be 0 to 10")
     time.sleep(seconds)  # holds this worker and this connection, nobody else
     return seconds
@@ -73,8 +77,8 @@ def parse(message: bytes) -> dict[str, Any]:
     if not isinstance(request, dict) or not isinstance(request.get("method"), str):
         raise Refused(-32600, "this is not a request")
     number = request.get("id")
-    if type(number) not in (int, str, type(None)) or len(str(number)) > ID_MOST:  # true is an int to isinstance()
-        raise Refused(-32600, "the id is neither a number nor a short string")
+    if type(number) not in (int, str, type(None)) or len(str(number)) > ID_MOST:
+        raise Refused(-32600, "the id is neither an integer nor a short string")
     return request
 
 
@@ -83,6 +87,8 @@ def call(request: dict[str, Any]) -> Any:
     if method is None:
         raise Refused(-32601, "there is no such method")
     params = request.get("params", [])
+    if not isinstance(params, list | dict):
+        raise Refused(-32602, "the params are neither an array nor an object")
     try:
         bind = inspect.signature(method).bind
         bound = bind(**params) if isinstance(params, dict) else bind(*params)
@@ -151,15 +157,17 @@ def service(sock: TstSocket) -> TstStat:
     if sock.events & EPOLLOUT or recv.req_len == 0:  # req_len is 0 at the very first call
         return want_header(sock)
     if recv.req_pos == 0:
-        size = int.from_bytes(recv.s[:HEADER], "big")
-        if size > MESSAGE_MOST:
-            return TstStat.DISCONNECT
-        if size > 0:
-            return want_body(sock, size)
-    else:
-        size = recv.req_len
-    reply = answer(bytes(recv.s[HEADER : HEADER + size]))
-    return want_header(sock) if reply is None else send_reply(sock, reply)
+        sock.user_data = int.from_bytes(recv.s[:HEADER], "big")
+    size: int = sock.user_data
+    if size > MESSAGE_MOST:
+        return TstStat.DISCONNECT
+    have = recv.req_pos + recv.req_len - HEADER
+    if have < size:
+        return want_more(sock, size, have)
+    message = bytes(recv.s[HEADER : HEADER + size])
+    want_header(sock)  # not later: a method may take long, a client long to read the reply
+    reply = answer(message)
+    return TstStat.SUSPEND if reply is None else send_reply(sock, reply)
 
 
 def want_header(sock: TstSocket) -> TstStat:
@@ -171,13 +179,15 @@ def want_header(sock: TstSocket) -> TstStat:
     return TstStat.SUSPEND
 
 
-def want_body(sock: TstSocket, size: int) -> TstStat:
-    """It goes behind the header. Asking for 0 bytes would mean: whatever comes."""
+def want_more(sock: TstSocket, size: int, have: int) -> TstStat:
+    """The next part of a body of `size` bytes, `have` of which are there. No more than has come already, unless it fits
+    anyway: to announce a long message must not cost us the memory for it."""
     recv = sock.recv_data
-    if recv.s_len < HEADER + size:
-        recv.resize(HEADER + size)
-    recv.req_pos = HEADER
-    recv.req_len = size
+    step = min(size - have, max(have, BUFFER - HEADER))
+    if recv.s_len < HEADER + have + step:
+        recv.resize(HEADER + have + step)
+    recv.req_len = step  # before req_pos: the longer request of before might not fit there
+    recv.req_pos = HEADER + have
     return TstStat.SUSPEND
 
 

@@ -276,6 +276,42 @@ def test_no_run_of_spaces_moves_the_rest_of_a_line_to_a_row_of_its_own(room):
         assert ann.wait_for("[bob to you]") == "[bob to you] so long"
 
 
+def test_blanks_that_count_as_printable_are_spaces(room):
+    with Person(room.addr, "ann") as ann:
+        for blank in "\u115f\u1160\u2800\u3164\uffa0\U0001d159":
+            with Person(room.addr) as other:
+                other.say("so long" + blank * 70 + f" {blank}* ann left")
+                assert ann.wait_for("<") == f"<{other.name}> so long * ann left"
+                other.say(blank * 70)  # nothing is left of it
+                other.say(f"one{blank}more")
+                assert ann.wait_for("<") == f"<{other.name}> one more"
+
+
+def test_marks_make_neither_towers_nor_rows_of_blanks(room):
+    """Those that cannot be seen would, between spaces, make one wide blank of them."""
+    with Person(room.addr, "ann") as ann:
+        for mark in "\u0301\u0e34\u20dd\ufe0f\u034f":
+            with Person(room.addr) as other:
+                other.say("a" + mark * 4 + "b" + mark * 100 + "c")
+                assert ann.wait_for("<") == f"<{other.name}> a" + mark * 4 + "b" + mark * 4 + "\ufffd" * 96 + "c"
+                other.say(mark + f" {mark}" * 70)
+                assert ann.wait_for("<") == f"<{other.name}> \ufffd" + " \ufffd" * 70
+
+
+def test_marks_that_languages_use_are_left_alone(room):
+    texts = {
+        "German": "gru\u0308\u00dfe",
+        "Vietnamese": "Vie\u0323\u0302t",
+        "Hindi": "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "Thai": "\u0e17\u0e35\u0e48",
+        "emoji": "1\ufe0f\u20e3",
+    }
+    with Person(room.addr, "ann") as ann, Person(room.addr, "bob") as bob:
+        for text in texts.values():
+            bob.say(text)
+            assert ann.wait_for("<bob>") == f"<bob> {text}"
+
+
 def test_a_line_has_a_limit(room):
     with Person(room.addr, "ann") as ann, Person(room.addr, "bob") as bob:
         ann.say("x" * 1000)

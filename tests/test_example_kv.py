@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
-from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, run_python, scaled, wait_until
+from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, reset, run_python, scaled, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_example import (
@@ -607,23 +608,111 @@ def test_a_pattern_that_would_take_for_ever_is_refused(kv):
         assert client.delete(name) == 1
 
 
-SMALL_TOTAL = """
+LITTLE_FOR_ALL = """
+import functools
 import tstkv.__main__ as main
-main.MAX_TOTAL_QUEUED = 8 << 20
-main.parse_arguments.__defaults__ = (["--port", "0"],)
+main.MAX_TOTAL_QUEUED = 500_000
+main.KeyValueHandler = functools.partial(main.KeyValueHandler, max_waiting=8 << 20)
+main.parse_arguments.__defaults__ = (["--port", "0", "--shards", "{shards}"],)
 main.main()
 """
 
 
 def test_replies_that_nobody_reads_have_a_limit_together():
     """A few bytes ask for a lot: the client that would bring the sum above the limit is closed, the others go on."""
-    with running_tstkv(script=SMALL_TOTAL) as address, redis_client(address) as client, contextlib.ExitStack() as stack:
-        assert client.set("much", b"x" * 1_000_000) is True
-        assert client.set("less", b"y" * 50_000) is True  # below high_water
+    script = LITTLE_FOR_ALL.format(shards=1)
+    with running_tstkv(script=script) as address, redis_client(address) as client, contextlib.ExitStack() as stack:
+        assert client.mset({b"%d" % i + b"k" * 100_000: b"" for i in range(40)}) is True  # keys are copied, not values
+        assert client.set("less", b"y" * 50_000) is True
         for _ in range(10):
-            stack.enter_context(connect(address)).sendall(array(b"MGET", *[b"much"] * 20))
+            stack.enter_context(connect(address)).sendall(array(b"KEYS", b"*"))
         wait_until(lambda: client.info()["connected_clients"] <= 6)
         assert client.get("less") == b"y" * 50_000
+
+
+LARGE = bytes(range(251)) * 4178  # a megabyte and some more
+
+
+def read_slowly(client, n):
+    data = b""
+    while len(data) < n:
+        piece = client.recv(min(20_000, n - len(data)))
+        assert piece, f"closed after {len(data)} of {n} bytes"
+        data += piece
+        time.sleep(0.001)
+    return data
+
+
+def who_reads_nothing(stack, address, requests):
+    """A client that has got the beginning of a reply, so that it is known to be under way."""
+    client = stack.enter_context(socket.socket())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    client.settimeout(patient(30))
+    client.connect(address)
+    client.sendall(requests)
+    assert client.recv(1, socket.MSG_PEEK) in (b"$", b"*")
+    return client
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_who_reads_gets_large_replies_however_little_others_read(shards):
+    requests = array(b"GET", b"large") + array(b"MGET", *[b"large"] * 5) + array(b"ECHO", b"e" * 70_000)
+    requests += array(b"GET", b"small") + array(b"EXISTS", b"large")
+    bulk = b"$%d\r\n%s\r\n" % (len(LARGE), LARGE)
+    expected = bulk + b"*5\r\n" + bulk * 5 + b"$70000\r\n%s\r\n" % (b"e" * 70_000) + b"$1\r\n1\r\n:1\r\n"
+    wrong = []
+
+    def ask(address, read):
+        try:
+            with connect(address, timeout=60) as client:
+                client.sendall(requests)
+                assert read(client, len(expected)) == expected
+        except BaseException as error:
+            wrong.append(error)
+
+    with running_tstkv(script=LITTLE_FOR_ALL.format(shards=shards)) as address, contextlib.ExitStack() as stack:
+        assert talk(address, [array(b"SET", b"large", LARGE) + array(b"SET", b"small", b"1") + array(b"QUIT")])
+        idle = [who_reads_nothing(stack, address, requests) for _ in range(10)]
+        threads = [
+            threading.Thread(target=ask, args=(address, read_slowly if i % 5 == 0 else recv_exact))
+            for i in range(scaled(20, minimum=5))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        for client in idle:  # nor was one of them closed
+            assert recv_exact(client, len(expected)) == expected
+
+
+@pytest.mark.parametrize("what", ["DEL", "SET", "shorter SET", "FLUSHALL", "EXPIRE"])
+def test_a_value_that_is_being_sent_stays_whole_whatever_happens_to_its_key(kv, what):
+    requests = {
+        "DEL": array(b"DEL", b"large"),
+        "SET": array(b"SET", b"large", LARGE[::-1]),
+        "shorter SET": array(b"SET", b"large", b"1"),
+        "FLUSHALL": array(b"FLUSHALL"),
+        "EXPIRE": array(b"EXPIRE", b"large", b"-1"),
+    }[what] + array(b"QUIT")
+    with contextlib.ExitStack() as stack:
+        assert talk(kv, [array(b"SET", b"large", LARGE) + array(b"QUIT")]) == b"+OK\r\n" * 2
+        clients = [who_reads_nothing(stack, kv, array(b"MGET", b"large", b"large")) for _ in range(3)]
+        assert talk(kv, [requests]) in (b":1\r\n+OK\r\n", b"+OK\r\n+OK\r\n")
+        reset(clients.pop())
+        for client in clients:
+            bulk = b"$%d\r\n%s\r\n" % (len(LARGE), LARGE)
+            assert recv_exact(client, 4 + 2 * len(bulk)) == b"*2\r\n" + bulk * 2
+    assert talk(kv, [array(b"FLUSHALL") + array(b"QUIT")]) == b"+OK\r\n" * 2
+    wait_until(lambda: b"\r\nmem_clients_normal:0\r\n" in talk(kv, [b"INFO\r\nQUIT\r\n"]))
+    wait_until(lambda: b"\r\nused_memory:256\r\n" in talk(kv, [b"INFO\r\nQUIT\r\n"]))  # of an empty table
+
+
+def test_who_shuts_down_its_side_gets_the_whole_of_a_large_reply(kv):
+    with connect(kv, timeout=30) as client:
+        client.sendall(array(b"SET", b"large", LARGE) + array(b"GET", b"large") * 3 + array(b"DEL", b"large"))
+        client.shutdown(socket.SHUT_WR)
+        assert recv_until_eof(client) == b"+OK\r\n" + b"$%d\r\n%s\r\n" % (len(LARGE), LARGE) * 3 + b":1\r\n"
 
 
 @pytest.mark.parametrize("transaction", [True, False])

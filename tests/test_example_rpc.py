@@ -107,12 +107,16 @@ WRONG = [
     ('{"id": 2, "method": "__class__"}', (2, -32601)),
     ('{"id": 3, "method": "add", "params": ["x"]}', (3, -32602)),
     ('{"id": 3, "method": "add", "params": {"a": 1}}', (3, -32602)),
+    ('{"id": 3, "method": "add", "params": [true]}', (3, -32602)),
     ('{"id": 3, "method": "add", "params": 7}', (3, -32602)),
+    ('{"id": 3, "method": "add", "params": null}', (3, -32602)),
+    ('{"id": 3, "method": "upper", "params": "a"}', (3, -32602)),
     ('{"id": 3, "method": "upper", "params": []}', (3, -32602)),
     ('{"id": 3, "method": "upper", "params": [1]}', (3, -32602)),
     ('{"id": 3, "method": "upper", "params": {"text": null}}', (3, -32602)),
     ('{"id": 3, "method": "upper", "params": {"self": "x"}}', (3, -32602)),
     ('{"id": 3, "method": "sleep", "params": ["1"]}', (3, -32602)),
+    ('{"id": 3, "method": "sleep", "params": [false]}', (3, -32602)),
     ('{"id": 3, "method": "sleep", "params": [-1]}', (3, -32602)),
     ('{"id": 3, "method": "sleep", "params": [NaN]}', (3, -32602)),
     ('{"id": 3, "method": "sleep", "params": [1e999]}', (3, -32602)),
@@ -127,6 +131,21 @@ def test_what_is_wrong_gets_an_error_for_a_reply(rpc):
     replies = twisted(rpc, messages)
     assert [error_of(reply) for reply in replies[::2]] == [error for _, error in WRONG]
     assert replies[1::2] == [result("next", 2)] * len(WRONG)
+
+
+def test_params_are_an_array_or_an_object(rpc):
+    """Anything else is refused in our own words, not those of Python's library."""
+    wrong = ["7", "null", "true", '"a"', '""']
+    replies = twisted(rpc, [f'{{"id": 1, "method": "upper", "params": {params}}}' for params in wrong])
+    error = {"code": -32602, "message": "the params are neither an array nor an object"}
+    assert [reply.get("error") for reply in replies] == [error] * len(wrong)
+
+
+def test_an_id_is_an_integer_or_a_short_string(rpc):
+    wrong = ["1.5", "1.0", "true", "[]", '"' + "x" * 101 + '"']
+    replies = twisted(rpc, [f'{{"id": {number}, "method": "add"}}' for number in wrong])
+    error = {"code": -32600, "message": "the id is neither an integer nor a short string"}
+    assert [reply.get("error") for reply in replies] == [error] * len(wrong)
 
 
 def broken(kind, text):
@@ -176,6 +195,52 @@ def test_too_long_a_message_closes_its_connection_alone(rpc, size):
             assert json.loads(reply[4:]) == result(1, 1)
         assert talk(good, "add", 2) == 2
         assert b"closed" not in rpc.output  # strangers must not fill the log
+
+
+@pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer keeps what was freed")
+def test_to_announce_a_long_message_costs_little_memory(rpc):
+    """Five bytes from each of many clients."""
+    n_clients = 100
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(rpc.addr)) for _ in range(n_clients)]
+        for client in clients:
+            assert talk(client, "add", 1) == 1
+        before = rpc.resident_bytes()
+        for client in clients:
+            client.sendall(struct.pack(">I", MESSAGE_MOST) + b"x")
+        other = stack.enter_context(connect(rpc.addr))
+        for i in range(100):  # what all have sent has been taken meanwhile
+            assert talk(other, "add", i) == i
+        assert rpc.resident_bytes() - before < n_clients * MESSAGE_MOST // 8
+
+
+def test_a_buffer_grows_with_what_has_come_and_becomes_small_again(make_pool):
+    """Before the method runs, which may take long, and after the reply."""
+    example = runpy.run_path(str(ROOT / "examples" / "rpc.py"))
+    pool = make_pool(example["service"], max_recv_size=4096, max_send_size=4096)
+
+    def sizes(text):
+        (sock,) = pool
+        return [sock.recv_data.s_len, sock.send_data.s_len, len(text)]
+
+    example["METHODS"]["sizes"] = sizes
+    message = request(0, "sizes", "x" * 1_000_000).encode()
+    stream = struct.pack(">I", len(message)) + message
+    with connect(pool) as client:
+        (sock,) = wait_until(lambda: list(pool))
+        data = sock.recv_data
+        sent = 0
+        for n in [5, 4096, 4097, 5000, 100_000, 600_000]:
+            client.sendall(stream[sent:n])
+            sent = n
+            wait_until(lambda n=n: data.req_pos + data.com_len == n)
+            assert data.s_len <= max(4096, 2 * n)
+        client.sendall(stream[sent:])
+        (size,) = struct.unpack(">I", recv_exact(client, 4))
+        assert json.loads(recv_exact(client, size)) == result(0, [4096, 4096, 1_000_000])
+        for n in [0, 1, 4040, 4096, 5000, 8192, 9000, 1_000_000, 1]:  # a reply has been long, too
+            assert talk(client, "upper", "x" * n) == "X" * n
+            assert talk(client, "sizes", "x") == [4096, 4096, 1]
 
 
 def exchange(sock, method, *params):

@@ -9,7 +9,7 @@ import pytest
 from helpers import patient, run_python, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_example import SOURCE, array, cut, probe, replies
+from kv_example import SOURCE, array, cut, elements, probe, replies
 
 pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="needs examples/")
 
@@ -354,8 +354,7 @@ def test_a_long_request_in_small_pieces_is_parsed_once(kv):
     stream = array(b"MGET", *[b"k"] * n)
     client = kv.Client(kv.Server())
     begin = time.thread_time()
-    for at in range(0, len(stream), 7):
-        assert client.feed(stream[at : at + 7]) == kv.MORE
+    assert fed(client, cut(stream, range(0, len(stream), 7))) == kv.MORE
     assert time.thread_time() - begin < patient(10)
     assert client.take() == b"*%d\r\n" % n + b"$-1\r\n" * n
 
@@ -547,7 +546,7 @@ def test_a_backlog_may_be_cut_anywhere_between_two_turns(kv):
     requests += [b"ECHO " + b"y" * 60_000 + b"\r\n", array(b"MGET", *[b"k"] * 30_000), array(b"ECHO", b"z" * 900_000)]
     chance.shuffle(requests)
     stream = b"".join(requests)
-    expected = kv.Client(kv.Server())
+    expected = kv.Client(kv.Server(request=1 << 25))
     assert fed(expected, [stream]) == kv.MORE
     expected = expected.take()
     for _ in range(scaled(20, minimum=3)):
@@ -611,3 +610,229 @@ def test_names_of_clients_are_short(kv):
     )
     first, second, third = replies(client.take())
     assert first == b"+OK\r\n" and second.startswith(b"-ERR ") and third == b"$64\r\n" + b"n" * 64 + b"\r\n"
+
+
+# ------------------------------------------------------------------------------------------------- long replies
+
+TURN = 65_536  # bytes that a client is sent in one turn
+
+
+def taken_in_turns(client, outcome):
+    """What it is sent until nothing is left, each turn's for itself; and the last outcome."""
+    turns = [client.take()]
+    while outcome == probe().PAUSED:
+        outcome = client.again()
+        turns.append(client.take())
+    return turns, outcome
+
+
+def bulk(value):
+    return b"$%d\r\n%s\r\n" % (len(value), value)
+
+
+def pattern(i, size):
+    """A value of which each part tells whose it is."""
+    return (b"<%d>" % i * (size // 3 + 1))[:size]
+
+
+def test_a_long_reply_is_sent_a_turn_at_a_time_and_values_are_not_copied(kv):
+    value = random.Random(1).randbytes(1_000_000)
+    client = kv.Client(server := kv.Server())
+    assert client.feed(array(b"SET", b"a", value)) == kv.MORE
+    used = server.used
+    for request, reply in (
+        (array(b"GET", b"a"), bulk(value)),
+        (array(b"MGET", *[b"a"] * 20), b"*20\r\n" + bulk(value) * 20),
+        (
+            b"MULTI\nGET a\nINCR n\nGET a\nEXEC\n",
+            b"+OK\r\n" + b"+QUEUED\r\n" * 3 + b"*3\r\n%s:1\r\n%s" % ((bulk(value),) * 2),
+        ),
+    ):
+        client.take()
+        outcome = client.feed(request)
+        assert outcome == kv.PAUSED and server.waiting_memory < 10_000
+        turns, outcome = taken_in_turns(client, outcome)
+        assert outcome == kv.MORE and b"".join(turns) == reply
+        assert max(map(len, turns)) == TURN and len(turns) == -(-len(reply) // TURN)
+        assert server.waiting_memory < 1000  # room for the arguments of a next request
+    assert fed(client, [b"DEL n\n"]) == kv.MORE and server.used == used
+
+
+@pytest.mark.parametrize("size", [4096, 4097, 30_000, 65_525, 65_526, 65_536, 65_537, 131_072])
+@pytest.mark.parametrize("n", [1, 2, 3, 50])
+def test_values_of_any_length_come_in_order_between_other_replies(kv, size, n):
+    client = kv.Client(kv.Server(request=1 << 25))
+    for i in range(n):
+        assert client.feed(array(b"SET", b"%d" % i, pattern(i, size))) == kv.MORE
+    client.take()
+    values = [bulk(pattern(i, size)) for i in range(n)]
+    requests = [array(b"GET", b"%d" % i) + b"INCR n\n" for i in range(n)]
+    requests += [array(b"MGET", *(b"%d" % i for i in range(n))), b"PING\n", array(b"ECHO", pattern(7, size)), b"QUIT\n"]
+    turns, outcome = taken_in_turns(client, client.feed(b"".join(requests)))
+    expected = b"".join(b"%s:%d\r\n" % (value, i) for i, value in enumerate(values, 1))
+    expected += b"*%d\r\n" % n + b"".join(values) + b"+PONG\r\n" + bulk(pattern(7, size)) + b"+OK\r\n"
+    assert b"".join(turns) == expected and outcome == kv.CLOSE
+    assert max(map(len, turns)) <= TURN
+
+
+LARGE = pattern(1, 500_000)
+WHAT_HAPPENS_TO_IT = {
+    "removed": (array(b"DEL", b"a"), None),
+    "flushed": (array(b"FLUSHALL"), None),
+    "over": (array(b"PEXPIRE", b"a", b"-1"), None),
+    "overwritten": (array(b"SET", b"a", pattern(2, 500_000)), pattern(2, 500_000)),
+    "overwritten by a short one": (array(b"SET", b"a", b"12"), b"12"),
+    "overwritten, removed": (array(b"MSET", b"a", pattern(2, 499_000), b"a", b"1") + array(b"DEL", b"a"), None),
+    "given a time": (array(b"EXPIRE", b"a", b"1000"), LARGE),
+}
+
+
+@pytest.mark.parametrize("name", WHAT_HAPPENS_TO_IT)
+def test_a_value_that_is_being_sent_stays_as_it_is_whatever_happens_to_its_key(kv, name):
+    requests, after = WHAT_HAPPENS_TO_IT[name]
+    server = kv.Server()
+    clients, other = [kv.Client(server) for _ in range(3)], kv.Client(server)
+    empty = server.used
+    assert fed(other, [array(b"SET", b"a", LARGE)]) == kv.MORE
+    full = server.used
+    outcomes = [client.feed(array(b"GET", b"a") + b"PING\n") for client in clients]
+    assert outcomes == [kv.PAUSED] * 3
+    assert fed(other, [requests]) == kv.MORE
+    assert server.used >= full  # it is still there
+    assert fed(other, [b"FLUSHALL\n" if after is None else b"PING\n"]) == kv.MORE
+    other.take()
+    clients.pop().end()
+    for client in clients:
+        turns, outcome = taken_in_turns(client, kv.PAUSED)
+        assert b"".join(turns) == bulk(LARGE) + b"+PONG\r\n" and outcome == kv.MORE
+    assert server.used <= full
+    turns, _ = taken_in_turns(other, other.feed(array(b"GET", b"a")))
+    assert b"".join(turns) == (b"$-1\r\n" if after is None else bulk(after))
+    assert fed(other, [b"FLUSHALL\n"]) == kv.MORE and server.used == empty
+
+
+def test_set_with_get_sends_the_value_that_it_replaces(kv):
+    client = kv.Client(kv.Server())
+    assert client.feed(array(b"SET", b"a", LARGE)) == kv.MORE
+    client.take()
+    turns, _ = taken_in_turns(client, client.feed(array(b"SET", b"a", pattern(2, 500_000), b"GET")))
+    assert b"".join(turns) == bulk(LARGE)
+    turns, _ = taken_in_turns(client, client.feed(array(b"GET", b"a")))
+    assert b"".join(turns) == bulk(pattern(2, 500_000))
+
+
+def test_values_that_are_being_sent_count_as_used_memory(kv):
+    server = kv.Server(maxmemory=1_200_000)
+    client, other = kv.Client(server), kv.Client(server)
+    request = array(b"SET", b"a", LARGE)
+    assert other.feed(request) == kv.MORE
+    assert client.feed(array(b"GET", b"a")) == kv.PAUSED
+    assert other.feed(request + array(b"DEL", b"a") + request * 2) == kv.MORE
+    assert server.used <= 1_200_000
+    assert [reply[:4] for reply in replies(other.take())] == [b"+OK\r", b"+OK\r", b":1\r\n", b"+OK\r", b"-OOM"]
+    taken_in_turns(client, kv.PAUSED)
+    assert other.feed(request) == kv.MORE
+    assert other.take() == b"+OK\r\n"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_clients_at_any_speed_get_whole_values_and_all_memory_comes_back(kv, seed):
+    chance = random.Random(seed)
+    server = kv.Server(request=1 << 25)
+    empty, clients = server.used, [[kv.Client(server), 0, bytearray(), kv.MORE] for _ in range(8)]
+    for i in range(scaled(3000, minimum=300)):
+        state = chance.choice(clients)
+        client, key = state[0], b"%d" % chance.randrange(4)
+        action = chance.random()
+        if state[3] == kv.PAUSED and action < 0.7:
+            state[2] += client.take()
+            state[3] = client.again()
+        elif action < 0.98:
+            value = pattern(i, chance.choice([10, 5000, 70_000, 200_000]))
+            kinds = [(b"GET", key), (b"MGET", key, b"0", key), (b"SET", key, value), (b"SET", key, value, b"GET")]
+            state[3] = client.feed(array(*chance.choice([*kinds, (b"DEL", key), (b"FLUSHALL",)])))
+            state[1] += 1
+        else:
+            client.end()
+            clients.remove(state)
+            clients.append([kv.Client(server), 0, bytearray(), kv.MORE])
+    for client, n, received, outcome in clients:
+        turns, outcome = taken_in_turns(client, outcome)
+        found = replies(bytes(received) + b"".join(turns))
+        assert outcome == kv.MORE and len(found) == n
+        for reply in found:
+            for value in elements(reply) if reply.startswith(b"*") else [reply]:
+                if value.startswith(b"$") and value != b"$-1\r\n":
+                    value = value[value.index(b"\n") + 1 : -2]
+                    assert value == (value[: value.index(b">") + 1] * len(value))[: len(value)]
+    assert server.waiting_memory == 0
+    fed(clients[0][0], [b"FLUSHALL\n"])
+    assert server.used == empty
+
+
+def test_what_a_client_sends_while_a_reply_waits_brings_it_no_more_of_it(kv):
+    client = kv.Client(kv.Server())
+    assert client.feed(array(b"SET", b"a", LARGE)) == kv.MORE
+    client.take()
+    assert client.feed(array(b"GET", b"a")) == kv.PAUSED
+    assert [client.feed(b"PING\n") for _ in range(10)] == [kv.PAUSED] * 10
+    assert len(client.replies) == TURN
+
+
+def test_who_is_refused_for_what_others_have_waiting_gets_it_later(kv):
+    client = kv.Client(server := kv.Server())
+    client.busy = True
+    assert client.feed(b"SET a 1\nGET a\n") == kv.PAUSED
+    assert client.feed(b"GET a\nQUIT\nSET a 2\n") == kv.PAUSED
+    assert client.take() == b"" and 0 < server.waiting_memory < 5000
+    client.busy = False
+    turns, outcome = taken_in_turns(client, kv.PAUSED)
+    assert b"".join(turns) == b"+OK\r\n$1\r\n1\r\n$1\r\n1\r\n+OK\r\n" and outcome == kv.CLOSE
+    assert server.waiting_memory == 0
+
+
+def test_who_quits_gets_what_waits_first_and_nothing_more_is_run(kv):
+    for last in (b"QUIT\n", b"*1\r\n$x\r\n", b"POST\n"):
+        client = kv.Client(server := kv.Server())
+        client.busy = True
+        assert client.feed(b"SET a 1\n" + last + b"SET a 2\n") == client.feed(b"SET a 3\n") == kv.PAUSED
+        client.busy = False
+        assert client.again() == kv.CLOSE
+        assert client.take().startswith(b"+OK\r\n" + {b"Q": b"+OK\r\n", b"*": b"-ERR Proto", b"P": b""}[last[:1]])
+        client.end()
+        other = kv.Client(server)
+        other.feed(b"GET a\n")
+        assert other.take() == b"$1\r\n1\r\n"
+
+
+def test_who_is_refused_although_nothing_waits_is_closed(kv):
+    """Else it would be tried again without an end."""
+    client = kv.Client(server := kv.Server())
+    client.busy = True
+    assert client.feed(b"PING\n") == kv.PAUSED
+    assert client.again() == kv.CLOSE
+    assert server.waiting_memory == 0
+
+
+def test_replies_of_all_clients_that_had_to_be_copied_have_a_limit_together(kv):
+    server = kv.Server(waiting=2_000_000)
+    clients = [kv.Client(server) for _ in range(10)]
+    for i in range(10):
+        assert fed(clients[0], [array(b"SET", b"%d" % i + b"k" * 50_000, b"")]) == kv.MORE
+    outcomes = [client.feed(b"KEYS *\n") for client in clients]
+    assert outcomes[:3] == [kv.PAUSED] * 3 and outcomes[-3:] == [kv.CLOSE] * 3
+    assert server.waiting_memory <= 2_000_000
+    assert clients[-1].feed(b"PING\n") == kv.CLOSE
+    del clients
+    assert server.waiting_memory == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_long_reply_that_memory_does_not_suffice_for_ends_the_connection(kv, n):
+    client = kv.Client(server := kv.Server())
+    assert client.feed(array(b"SET", b"a", LARGE)) == kv.MORE
+    used = server.used
+    kv.fail_malloc(n)
+    assert client.feed(array(b"MGET", b"a", b"a")) == kv.CLOSE
+    kv.fail_malloc(0)
+    assert server.waiting_memory == 0 and server.used == used

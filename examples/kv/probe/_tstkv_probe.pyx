@@ -20,14 +20,21 @@ cdef extern from * nogil:
     """
     #include <stdlib.h>
 
-    static size_t probe_reallocs_left;         /* until one fails; 0: none does */
+    static size_t probe_mallocs_left;          /* until one fails; 0: none does */
+    static size_t probe_reallocs_left;
+
+    static void *probe_malloc(size_t size) {
+        return probe_mallocs_left && --probe_mallocs_left == 0 ? NULL : malloc(size);
+    }
 
     static void *probe_realloc(void *memory, size_t size) {
         return probe_reallocs_left && --probe_reallocs_left == 0 ? NULL : realloc(memory, size);
     }
 
+    #define malloc probe_malloc
     #define realloc probe_realloc
     """
+    size_t probe_mallocs_left
     size_t probe_reallocs_left
 
 MORE, PAUSED, CLOSE = SERVE_MORE, SERVE_PAUSED, SERVE_CLOSE
@@ -37,6 +44,12 @@ def fail_realloc(size_t n):
     """The layers get no memory when they next grow something, or, with n, when they do it for the n-th time."""
     global probe_reallocs_left
     probe_reallocs_left = n
+
+
+def fail_malloc(size_t n):
+    """The n-th time from now on that the layers ask for memory, they get none."""
+    global probe_mallocs_left
+    probe_mallocs_left = n
 
 
 def siphash(bytes key, bytes data):

@@ -11,7 +11,7 @@ import sys
 import tstpool
 from tstkv import KeyValueHandler, __version__
 
-MAX_TOTAL_QUEUED = 1 << 30  # bytes of replies that wait for all clients; who asks for more is closed
+MAX_TOTAL_QUEUED = 1 << 30  # bytes of replies that the pool holds for all clients; more of them wait in the handler
 CLIENTS_MOST = 1_000_000
 REFUSED_MOST = 32  # connections that are open beside the clients, only to be told that there are too many
 OTHER_DESCRIPTORS = 32  # that the process has open beside its connections, more or less

@@ -95,7 +95,8 @@ cdef struct kv_client:
     size_t memory              # its part of waiting_memory
     bint counted               # in n_clients
     bint waits                 # its requests wait for another turn, or until it has read its replies
-    bint closed                # nothing more is run
+    bint ends                  # nothing more is run; it is to be closed once the rest of its replies has been sent
+    bint closed                # nothing more is run, nothing more is sent
     bint resp3                 # it has asked for RESP3
     kv_queued queued           # what it has sent since MULTI
     size_t name_size

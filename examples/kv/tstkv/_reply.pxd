@@ -1,10 +1,10 @@
 # cython: language_level=3
 """Replies, written into one buffer, which goes to the client when a chunk of requests is done, or when it is full.
 
-In each turn a client is sent REPLY_ROOM bytes at most. What goes beyond that waits in its `rest` (see _rest.pxd) for the
-next turn, and its next requests wait for that. So one long reply holds nobody up and is not copied whole; and whoever
-reads gets it, however little others do: of a client for whom nothing waits, a pool takes so many bytes (its high_water)
-in any case, while more of them may be refused for what waits for others.
+In each turn a client is sent REPLY_ROOM bytes at most. What goes beyond that waits in its `rest` (_rest.pxd) for the
+next turn, and its next requests wait for that. So a long reply holds nobody up, and a value that waits is not copied.
+And whoever reads gets it, however little others do: for a client that nothing waits for, a pool takes so many bytes in
+any case (its high_water); whether it takes more depends on what waits for others.
 
 Nothing fails here but the client: once it takes no more (`gone`, `too_much`), what is written is dropped.
 
@@ -39,7 +39,7 @@ cdef struct kv_reply:
     void *client               # borrowed for one chunk of requests
     kv_rest *rest              # borrowed from the client, likewise
     kv_table *table            # borrowed from the server
-    size_t share               # bytes that the client may still be sent in this turn
+    size_t share               # bytes that the client may still be sent in this turn; 0 also once it was refused some
     size_t waiting             # bytes that wait for the client, as of the last send
     size_t waiting_most
     bint too_much              # more than that would wait, or than there is memory for: the client is to be closed
@@ -81,6 +81,7 @@ cdef inline bint reply_send(kv_reply *reply, const char *bytes, size_t size) noe
     cdef ssize_t waiting = reply.send(reply.client, bytes, size)
     if kv_rarely(waiting < 0):
         reply.gone = waiting != -ENOBUFS
+        reply.share = 0
         return False
     reply.share -= size
     reply.waiting = <size_t>waiting
@@ -132,7 +133,7 @@ cdef inline void reply_large(kv_reply *reply, const char *bytes, size_t size, kv
     if reply.too_much or reply.gone:
         return
     if entry != NULL:
-        waits = size > REPLY_ROOM - reply.size or reply.rest.size != 0
+        waits = reply.size + size > reply.share or reply.rest.size != 0
     if waits:
         reply_flush(reply)
         reply_keep(reply, bytes, size, entry)

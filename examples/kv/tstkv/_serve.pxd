@@ -30,7 +30,7 @@ from tstkv._dispatch cimport commands_init, dispatch
 from tstkv._libc cimport kv_rarely, pthread_mutex_destroy, pthread_mutex_init
 from tstkv._multi cimport queued_forget
 from tstkv._reply cimport (
-    REPLY_ROOM, kv_reply, kv_send, reply_begin, reply_flush, reply_free, reply_init, reply_is_full, reply_peer_text,
+    kv_reply, kv_send, reply_begin, reply_flush, reply_free, reply_init, reply_is_full, reply_peer_text,
     reply_send_rest, reply_text)
 from tstkv._resp cimport (
     LINE_MOST, RESP_BROKEN, RESP_PARTIAL, RESP_WHOLE, kv_request, request_free, request_init, request_memory,
@@ -49,6 +49,7 @@ cdef enum:
     SERVE_MORE = 0             # wait for more requests
     SERVE_PAUSED = 1           # call serve_again once its replies have been sent and others have been served
     SERVE_CLOSE = 2            # close it when what is queued has been sent
+    SERVE_CUT = 3              # inside this file: close it, although it may not have got all of its replies
 
 
 # ---------------------------------------------------------------------------------------- server and client
@@ -220,13 +221,15 @@ cdef inline int run_unread(kv_server *server, kv_client *client) noexcept nogil:
 cdef inline int run_chunk(kv_server *server, kv_client *client, const char *bytes, size_t size) noexcept nogil:
     cdef size_t done = 0
     cdef int outcome
+    if client.ends:
+        return SERVE_CLOSE
     if client.unread != NULL or client.waits:
         if not unread_keep(server, client, bytes, size):
-            return SERVE_CLOSE
+            return SERVE_CUT
         return SERVE_PAUSED if client.waits else run_unread(server, client)
     outcome = run(server, client, bytes, size, &done)
     if outcome != SERVE_CLOSE and done < size and not unread_keep(server, client, bytes + done, size - done):
-        return SERVE_CLOSE
+        return SERVE_CUT
     return outcome
 
 
@@ -234,9 +237,12 @@ cdef inline int finish(kv_server *server, kv_client *client, int outcome) noexce
     """Ends a chunk: sends its replies, or the beginning of them. Returns SERVE_*."""
     reply_flush(&server.reply)
     reply_send_rest(&server.reply)
-    if server.reply.gone or server.reply.too_much or not client_account(server, client):
+    if server.reply.gone or server.reply.too_much or not client_account(server, client) or outcome == SERVE_CUT:
         outcome = SERVE_CLOSE
-    elif outcome == SERVE_MORE and (client.rest.size or server.reply.waiting >= server.limits.output_pause):
+    elif client.rest.size:
+        client.ends = outcome == SERVE_CLOSE   # which is for later
+        outcome = SERVE_PAUSED
+    elif outcome == SERVE_MORE and server.reply.waiting >= server.limits.output_pause:
         outcome = SERVE_PAUSED
     client.waits = outcome == SERVE_PAUSED
     if outcome == SERVE_CLOSE:
@@ -252,22 +258,27 @@ cdef inline int serve_chunk(kv_server *server, kv_client *client, const char *by
     if client.closed:
         return SERVE_CLOSE
     reply_begin(&server.reply, send, to, &client.rest, client.resp3)
+    if client.waits:
+        server.reply.share = 0                 # however much it sends, it gets more when it has read what it was sent
     return finish(server, client, run_chunk(server, client, bytes, size))
 
 
 cdef inline int serve_again(kv_server *server, kv_client *client, kv_send send, void *to) noexcept nogil:
-    """The client has read what it was sent: it gets more of the rest or, when that is gone, the requests that waited are
-    run. Returns SERVE_*."""
+    """The client has read what it was sent: it gets more of the rest, and once that is gone its requests that waited
+    are run. Returns SERVE_*."""
+    cdef size_t before = client.rest.size
     if client.closed:
         return SERVE_CLOSE
     client.waits = False
     reply_begin(&server.reply, send, to, &client.rest, client.resp3)
-    if client.rest.size:
+    if before:
         reply_send_rest(&server.reply)
-        # Nothing waits for it, and still it is refused: the pool's high_water is less than REPLY_ROOM. To try again would
-        # go on for ever.
-        if server.reply.share == REPLY_ROOM and not server.reply.gone:
-            return finish(server, client, SERVE_CLOSE)
+        # It has read all that it was sent, and is refused more: the pool's high_water is less than REPLY_ROOM. It would
+        # be tried again at once, for ever.
+        if client.rest.size == before and not server.reply.gone:
+            return finish(server, client, SERVE_CUT)
+    if client.ends:
+        return finish(server, client, SERVE_CLOSE)
     return finish(server, client, run_unread(server, client) if client.unread != NULL else SERVE_MORE)
 
 

@@ -17,9 +17,9 @@ behind, so that no search in it ends early.
     3. used <= maxmemory, whatever clients do; that is MAXMEMORY_LEAST or more. `used` counts slots, entries, and what
        malloc adds to them.
 
-A value that is being sent (_rest.pxd) is not changed and not freed meanwhile: whoever needs it is a user of its entry, as
-the table is. Once the key is removed or gets another value, the entry belongs to its other users alone; it stays part of
-`used` until the last of them lets go of it.
+A value that is being sent (_rest.pxd) is neither changed nor freed meanwhile: who sends it is a user of its entry, as
+the table is. Once the key is removed or gets another value, the entry belongs to its other users alone, and it remains
+part of `used` until the last of them lets go of it.
 
 Times are milliseconds on the monotonic clock. What has expired is removed when somebody asks for it, and by
 table_sweep, a little at each insertion, and as much as is needed when memory runs out.
