@@ -38,7 +38,9 @@ def arguments() -> argparse.Namespace:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="set", action="store_const", const="quick", help="two workloads: a minute")
-    size.add_argument("--full", dest="set", action="store_const", const="full", help="everything: an hour")
+    size.add_argument(
+        "--full", dest="set", action="store_const", const="full", help="everything: an hour and a quarter"
+    )
     size.add_argument(
         "--floors",
         dest="set",
@@ -127,6 +129,12 @@ def schedule(plan: Plan, rounds: int) -> Iterator[tuple[Workload, int, Peer]]:
                 yield workload, number, peer
 
 
+def minutes(plan: list[tuple[Workload, int, Peer]], options: argparse.Namespace) -> float:
+    """What the measurements will take: half a second goes into starting a server."""
+    seconds: float = sum(options.seconds * workload.longer + options.warm_up + 0.5 for workload, _, _ in plan)
+    return seconds / 60
+
+
 def leave_out(plan: Plan, console: Console) -> tuple[Plan, dict[str, str]]:
     """The plan without the peers that cannot run here, and why they can't."""
     everybody = dict.fromkeys(peer for _, chosen in plan for peer in chosen)
@@ -151,8 +159,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             program(workload.driver)
     limits = look_at_limits(options, console) if options.limits else {}
     plan = list(schedule(chosen, options.rounds))
-    duration = sum(options.seconds * workload.longer + options.warm_up + 0.5 for workload, _, _ in plan)
-    console.print(f"{len(plan)} measurements, about {duration / 60:.1f} minutes.")
+    console.print(f"{len(plan)} measurements, about {minutes(plan, options):.1f} minutes.")
     if (busy := wait_until_quiet(options.patience)) > QUIET:
         console.print(
             f"! {busy:.0%} of the machine is busy with something else: do not believe these figures", style="yellow"
@@ -161,12 +168,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.cores == "split" and server == generator:
         console.print("! there is only one core: server and generator share it", style="yellow")
     samples = list(take(plan, options, console))
-    side_by_side = {}
+    side_by_side: dict[str, Any] = {}
     if options.pairs:
-        console.print("What floors and the chart compare, once more in short turns side by side: ten minutes.")
-        side_by_side["pairs"] = pairs.measure(
-            skipped, options.cores, lambda title: console.print(f"  {title}", style="dim")
-        )
+        console.print("What floors and the chart compare, once more in short turns side by side: eleven minutes.")
+        side_by_side = pairs.measure(skipped, options.cores, lambda title: console.print(f"  {title}", style="dim"))
     settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")}
     return {
         "machine": describe(),
@@ -208,8 +213,8 @@ def main() -> int:
     if not console.is_terminal:
         console = Console(width=140)
     document = results.load(options.report) if options.report else run(options, console)
-    disturbed = not results.trustworthy(document["samples"])
-    publish = options.write_results and (options.force or not disturbed)
+    quiet = results.trustworthy(document["samples"]) and results.trustworthy(results.turns(document))
+    publish = options.write_results and (options.force or quiet)
     output = HERE if publish else options.output
     table, figures, chart = output / "RESULTS.md", output / "results.json", output / "results.png"
     results.save(figures, document)  # first of all: whatever goes wrong below, the figures are kept
@@ -225,7 +230,7 @@ def main() -> int:
     if options.write_results and not publish:
         console.print("! benchmarks/RESULTS.md was not written: the machine was not quiet (--force)", style="red")
         return 1
-    return 1 if any("error" in sample for sample in document["samples"]) else 0
+    return 1 if document.get("pair_errors") or any("error" in sample for sample in document["samples"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Has tstpool become slower? ``python -m benchmarks.check`` runs the cases of test_benchmarks.py and compares.
+"""Has tstpool become slower? ``python -m benchmarks.check`` measures a few workloads again and compares.
 
-What is compared is not time but speed relative to the C loop, which has run the same case a few seconds before, so that
-a machine that is slower today does not matter. Each pass gives one ratio per case. A case has become slower when even
-its best pass lies more than the tolerance below the baseline's median.
+What is compared is not time but speed relative to the C loop, measured as pairs.py does it, in short turns side by side
+in another order each round: a machine that is slower today does not matter, and what disturbs one turn does not count.
+Each start of the servers gives one ratio for each case, the median of its rounds. The change of a case is the median of
+all quotients of a ratio now and one of the baseline; with it stand the bounds between which it lies 99 times of 100
+(not 95: there are ten cases). A case has become slower when all between these bounds is a loss, and the change is more
+than the tolerance.
 
 The baseline is benchmarks/baseline.json; ``--store`` measures and writes it. Ratios depend on the machine and on the
 Python as well: the baseline says what it was made with, and a difference is pointed out.
@@ -12,104 +15,148 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .build import BUILD
+from . import pairs
+from .build import BUILD, program
 from .machine import QUIET, describe, one_line, wait_until_quiet
-from .peers import REFERENCE, REPOSITORY
+from .peers import BY_NAME as PEERS
+from .peers import REFERENCE
+from .results import LEAST_STARTS, by_start, change, disturbed, turns
+from .workloads import BY_NAME as WORKLOADS
 
+RAW = (REFERENCE, "tstpool", "tstpool-nogil")
+FRAMED = (REFERENCE, "tstpool-framed", "tstpool-nogil-framed")
+CASES = {
+    "echo-64B-c1": RAW,
+    "echo-64B-c50": RAW,
+    "framed-64B-c50-d16": FRAMED,
+    "framed-64B-c50-d128": FRAMED,
+    "framed-16K-c50": FRAMED,
+}
 BASELINE = Path(__file__).parent / "baseline.json"
+MEASURED = BUILD / "check.json"
 SLOWER, NO_BASELINE = 1, 2
 
-Ratios = dict[str, list[float]]  # "workload, peer" -> speed relative to the C loop, one for each pass
+Document = dict[str, Any]  # machine, turns: how it was measured, and ratios
+Ratios = dict[str, list[float]]  # "workload, peer" -> speed relative to the C loop, one for each start
 
 
-def run_cases(passes: int) -> list[Path]:
-    """Runs the cases; gives the files that pytest-benchmark wrote."""
-    where = BUILD / "check"
-    where.mkdir(parents=True, exist_ok=True)
-    files = [where / f"pass-{number + 1}.json" for number in range(passes)]
-    for file in files:
-        print(f"{file.stem} of {passes} ...", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable-gc", f"--benchmark-json={file}"]
-        done = subprocess.run([*command, "benchmarks"], cwd=REPOSITORY, capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(f"{done.stdout}\nThe cases failed, so there is nothing to compare.")
-    return files
-
-
-def ratios(files: list[Path]) -> Ratios:
-    """How many times as fast as the C loop: the peer's rate over its, within each pass."""
+def measure(starts: int) -> Document:
+    """What the baseline holds, too."""
     found: Ratios = {}
-    for file in files:
-        rates: dict[str, dict[str, float]] = {}
-        for case in json.loads(file.read_text())["benchmarks"]:
-            rates.setdefault(case["group"], {})[case["name"]] = median(case["extra_info"]["messages_per_s"])
-        for workload, by_peer in rates.items():
-            for peer, rate in by_peer.items():
-                if peer != REFERENCE:
-                    found.setdefault(f"{workload}, {peer}", []).append(rate / by_peer[REFERENCE])
-    return found
+    for name, names in CASES.items():
+        workload = WORKLOADS[name]
+        print(f"{workload.title} ...", flush=True)
+        program(workload.driver)  # compiled before the clock runs
+        chosen = [PEERS[peer] for peer in names if not PEERS[peer].missing()]
+        lines, errors = pairs.take(workload, chosen, "split", starts)
+        if errors:
+            sys.exit(f"{errors[0]['peer']}: {errors[0]['error']}\nSo there is nothing to compare.")
+        taken = turns({"pairs": lines})
+        if count := disturbed(taken):
+            print(f"! {count} of {len(taken)} turns do not count: something else used the machine")
+        for peer in names[1:]:
+            ratios = by_start({"pairs": lines}, name, peer, REFERENCE, "messages_per_s")
+            found[f"{name}, {peer}"] = [round(ratio, 4) for ratio in ratios]
+    how = {"starts": starts, "rounds": pairs.ROUNDS, "seconds": pairs.TURN_SECONDS}
+    return {"machine": describe(), "turns": how, "ratios": found}
 
 
 def compare(now: Ratios, then: Ratios, tolerance: float) -> bool:
-    """Prints a line for each case; True if nothing has become slower."""
-    good = True
-    print(f"{'speed relative to the C loop':45} {'baseline':>9} {'now':>6} {'change':>8}")
+    """Prints a line for each case; True if all were measured and nothing has become slower."""
+    good, unseen = True, tolerance
+    print(f"{'speed relative to the C loop':45} {'baseline':>9} {'now':>6} {'change':>8}  between")
     for case in dict.fromkeys([*then, *now]):
-        if case not in now:
+        before, after = then.get(case, []), now.get(case, [])
+        figures = " ".join(
+            f"{median(x):{width}.2f}" if x else f"{'-':>{width}}" for x, width in ((before, 9), (after, 6))
+        )
+        if len(after) < LEAST_STARTS:
             good = False
-            print(f"{case:45} {median(then[case]):9.2f} {'-':>6} {'':8}  NOT MEASURED")
-        elif case not in then:
-            print(f"{case:45} {'-':>9} {median(now[case]):6.2f} {'':8}  new, not in the baseline")
+            print(f"{case:45} {figures}  NOT MEASURED: {len(after)} quiet starts, {LEAST_STARTS} are needed")
+        elif len(before) < LEAST_STARTS:
+            print(f"{case:45} {figures}  new, not in the baseline")
         else:
-            before, after = median(then[case]), median(now[case])
-            slower = max(now[case]) < before * (1 - tolerance)
-            good = good and not slower
-            print(f"{case:45} {before:9.2f} {after:6.2f} {after / before - 1:+8.0%}{'  SLOWER' if slower else ''}")
+            middle, low, high = (quotient - 1 for quotient in change(after, before))
+            slower = high < 0 and middle < -tolerance
+            good, unseen = good and not slower, max(unseen, high - middle)
+            verdict = "  SLOWER" if slower else ""
+            print(f"{case:45} {figures} {middle:+8.1%}  {low:+.1%} to {high:+.1%}{verdict}")
+    print(f"Losses of less than {unseen:.0%} would not have been noticed in all of the cases.")
     return good
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__.partition("?")[0] + "?")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.check",
+        description=__doc__.partition("?")[0] + "? Says so of a case that has lost more than the tolerance, if the "
+        "noise lets that be seen: on the machine of RESULTS.md losses of 5 to 12 per cent are, depending on the case, "
+        "and a line at the end says which could be seen in this run. Four minutes.",
+    )
     parser.add_argument("--store", action="store_true", help="write the baseline instead of comparing with it")
-    parser.add_argument("--passes", type=int, default=5, help="over all cases; default 5")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="of the ratio; default 0.1")
+    parser.add_argument(
+        "--starts", type=int, default=pairs.STARTS, help="of the servers; more: smaller changes are seen; default 9"
+    )
+    parser.add_argument("--tolerance", type=float, default=0.05, help="of the ratio; default 0.05")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="JSON")
-    parser.add_argument("--measured", type=Path, nargs="+", metavar="JSON", help="compare these instead of measuring")
+    parser.add_argument(
+        "--measured", type=Path, metavar="JSON", help=f"take this, say {MEASURED}, instead of measuring"
+    )
     options = parser.parse_args()
-    if options.passes < 1 or not 0 <= options.tolerance < 1:
-        parser.error("--passes must be 1 or more, --tolerance from 0 to below 1")
+    if options.starts < LEAST_STARTS or not 0 <= options.tolerance < 1:
+        parser.error(f"--starts must be {LEAST_STARTS} or more, --tolerance from 0 to below 1")
     return options
+
+
+def why_useless(baseline: Path) -> str:
+    """Why there is nothing to compare with; empty if there is."""
+    if not baseline.exists():
+        return f"There is no baseline ({baseline})"
+    if "turns" not in json.loads(baseline.read_text()):
+        return f"The baseline ({baseline}) is from before servers were measured side by side"
+    return ""
+
+
+def take(options: argparse.Namespace) -> Document:
+    if options.measured:
+        document: Document = json.loads(options.measured.read_text())
+        return document
+    if (busy := wait_until_quiet(10.0)) > QUIET:
+        print(f"! {busy:.0%} of the machine is busy with something else: do not believe what follows")
+    document = measure(options.starts)
+    MEASURED.parent.mkdir(exist_ok=True)
+    write(document, MEASURED)
+    return document
+
+
+def write(document: Document, path: Path) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"Written: {path}")
 
 
 def main() -> int:
     options = arguments()
-    if not options.store and not options.baseline.exists():
-        print(f"There is no baseline ({options.baseline}), so nothing was measured and nothing was compared.")
-        print("Make one from a version whose speed is right: make bench-check ARGS=--store")
+    if not options.store and (why := why_useless(options.baseline)):
+        print(f"{why}, so nothing was measured and nothing was compared.")
+        print("Make one from a version whose speed is right, on a quiet machine: make bench-check ARGS=--store")
         return NO_BASELINE
-    if not options.measured and (busy := wait_until_quiet(10.0)) > QUIET:
-        print(f"! {busy:.0%} of the machine is busy with something else: do not believe what follows")
-    now = ratios(options.measured or run_cases(options.passes))
-    machine = describe()
+    now = take(options)
     if options.store:
-        text = json.dumps(
-            {"machine": machine, "ratios": {k: [round(x, 4) for x in v] for k, v in now.items()}}, indent=1
-        )
-        options.baseline.write_text(text + "\n")
-        print(f"Written: {options.baseline}")
+        if few := [case for case, ratios in now["ratios"].items() if len(ratios) < LEAST_STARTS]:
+            print(f"Nothing was stored: the machine was not quiet for {LEAST_STARTS} starts of {'; '.join(few)}.")
+            return NO_BASELINE
+        write(now, options.baseline)
         return 0
-    then: dict[str, Any] = json.loads(options.baseline.read_text())
-    good = compare(now, then["ratios"], options.tolerance)
+    then: Document = json.loads(options.baseline.read_text())
+    good = compare(now["ratios"], then["ratios"], options.tolerance)
     print(f"baseline: commit {then['machine']['commit']}, {then['machine']['date']}; {one_line(then['machine'])}")
-    if one_line(machine) != one_line(then["machine"]):
-        print(f"! this is another machine or Python: {one_line(machine)}")
-    print("Nothing has become slower." if good else "Something has become slower, or was not measured.")
+    if one_line(now["machine"]) != one_line(then["machine"]):
+        print(f"! this is another machine or Python: {one_line(now['machine'])}")
+    print("Nothing is seen to have become slower." if good else "Something has become slower, or was not measured.")
     return 0 if good else SLOWER
 
 

@@ -146,12 +146,15 @@ def _common(load: Load, name: str) -> list[str]:
     return [*command, "-t", str(load.seconds), "-w", str(load.warm_up)]
 
 
+def polling(workload: Workload, cores: set[int]) -> list[str]:
+    """The option with which the generator polls, where it shall. On the server's own core it would disturb."""
+    return ["--spin"] if workload.spin and len(cores) < len(os.sched_getaffinity(0)) else []
+
+
 def loadgen(load: Load) -> dict[str, Any]:
     workload = load.workload
     command = [*_common(load, "loadgen"), "-d", str(workload.depth), "--framing", workload.framing]
-    if workload.spin and len(load.cores) < len(os.sched_getaffinity(0)):  # on the server's own core it would disturb
-        command.append("--spin")
-    return load.run(command)
+    return load.run([*command, *polling(workload, load.cores)])
 
 
 def connect_rate(load: Load) -> dict[str, Any]:

@@ -3,9 +3,15 @@
 Rounds of whole seconds, with fresh servers in between, are what a user sees, but on a virtual machine whose neighbours
 come and go their ratios spread by a third. Here all servers that a floor or a part of the chart compares run at once,
 all but one of them asleep, and take turns of a quarter of a second, in each round in another order. The ratio is taken
-within a round, from turns that are three seconds apart at most; the figure is the median of all rounds, between the
-bounds within which the median of ever more rounds would lie, 95 times of 100. Servers are started anew a few times,
-because where a process happens to have its memory is worth a few per cent, too.
+within a round, from turns that are three seconds apart at most.
+
+Where a process happens to have its memory is worth a few per cent, too, and stays as it is for all rounds of a start:
+so servers are started anew many times, each start counts once, with the median of its rounds, and the figure is the
+median of the starts, between the bounds within which that of ever more starts would lie, 95 times of 100. (Three starts
+of twelve rounds would take a minute and a half less; but three figures have no such bounds.)
+
+A turn during which something else used the machine does not count. The kernel's accounts have ticks of 10 ms, of which
+a turn has sixty on two cores: that drops a quiet turn now and then, too.
 """
 
 from __future__ import annotations
@@ -21,9 +27,10 @@ from .measure import Failure, Load, choose_cores, running, sample
 from .peers import Peer
 from .workloads import Workload
 
-STARTS = 3  # of the servers
-ROUNDS = 12  # for each start
+STARTS = 9  # of the servers
+ROUNDS = 4  # for each start
 TURN_SECONDS, WARM_UP_SECONDS = 0.25, 0.05
+KEPT = ("messages_per_s", "latency_us.p99", "others", "steal")  # of each turn
 
 
 def plan(skipped: dict[str, str]) -> list[tuple[Workload, list[Peer]]]:
@@ -39,37 +46,64 @@ def plan(skipped: dict[str, str]) -> list[tuple[Workload, list[Peer]]]:
     return [(w, [peers.BY_NAME[name] for name in names if name not in skipped]) for w, names in found.items()]
 
 
-def turns(workload: Workload, chosen: list[Peer], cores: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Round, server, and what its turn gave. Where a turn fails, say because others took the machine, the round goes
-    without it."""
+def turns(
+    workload: Workload, chosen: list[Peer], cores: str, starts: int
+) -> Iterator[tuple[int, str, dict[str, Any] | Failure]]:
+    """Round, server, and what its turn gave, or why it failed. A server that does not start fails in all rounds of that
+    start; the others go on."""
     server_cores, generator_cores = choose_cores(workload.cores or cores)
-    for start in range(STARTS):
+    for start in range(starts):
+        numbers = range(start * ROUNDS, (start + 1) * ROUNDS)
         with contextlib.ExitStack() as stack:
             loads = []
             for peer in random.Random(start).sample(chosen, len(chosen)):
-                server = stack.enter_context(running(peer, server_cores))
-                loads.append(Load(peer, workload, server, TURN_SECONDS, WARM_UP_SECONDS, generator_cores))
-            for number in range(start * ROUNDS, (start + 1) * ROUNDS):
+                try:
+                    server = stack.enter_context(running(peer, server_cores))
+                except Failure as failure:
+                    yield from ((number, peer.name, failure) for number in numbers)
+                else:
+                    loads.append(Load(peer, workload, server, TURN_SECONDS, WARM_UP_SECONDS, generator_cores))
+            for number in numbers:
                 for load in random.Random(number).sample(loads, len(loads)):
-                    with contextlib.suppress(Failure):
-                        yield number, load.peer.name, sample(load)
+                    yield number, load.peer.name, _turn(load)
 
 
-def measure(skipped: dict[str, str], cores: str, progress: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A line for each server and workload, with its figures by round: what results.paired() reads. A server that does
-    not start at all is left out, and its floors are judged by the longer rounds."""
-    lines = []
+def _turn(load: Load) -> dict[str, Any] | Failure:
+    """A Failure is the server's: what only slows it down makes a turn disturbed, and sample() lets that pass."""
+    try:
+        return sample(load)
+    except Failure as failure:
+        return failure
+
+
+Lines = list[dict[str, Any]]
+
+
+def take(workload: Workload, chosen: list[Peer], cores: str, starts: int = STARTS) -> tuple[Lines, Lines]:
+    """A line for each server, with its figures by round: what results.by_start() reads. And one for each turn that
+    failed."""
+    lines: dict[str, dict[str, Any]] = {
+        peer.name: {"workload": workload.name, "peer": peer.name, "rounds_per_start": ROUNDS}
+        | {name: [None] * (starts * ROUNDS) for name in KEPT}
+        for peer in chosen
+    }
+    errors = []
+    for number, peer, result in turns(workload, chosen, cores, starts):
+        if isinstance(result, Failure):
+            errors.append({"workload": workload.name, "peer": peer, "round": number, "error": str(result)})
+            continue
+        figures = (result["messages_per_s"], result["latency_us"]["p99"], result["others"], result["steal"])
+        for name, figure in zip(KEPT, figures, strict=True):
+            lines[peer][name][number] = figure
+    return list(lines.values()), errors
+
+
+def measure(skipped: dict[str, str], cores: str, progress: Callable[[str], None]) -> dict[str, Lines]:
+    """For the document."""
+    pairs, errors = [], []
     for workload, chosen in plan(skipped):
         progress(workload.title)
-        figures: dict[str, list[list[float | None]]] = {
-            peer.name: [[None] * (STARTS * ROUNDS) for _ in range(2)] for peer in chosen
-        }
-        with contextlib.suppress(Failure):
-            for number, peer, result in turns(workload, chosen, cores):
-                rates, p99s = figures[peer]
-                rates[number], p99s[number] = result["messages_per_s"], result["latency_us"]["p99"]
-        lines += [
-            {"workload": workload.name, "peer": peer, "messages_per_s": rates, "latency_us.p99": p99s}
-            for peer, (rates, p99s) in figures.items()
-        ]
-    return lines
+        lines, failed = take(workload, chosen, cores)
+        pairs += lines
+        errors += failed
+    return {"pairs": pairs, "pair_errors": errors}

@@ -21,7 +21,7 @@ from .peers import REFERENCE
 
 Sample = dict[str, Any]  # what the generator printed, and: workload, peer, round, others, steal; or: error
 Figures = dict[str, Any]
-LEAST_PAIRS = 10
+LEAST_STARTS = 6  # with fewer no bounds hold 95 times of 100, the lowest and the highest neither
 
 
 def select(samples: Iterable[Sample], workload: str, peer: str) -> dict[int, Sample]:
@@ -49,28 +49,78 @@ def ratio(mine: dict[int, Sample], reference: dict[int, Sample], key: str, sub: 
     return spread(rounds) if rounds else None
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """The median, and those of the values between which that of ever more of them would lie, 95 times of 100 (the
-    binomial law, whose normal approximation does from ten values on)."""
-    ordered, n = sorted(values), len(values)
-    reach = 1.96 * math.sqrt(n) / 2
-    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
-    return median(ordered), ordered[low], ordered[high]
+Interval = tuple[float, float, float]  # what was found, and the bounds of what it may be
+
+
+def _between(values: list[float], reach: float) -> Interval:
+    """The median, and the values that stand `reach` places before and after it. 0 and infinity: there are too few."""
+    ordered = sorted(values)
+    low = math.floor((len(ordered) - 1) / 2 - reach)
+    return (median(ordered), ordered[low], ordered[-1 - low]) if low >= 0 else (median(ordered), 0.0, math.inf)
+
+
+def interval(values: list[float]) -> Interval:
+    """The median, and those of the values between which that of ever more of them would lie, 95 times of 100: by the
+    binomial law, whose normal approximation never promises too much here. The values must be independent."""
+    return _between(values, 1.96 * math.sqrt(len(values)) / 2)
+
+
+def change(now: list[float], then: list[float]) -> Interval:
+    """How many times as large the values are now: the median of all quotients, and the bounds between which that of
+    ever more values would lie, 99 times of 100. They are those of the rank-sum test."""
+    quotients = [a / b for a in now for b in then]
+    return _between(quotients, 2.576 * math.sqrt(len(quotients) * (len(now) + len(then) + 1) / 12))
+
+
+def by_start(document: dict[str, Any], workload: str, mine: str, other: str, name: str) -> list[float]:
+    """The ratios that pairs.py has measured: for each start of the servers the median of its rounds, as these are not
+    independent. (Older documents do not say which rounds belong together: there each counts for itself.) A round in
+    which the turn of one of the two failed or was disturbed does not count."""
+    lines = {line["peer"]: line for line in document.get("pairs", ()) if line["workload"] == workload}
+    if mine not in lines or other not in lines:
+        return []
+    found: dict[int, list[float]] = {}
+    both = zip(_quiet_turns(lines[mine], name), _quiet_turns(lines[other], name), strict=False)
+    for number, (a, b) in enumerate(both):
+        if a and b:
+            found.setdefault(number // lines[mine].get("rounds_per_start", 1), []).append(a / b)
+    return [median(rounds) for rounds in found.values()]
+
+
+def _quiet_turns(line: dict[str, Any], name: str) -> list[float | None]:
+    """The figure of each round; None where the turn failed, or something else used the machine meanwhile."""
+    unknown = [0.0] * len(line[name])  # in older documents
+    turns = zip(line[name], line.get("others", unknown), line.get("steal", unknown), strict=True)
+    return [
+        figure if figure is not None and is_quiet({"others": others, "steal": steal}) else None
+        for figure, others, steal in turns
+    ]
 
 
 def paired(
     document: dict[str, Any], workload: str, mine: str, other: str, key: str, sub: str = ""
 ) -> tuple[float, ...]:
-    """The ratio that pairs.py has measured, with its interval; empty if it has too few rounds of it."""
-    name = f"{key}.{sub}" if sub else key
-    lines = {line["peer"]: line[name] for line in document.get("pairs", ()) if line["workload"] == workload}
-    rounds = [a / b for a, b in zip(lines.get(mine, ()), lines.get(other, ()), strict=False) if a and b]
-    return interval(rounds) if len(rounds) >= LEAST_PAIRS else ()
+    """The ratio that pairs.py has measured, with its interval; empty if it was measured in too few starts."""
+    starts = by_start(document, workload, mine, other, f"{key}.{sub}" if sub else key)
+    return interval(starts) if len(starts) >= LEAST_STARTS else ()
 
 
-def pair_rounds(document: dict[str, Any]) -> int:
-    """How many rounds pairs.py took; 0: the document has none."""
-    return max((len(line["messages_per_s"]) for line in document.get("pairs", ())), default=0)
+def pair_rounds(document: dict[str, Any]) -> tuple[int, int]:
+    """How many rounds pairs.py took (0: the document has none), and how many of them for each start of the servers (1
+    in older documents, which do not say)."""
+    lines = document.get("pairs", ())
+    rounds = max((len(line["messages_per_s"]) for line in lines), default=0)
+    return rounds, max((line.get("rounds_per_start", 1) for line in lines), default=1)
+
+
+def turns(document: dict[str, Any]) -> list[Sample]:
+    """How much others took during each turn of pairs.py that did not fail; none in older documents."""
+    return [
+        {"others": others, "steal": steal}
+        for line in document.get("pairs", ())
+        for others, steal in zip(line.get("others", ()), line.get("steal", ()), strict=True)
+        if others is not None
+    ]
 
 
 def side_by_side(document: dict[str, Any], workload: str, peer: str, figures: Figures) -> Figures:
@@ -79,7 +129,7 @@ def side_by_side(document: dict[str, Any], workload: str, peer: str, figures: Fi
     if not ratio_there:
         return figures
     lines = [line for line in document["pairs"] if (line["workload"], line["peer"]) == (workload, peer)]
-    rate = median(rate for rate in lines[0]["messages_per_s"] if rate)
+    rate = median(rate for rate in _quiet_turns(lines[0], "messages_per_s") if rate)
     return figures | {"rate_ratio": list(ratio_there), "messages_per_s": rate}
 
 
@@ -101,7 +151,7 @@ def _figures(samples: list[Sample], workload: str, peer: str) -> Figures:
     if not mine:
         return {"rounds": 0, "errors": errors}
     good = list(mine.values())
-    figures = {"rounds": len(good), "errors": errors, "disturbed": sum(s["others"] > QUIET for s in good)}
+    figures = {"rounds": len(good), "errors": errors, "disturbed": disturbed(good)}
     if "values" in good[0]:
         return figures | {"values": {key: spread(s["values"][key] for s in good) for key in good[0]["values"]}}
     return figures | _traffic(mine, select(samples, workload, reference_of(workload)))
@@ -132,9 +182,14 @@ def summarise(samples: list[Sample]) -> dict[str, dict[str, Figures]]:
     return summary
 
 
+def is_quiet(sample: Sample) -> bool:
+    """Nothing else used the machine meanwhile, be it here or, of a virtual machine's host, another guest."""
+    return bool(max(sample.get("others", 0), sample.get("steal", 0)) <= QUIET)
+
+
 def disturbed(samples: list[Sample]) -> int:
     """How many samples were taken while others used the machine."""
-    return sum(s.get("others", 0) > QUIET for s in samples)
+    return sum(not is_quiet(sample) for sample in samples)
 
 
 def trustworthy(samples: list[Sample]) -> bool:

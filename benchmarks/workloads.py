@@ -26,6 +26,7 @@ class Workload:
     spin: bool = False  # the generator polls instead of sleeping: see c/loadgen.c
     driver: str = "loadgen"  # what applies the load: see DRIVERS in measure.py
     peers: tuple[str, ...] = ()  # whom it is for; empty: all that serve the framing
+    besides: tuple[str, ...] = ()  # who else, if all that serve the framing
     reference: str = REFERENCE  # whom ratios are taken to
     cores: str = ""  # "shared": the server may use several cores, whatever --cores says
     charted: bool = False  # in the picture: few, or nobody looks
@@ -38,7 +39,7 @@ class Workload:
         """Whom it can be measured with."""
         if self.peers:
             return [peer for peer in PEERS if peer.name in self.peers]
-        return [peer for peer in PEERS if self.framing in peer.framings]
+        return [peer for peer in PEERS if self.framing in peer.framings or peer.name in self.besides]
 
 
 DEFAULT = ("default", "floors", "full")
@@ -46,12 +47,25 @@ FLOORS = ("floors", "full")  # what floors.py needs beside those
 
 framed = partial(Workload, framing="length4")
 
+POLLS = (
+    "tstpool polls for up to 20 us before it sleeps (busy_poll, its default), and takes up to its whole core for "
+    "that; the C loop and the others sleep at once: compare CPU us/msg"
+)
+
 ECHO = (
     # The first one is the headline: the chart and the README quote it.
     Workload("echo-64B-c50", "64 B, 50 connections, one in flight", charted=True, sets=EVERYWHERE),
     Workload("echo-64B-c50-d16", "64 B, 50 connections, 16 in flight", depth=16),
     Workload("echo-16K-c50", "16 KiB, 50 connections, one in flight", size=16 * 1024),
-    Workload("echo-64B-c1", "64 B, 1 connection, one in flight", connections=1, spin=True, sets=DEFAULT),
+    Workload(
+        "echo-64B-c1",
+        "64 B, 1 connection, one in flight",
+        connections=1,
+        spin=True,
+        besides=("tstpool-no-poll",),
+        note=f"{POLLS}, and the row with busy_poll=0. The generator polls, too.",
+        sets=DEFAULT,
+    ),
     Workload("echo-64B-c500", "64 B, 500 connections, one in flight", connections=500),
     Workload("echo-64B-c1000", "64 B, 1,000 connections, one in flight", connections=1000, sets=FLOORS),
     Workload("echo-64B-c5000", "64 B, 5,000 connections, one in flight", connections=5000),
@@ -138,6 +152,7 @@ SPECIAL = (
             connections=count,
             spin=count == 1,
             peers=WORKERS,
+            note=f"{POLLS}. The generator polls, too." if count == 1 else "",
             sets=FLOORS if count == 50 else ("full",),
         )
         for count in (1, 50, 1000)
@@ -155,7 +170,7 @@ SPECIAL = (
         )
         for count in (1, 50, 1000)
     ),
-    # Last: for a minute after it the system has no ports left for new clients.
+    # Last: it leaves tens of thousands of ports that rest, each for up to a second (see c/connect_rate.c).
     Workload(
         "connect-c50",
         "connect, 64 B there and back, close: 50 clients",

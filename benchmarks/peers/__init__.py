@@ -44,6 +44,7 @@ class Peer:
     framings: tuple[str, ...] = ("none",)  # the workloads it serves honestly; (): only those that name it
     sets: tuple[str, ...] = EVERYWHERE  # in which selections it is measured by a workload that names nobody
     sleepers: int = 0  # connections beside those measured: their handlers sleep a second for each message
+    new_blocks: bool = False  # receives into a new block of 256 KiB each time; see _loops.py for what that costs
 
     def missing(self) -> str:
         """Why it cannot run here; empty if it can."""
@@ -89,10 +90,11 @@ RAW = (
         "uvloop, aiofastnet Protocol",
         _python("asyncio_protocol", "aiofastnet"),
         "import uvloop, aiofastnet",
+        new_blocks=True,
     ),
-    raw("asyncio", "asyncio Protocol", _python("asyncio_protocol", "asyncio")),
+    raw("asyncio", "asyncio Protocol", _python("asyncio_protocol", "asyncio"), new_blocks=True),
     rare("asyncio-buffered", "asyncio BufferedProtocol", _python("asyncio_buffered", "asyncio")),
-    rare("asyncio-streams", "asyncio streams", _python("asyncio_streams", "asyncio")),
+    rare("asyncio-streams", "asyncio streams", _python("asyncio_streams", "asyncio"), new_blocks=True),
     rare("gevent", "gevent StreamServer", _python("gevent_server"), "import gevent"),
     rare("twisted", "Twisted Protocol", _python("twisted_protocol"), "import twisted.internet.reactor"),
     rare("trio", "trio streams", _python("trio_streams"), "import trio"),
@@ -109,7 +111,7 @@ FRAMED = (
     framed("uvloop-tuned-buffered", "uvloop, tuned BufferedProtocol", _python("framed_buffered", "uvloop"), UVLOOP),
     framed("uvloop-naive", "uvloop, plain Protocol", _python("framed_naive", "uvloop"), UVLOOP),
     framed("uvloop-streams-framed", "uvloop streams", _python("framed_streams", "uvloop"), UVLOOP, sets=RARE),
-    framed("asyncio-naive", "asyncio, plain Protocol", _python("framed_naive", "asyncio")),
+    framed("asyncio-naive", "asyncio, plain Protocol", _python("framed_naive", "asyncio"), new_blocks=True),
 )
 
 
@@ -132,6 +134,7 @@ SPECIAL = (
     special("sleep-4", "tstpool, workers=8, 4 sleep", _options("sleep", "--workers", "8"), TSTPOOL, sleepers=4),
     # One shard: a worker that has no sleeper in its own shard would stay awake.
     special("sleep-8", "tstpool, workers=8", _options("sleep", "--workers", "8", "--shards", "1"), TSTPOOL),
+    special("tstpool-no-poll", "tstpool, busy_poll=0", _options("echo", "--busy-poll", "0"), TSTPOOL),
     special("tstpool-workers-1", "tstpool, workers=1", _options("echo", "--workers", "1"), TSTPOOL),
     special("tstpool-workers-8", "tstpool, workers=8", _options("echo", "--workers", "8"), TSTPOOL),
     special("work-1", "tstpool, workers=1", _options("work", "--workers", "1", "--shards", "1"), TSTPOOL),

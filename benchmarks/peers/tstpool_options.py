@@ -37,12 +37,14 @@ if __name__ == "__main__":
     parser.add_argument("handler", choices=HANDLERS)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--shards", type=int)
+    parser.add_argument("--busy-poll", type=float, default=20e-6, metavar="SECONDS")  # the pool's own default
     options = parser.parse_args()
     pool = TstPool(
         HANDLERS[options.handler](),
         framing=LengthPrefixed(4) if options.handler == "sleep" else None,
         workers=options.workers,
         shards=options.shards,
+        busy_poll=options.busy_poll,
     )
     print(pool.listen("127.0.0.1", 0, backlog=4096)[1], flush=True)
     pool.serve_forever()
