@@ -14,7 +14,8 @@ from tstpool._conn cimport (
     connection_release, connection_take_relief, generation_of, slot_of, table_open, table_slot, tst_connection)
 from tstpool._entry cimport (
     connection_begin_close, connection_due, connection_expire, connection_has_room, connection_keep_input,
-    connection_linger, connection_may_reset, connection_sent, connection_transfer, connection_wants_body, take_input)
+    connection_linger, connection_may_reset, connection_sent, connection_tells_room, connection_transfer,
+    connection_wants_body, take_input)
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
     fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
@@ -24,10 +25,10 @@ from tstpool._poll cimport (
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
-    BATCH_ENTRIES, BATCH_EVENTS, DO_BODY, DO_CONNECT, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING, SCRATCH_FULL,
-    batch_add, connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    BATCH_ENTRIES, BATCH_EVENTS, DO_BODY, DO_CONNECT, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING,
+    SCRATCH_FULL, batch_add, connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport count, tst_stats
-from tstpool._timer cimport DEADLINE_LINGER, connection_deadline, tick_before, tick_of
+from tstpool._timer cimport DEADLINE_LINGER, connection_deadline, tick_before, tick_earlier, tick_of
 
 cdef enum:
     ENTRIES_SPARE = 16                     # of a batch, for clients that are accepted
@@ -227,25 +228,73 @@ cdef inline bint connection_sends_late(tst_worker *worker, tst_connection *conne
     return True
 
 
-cdef inline uint32_t collect_writable(tst_worker *worker, tst_connection *connection, uint64_t pending,
-                                      uint64_t now) noexcept nogil:
+cdef inline void collect_need_send(tst_worker *worker, tst_connection *connection, uint64_t now) noexcept nogil:
+    """need_send was asked: what the send buffer asks for goes out first. Owner only."""
+    connection.ask_writable = True
+    connection_transfer(connection, now, True)
+    connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now, &worker.stats)
+
+
+cdef inline uint32_t collect_writable(tst_worker *worker, tst_connection *connection, uint64_t now) noexcept nogil:
     """DO_WRITABLE when the handler is to hear of its output: need_send, a SEND that is done, or pressure that is gone.
     Else 0. Owner only."""
     cdef uint32_t what = 0
-    if pending & PEND_OUT and not connection.closing:
-        connection.ask_writable = True
-        connection_transfer(connection, now, True)
-        connection_flush(connection, generation_of(load64(&connection.state, RELAXED)), False, False, now,
-                         &worker.stats)
-    if connection_take_relief(connection) and connection.tell_room and not connection.closing and not (
+    if connection_take_relief(connection) and connection_tells_room(connection) and not connection.closing and not (
             connection.ask_writable or connection.call_writable):      # else it will be called for that
-        what = DO_WRITABLE
+        what = DO_WRITABLE | DO_RELIEF
     if connection.ask_writable and connection_has_room(connection) and (
             not connection_sends_late(worker, connection, now) or connection_has_room(connection)):
         connection.ask_writable = False
         what = DO_WRITABLE
     if connection_sent(connection, now):
         what = DO_WRITABLE
+    return what
+
+
+cdef inline void connection_was_pressed(tst_connection *connection, uint64_t now) noexcept nogil:
+    """Its messages had to wait, because too much output did: that time is not the peer's. Owner only."""
+    cdef uint32_t held = 0
+    spin_lock(&connection.lock)
+    if connection.pressed_since < now:
+        held = tick_of(now) - tick_of(connection.pressed_since)
+        connection.pressed_since = now
+    spin_unlock(&connection.lock)
+    connection.active_tick = tick_earlier(connection.active_tick + held, tick_of(now))
+    if connection.unfinished and not connection.closing:
+        connection.since_tick = tick_earlier(connection.since_tick + held, tick_of(now))
+
+
+cdef inline uint32_t collect_input(tst_worker *worker, tst_batch *batch, tst_connection *connection, bint arrived,
+                                   uint64_t now) noexcept nogil:
+    """Receives, and says what is to be done for what there is. Owner only."""
+    cdef uint32_t what
+    take_input(connection, batch, worker, arrived, now)
+    what = connection_due(connection)
+    if what == 0 and connection_wants_body(connection):
+        what = DO_BODY
+    return what
+
+
+cdef inline uint32_t collect_both(tst_worker *worker, tst_batch *batch, tst_connection *connection, bint arrived,
+                                  uint64_t now) noexcept nogil:
+    """What is due to output and input of a connection that its handler knows.
+
+    The handler is told of its output first: it may ask for another transfer, and input must not go into the old one.
+    But one that has always more to send must not keep waiting for ever what has arrived: that is first the next time.
+    Owner only.
+    """
+    cdef bint first = connection.input_first
+    cdef uint32_t what = 0
+    connection.input_first = False
+    if first:
+        what = collect_input(worker, batch, connection, arrived, now)
+    if what == 0:
+        what = collect_writable(worker, connection, now)
+        if what == 0 and not first:
+            what = collect_input(worker, batch, connection, arrived, now)
+        elif what:
+            connection.readable |= arrived and not first
+            connection.input_first = connection.readable or connection.input.size or connection.message_ready
     return what
 
 
@@ -261,9 +310,11 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         collect_lingering(worker, shard, batch, connection, pending, arrived or pending & PEND_IN != 0, now)
         return
     store32(&connection.events, events, RELAXED)
-    if pending & PEND_ARM or load32(&connection.pressure, RELAXED) == PRESSURE_GONE:
-        connection.active_tick = tick_of(now)      # while it was paused, or pressed, the peer was not to blame
+    if pending & PEND_ARM:
+        connection.active_tick = tick_of(now)      # while it was paused the peer was not to blame
         connection.unfinished = False              # a message that had begun gets its time anew, too
+    elif load32(&connection.pressure, RELAXED) == PRESSURE_GONE and connection.limits.auto_pause:
+        connection_was_pressed(connection, now)
     if pending & PEND_TIMER:
         connection_expire(worker, connection, now)
     if pending & PEND_CLOSE or (shard.draining and pending & PEND_CONNECT):
@@ -276,18 +327,12 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             connection.ask_writable = True
             connection_transfer(connection, now, True)
     else:
-        what = collect_writable(worker, connection, pending, now)
-        if what:
-            # The handler is told first: it may ask for another transfer, and input must not go into the old one.
-            connection.readable |= arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN != 0)
-        else:
-            take_input(connection, batch, worker,
-                       arrived or (connection.trigger == TRIGGER_EDGE and pending & PEND_IN), now)
-            what |= connection_due(connection)
-            if what == 0 and connection_wants_body(connection):
-                what = DO_BODY
-            if what == 0 and not connection_keep_input(connection):    # no handler runs: nobody else would keep it
-                what = connection_due(connection)
+        if pending & PEND_OUT and not connection.closing:
+            collect_need_send(worker, connection, now)
+        arrived |= connection.trigger == TRIGGER_EDGE and pending & PEND_IN != 0
+        what = collect_both(worker, batch, connection, arrived, now)
+        if what == 0 and not connection_keep_input(connection):        # no handler runs: nobody else would keep it
+            what = connection_due(connection)
     entry = batch_add(batch, connection, what)
     if what == 0 or (entry.compiled and entry_run_compiled(engine, worker, shard, batch, entry)):
         batch.scratch_used = scratch_used      # nothing that is still needed lies there

@@ -28,7 +28,7 @@ connection of another generation:
     PAUSED      the user wants no input for now
     QUEUED      the connection is in its shard's stack of requests
     DETACHED    its owner is stuck in a handler and has lost its shard: output can't wait for it
-    PEND_*      what to do with it as soon as somebody can own it: CONNECT, IN, OUT, CLOSE, ARM, TIMER
+    PEND_*      what to do with it as soon as somebody can own it: CONNECT, IN, OUT, CLOSE, ARM, TIMER, ROOM
     DEAD        retired while QUEUED: whoever takes it from the stack frees it
 
 **Who may touch what.** Each field says which of three rules holds for it: `atomic`; `locked` (only with
@@ -51,6 +51,7 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
     queue_append, queue_commit, queue_drop, queue_held, queue_room, queue_share, queue_size, tst_queue, tst_shared)
+from tstpool._stats cimport clock_now
 
 cdef enum:
     STATE_OPEN = 0x1
@@ -65,7 +66,8 @@ cdef enum:
     PEND_CLOSE = 0x800
     PEND_ARM = 0x1000
     PEND_TIMER = 0x2000
-    PEND_ANY = 0x3f00
+    PEND_ROOM = 0x4000
+    PEND_ANY = 0x7f00
 
 cdef enum:
     TABLE_CHUNK = 256          # connections in one chunk
@@ -188,8 +190,12 @@ cdef struct tst_connection:
     uint32_t active_tick       # owner: when something arrived last, or a handler returned
     uint32_t since_tick        # owner: when the unfinished message began, or the closing, or the lingering
     uint8_t tell_room          # owner: a handler has a hook that wants to hear of PRESSURE_GONE
+    uint8_t input_first        # owner: the handler was told of its output; what has arrived meanwhile has its turn
+    uint8_t untouched          # owner: a function was called again for input that it has left unread before
     uint32_t pressure          # atomic, written locked: PRESSURE_*
+    uint64_t pressed_since     # locked: when that became PRESSURE_HIGH, or was allowed for last; monotonic nanoseconds
     uint32_t output_tick       # atomic, written locked: when the kernel took output last, or began not to
+    uint32_t kernel_holds      # locked: bytes that the peer has not acknowledged, at a look since; 0: there was none
     uint32_t rebind            # atomic: sock.handler was assigned; the owner is to look it up anew
     int reason                 # owner: errno that ended it, 0 for a clean end
     const tst_compiled *compiled   # owner; borrowed from a Binding. NULL: its handler is Python's alone
@@ -407,6 +413,8 @@ cdef inline void output_account(tst_connection *connection) noexcept nogil:
         connection.counted = counts
     if waits > limits.high_water:
         if load32(&connection.pressure, RELAXED) != PRESSURE_HIGH:
+            if load32(&connection.pressure, RELAXED) == PRESSURE_NONE:
+                connection.pressed_since = clock_now()
             store32(&connection.pressure, PRESSURE_HIGH, RELAXED)
             add64(&limits.total.pressed, 1, RELAXED)
     elif waits <= limits.low_water and load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:

@@ -7,7 +7,7 @@
 
 `_collect.pxd` makes the entries, `_run.pxd` and `_worker.pxi` run their handlers.
 """
-from libc.errno cimport EAGAIN, EIO, ENOBUFS, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, ECONNABORTED, EIO, ENOBUFS, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -19,21 +19,22 @@ from tstpool._conn cimport (
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, tst_data)
-from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, tst_framing
+from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, framing_cuts, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLLPRI, EPOLL_CTL_DEL, F_GETFL, F_SETFL, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
+    ACQUIRE, EPOLLPRI, EPOLL_CTL_DEL, F_GETFL, F_SETFL, OUTQ_UNSENT, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
     compare_exchange64, fcntl, iovec, load32, load64, sched_yield, shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_input_mask, connection_mutes_urgent, connection_retire, connection_silence, flush_once, flush_result,
-    sys_control, sys_prepare, sys_recv, sys_recv_pieces, sys_reset_on_close, sys_unread, sys_writable)
+    connection_input_mask, connection_mutes_urgent, connection_retire, connection_silence, connection_is_stuck,
+    flush_once, flush_result, sys_control, sys_holds, sys_prepare, sys_recv, sys_recv_pieces, sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
     shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count
-from tstpool._timer cimport DEADLINE_NONE, DEADLINE_WRITE, connection_deadline, tick_before, tick_not_older, tick_of
+from tstpool._timer cimport (
+    DEADLINE_CLOSE, DEADLINE_NONE, DEADLINE_WRITE, connection_deadline, tick_before, tick_not_older, tick_of)
 
 cdef enum:
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
@@ -243,8 +244,8 @@ cdef inline void connection_cut_frame(tst_connection *connection, const tst_fram
     if connection.framed_by != framing:
         connection.framed_by = framing
         connection.scanned = connection.frame.needed = 0
-    connection.framed = framing != NULL
-    if framing == NULL:
+    connection.framed = framing_cuts(framing)
+    if not connection.framed:
         connection.message_ready = connection.input.size > 0
         return
     result = frame_next(framing, connection.input.view, connection.input.size, &connection.scanned, &connection.frame)
@@ -331,9 +332,11 @@ cdef inline void connection_drop_output(tst_connection *connection) noexcept nog
 
 
 cdef inline void connection_drop_output_of(tst_connection *connection, uint32_t generation) noexcept nogil:
-    """The same, on any thread."""
+    """The same, on any thread, by us and not at the user's wish."""
     spin_lock(&connection.lock)
     if connection_is(connection, generation):
+        if queue_size(&connection.out) and load32(&connection.out_error, RELAXED) == 0:
+            store32(&connection.out_error, ECONNABORTED, RELAXED)
         connection_cut_output(connection)
     spin_unlock(&connection.lock)
 
@@ -440,13 +443,15 @@ cdef inline int connection_transfer(tst_connection *connection, uint64_t now, bi
             spin_lock(&connection.lock)
             if limited and output_is_full(connection, size, NULL):
                 result = -ENOBUFS
-            elif not connection.out_closed:
+            elif connection.out_closed:
+                size = 0
+            else:
                 connection.out.burst = True
                 result = queue_append(&connection.out, data.s + data.req_pos + data.com_len, size)
                 connection.send_mark = connection.out.queued
                 output_account(connection)
             spin_unlock(&connection.lock)
-        if result == 0:
+        if result == 0 and size:
             data.begin_time = 0 if limited else now
             data.com_len = data.req_len
             result = 1
@@ -578,6 +583,11 @@ cdef inline bint connection_is_empty(tst_connection *connection) noexcept nogil:
     return connection.input.size == 0 and connection.body == NULL and connection_recv(connection) == NULL
 
 
+cdef inline bint connection_tells_room(tst_connection *connection) noexcept nogil:
+    """Its handler wants to hear of PRESSURE_GONE; or one was assigned, of which nobody knows yet. Owner only."""
+    return connection.tell_room or load32(&connection.rebind, RELAXED) != 0
+
+
 cdef inline bint connection_is_to_go_on(tst_connection *connection) noexcept nogil:
     """The peer has finished sending, and reads; its handler has not finished: it has paused the connection, to answer
     later, or waits to hear that there is room for more output. Owner only."""
@@ -585,7 +595,7 @@ cdef inline bint connection_is_to_go_on(tst_connection *connection) noexcept nog
         return False
     if connection.ask_writable or load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_OUT):
         return True
-    return connection.tell_room and load32(&connection.pressure, RELAXED) != PRESSURE_NONE
+    return connection_tells_room(connection) and load32(&connection.pressure, RELAXED) != PRESSURE_NONE
 
 
 cdef inline bint connection_is_over(tst_connection *connection, bint takes) noexcept nogil:
@@ -622,7 +632,7 @@ cdef inline bint connection_is_unfinished(tst_connection *connection) noexcept n
         return True
     if connection_awaits_transfer(connection):
         return data_begun(connection_recv(connection))
-    return connection.framing != NULL and connection.input.size != 0
+    return framing_cuts(connection.framing) and connection.input.size != 0
 
 
 cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, uint64_t now) noexcept nogil:
@@ -631,8 +641,9 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     cdef tst_connection *connection = entry.connection
     cdef bint wants_input = connection_wants_input(connection)
     cdef uint32_t tick = tick_of(now)
-    if entry.what:
+    if entry.what and not connection.untouched:
         connection.active_tick = tick
+    connection.untouched = False
     if connection.closing:                 # `unfinished` stays: it says that the peer is still sending
         if not connection.close_noted:
             connection.close_noted = True
@@ -642,21 +653,29 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     elif not connection.unfinished or entry.what & DO_INPUT:
         connection.unfinished = True       # and not what the message before has begun
         connection.since_tick = tick
-    watch_deadline(worker, connection, waits, wants_input)
+    watch_deadline(worker, connection, waits, wants_input, tick)
     if waits and not connection_output_waits(connection):
         # Another thread is sending it, and tells nobody how that ends: the deadline that comes first looks again.
-        watch_deadline(worker, connection, False, wants_input)
+        watch_deadline(worker, connection, False, wants_input, tick)
     elif waits and wants_input and connection.limits != NULL and connection.limits.idle and not connection.limits.write:
         # Output may wait for as long as it likes; but if another thread sends it (flush), nobody notes that it is idle.
         watch_until(worker, connection, tick + connection.limits.idle)
 
 
-cdef inline void watch_deadline(tst_worker *worker, tst_connection *connection, bint waits,
-                                bint wants_input) noexcept nogil:
+cdef inline uint32_t output_look(const tst_connection *connection, int kind, uint32_t due,
+                                 uint32_t tick) noexcept nogil:
+    """When the connection is to be looked at for that deadline: see connection_is_stuck."""
+    cdef uint32_t half_way = due - output_limit(connection, kind) // 2
+    return half_way if tick_before(tick, half_way) else due
+
+
+cdef inline void watch_deadline(tst_worker *worker, tst_connection *connection, bint waits, bint wants_input,
+                                uint32_t tick) noexcept nogil:
     cdef uint32_t due = 0
-    if connection_deadline(connection, waits, wants_input, &due) == DEADLINE_NONE:
+    cdef int kind = connection_deadline(connection, waits, wants_input, &due)
+    if kind == DEADLINE_NONE:
         return
-    watch_until(worker, connection, due)
+    watch_until(worker, connection, output_look(connection, kind, due, tick))
 
 
 cdef inline void watch_until(tst_worker *worker, tst_connection *connection, uint32_t due) noexcept nogil:
@@ -682,6 +701,22 @@ cdef inline void connection_age(tst_connection *connection, uint32_t now) noexce
     spin_unlock(&connection.lock)
 
 
+cdef inline uint32_t output_limit(const tst_connection *connection, int kind) noexcept nogil:
+    """Ticks in which the peer is to take some output, by that deadline; 0: it is another one."""
+    if kind == DEADLINE_WRITE:
+        return connection.limits.write
+    return connection.limits.linger if kind == DEADLINE_CLOSE else 0
+
+
+cdef inline bint connection_takes_nothing(tst_connection *connection, int kind, uint32_t due,
+                                          uint64_t now) noexcept nogil:
+    cdef bint stuck
+    spin_lock(&connection.lock)
+    stuck = connection_is_stuck(connection, due - output_limit(connection, kind), output_limit(connection, kind), now)
+    spin_unlock(&connection.lock)
+    return stuck
+
+
 cdef inline void connection_expire(tst_worker *worker, tst_connection *connection, uint64_t now) noexcept nogil:
     """The wheel has asked: closes the connection if its deadline has come. Owner only."""
     cdef uint32_t due = 0
@@ -689,7 +724,10 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
                                         connection_wants_input(connection), &due)
     connection.has_timer = False
     connection_age(connection, tick_of(now))
-    if kind == DEADLINE_NONE or tick_before(tick_of(now), due):
+    if kind == DEADLINE_NONE or (output_limit(connection, kind) and not sys_writable(connection.fd)
+                                 and not connection_takes_nothing(connection, kind, due, now)):
+        return                             # the peer has taken something, or there is time left
+    if tick_before(tick_of(now), due):
         return
     if kind < DEADLINE_WRITE and sys_unread(connection.fd) and not connection_input_full(connection) and (
             not connection.unfinished or tick_of(now) - due < due - connection.since_tick):
@@ -701,7 +739,7 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
     count(&worker.stats.deadline_closed[kind], 1)
     if kind >= DEADLINE_WRITE:
         connection_drop_output(connection)
-    if connection.reason == 0 and not connection.closing:
+    if connection.reason == 0 and (not connection.closing or kind == DEADLINE_CLOSE):
         connection.reason = ETIMEDOUT
     connection_begin_close(connection)
 
@@ -728,9 +766,13 @@ cdef inline bint connection_should_linger(tst_connection *connection, uint64_t n
     # A message that came with the one before, in one piece, has never been noted as unfinished.
     if connection.unfinished or connection_is_unfinished(connection) or sys_unread(connection.fd) != 0:
         return True
+    if load32(&shard.draining, RELAXED):
+        return False
     # Without framing nobody knows whether the peer is through.
-    return (connection.bulky and connection.framing == NULL and not load32(&shard.draining, RELAXED)
-            and tick_of(now) - connection.active_tick < BULKY_TICKS)
+    if connection.bulky and not framing_cuts(connection.framing) and (
+            tick_of(now) - connection.active_tick < BULKY_TICKS):
+        return True
+    return sys_holds(connection.fd, OUTQ_UNSENT) != 0      # it is far from having it all: what may it send meanwhile?
 
 
 cdef inline bint connection_begin_linger(tst_connection *connection, uint64_t now) noexcept nogil:
@@ -786,7 +828,7 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
     if connection.call_writable and waiting == 0:
         return PEND_IN
     if load32(&connection.pressure, RELAXED) == PRESSURE_GONE and (
-            connection.tell_room or connection.input.size or connection.body != NULL):
+            connection_tells_room(connection) or connection.input.size or connection.body != NULL):
         return PEND_IN                     # there may be a message in it, which nobody has looked for meanwhile
     if connection.trigger == TRIGGER_EDGE and connection.readable and connection_wants_input(connection):
         return PEND_IN

@@ -25,6 +25,7 @@ cdef enum:
     FRAME_FIXED = 1
     FRAME_DELIMITED = 2
     FRAME_LENGTH = 3
+    FRAME_PIECES = 4           # Raw with a limit: of what has arrived, as much as that
 
 cdef enum:
     DELIMITER_MOST = 255       # bytes in a delimiter
@@ -188,10 +189,15 @@ cdef inline int frame_next(const tst_framing *framing, const char *bytes, size_t
         return frame_delimited(framing, bytes, size, scanned, frame)
     frame.begin = 0
     frame.size = <size_t>framing.fixed
-    if framing.kind == FRAME_RAW:
+    if framing.kind == FRAME_RAW or framing.kind == FRAME_PIECES:
         frame.size = size if size < framing.max_message else <size_t>framing.max_message
     frame.whole = frame.needed = frame.size
     return size >= frame.whole and size > 0
+
+
+cdef inline bint framing_cuts(const tst_framing *framing) noexcept nogil:
+    """There is one, and bytes do not go to the handler just as they arrive."""
+    return framing != NULL and framing.kind != FRAME_RAW
 
 
 cdef inline int frame_header(const tst_framing *framing, size_t size, unsigned char *header) noexcept nogil:

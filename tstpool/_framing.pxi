@@ -58,7 +58,7 @@ cdef class Raw(Framing):
 
     @cython.embedsignature(False)
     def __init__(self, max_message=None):
-        self.framing.kind = FRAME_RAW
+        self.framing.kind = FRAME_RAW if max_message is None else FRAME_PIECES
         self.set_limit(max_message, 2**40)
         framing_settle(&self.framing)
         self.options = () if max_message is None else (("max_message", max_message),)

@@ -84,8 +84,14 @@ cdef extern from "<sys/socket.h>" nogil:
     int shutdown(int fd, int how)
 
 
-cdef extern from "<sys/ioctl.h>" nogil:
+cdef extern from * nogil:
+    """
+    #include <sys/ioctl.h>
+    #define TST_OUTQ_UNSENT 0x894b     /* SIOCOUTQNSD, of <linux/sockios.h>, which no C library has */
+    """
     unsigned long FIONREAD
+    unsigned long OUTQ "TIOCOUTQ"          # SIOCOUTQ is the same
+    unsigned long OUTQ_UNSENT "TST_OUTQ_UNSENT"
     int ioctl(int fd, unsigned long request, ...)
 
 

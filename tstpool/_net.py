@@ -87,6 +87,7 @@ def _listen_on(family: int, address: tuple[Any, ...], backlog: int, dual_stack: 
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keep_urgent(listener)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual_stack else 1)
         listener.bind(address)
@@ -167,6 +168,13 @@ def keep_alive(sock: socket.socket, seconds: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
+def keep_urgent(sock: socket.socket) -> None:
+    """Has the kernel leave urgent bytes in the stream, in their place. What a listener accepts inherits it, so that
+    those which come before the accept stay there, too: of several in a row the kernel else forgets all but one."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
 def connected_socket(host: str, port: int, timeout: float | None) -> socket.socket:
     """Connects, in the calling thread. Raises OSError naming the address."""
     if host is None:
@@ -182,11 +190,31 @@ def connected_socket(host: str, port: int, timeout: float | None) -> socket.sock
                 client.close()
                 raise
             return client
-        return socket.create_connection((host, port), timeout)
+        return _connect_named(host, port, timeout)
     except OSError as error:
         raise named(error, "connect to", host, port) from error
     except (UnicodeError, OverflowError) as error:
         raise named(OSError(errno.EINVAL, str(error)), "connect to", host, port) from error
+
+
+def _connect_named(host: str, port: int, timeout: float | None) -> socket.socket:
+    """As socket.create_connection(), but what keep_urgent() says holds for the first byte that comes."""
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        client: socket.socket | None = None
+        try:
+            client = socket.socket(family, kind, protocol)
+            client.settimeout(timeout)
+            keep_urgent(client)
+            client.connect(address)
+            return client
+        except BaseException as error:
+            if client is not None:
+                client.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = failure or error
+    raise failure or OSError(errno.ENOENT, "the name has no address")
 
 
 def discard_listener(listener: socket.socket) -> None:

@@ -34,7 +34,7 @@ from tstpool._conn cimport (
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
+    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, OUTQ, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
     poll, pollfd, read, recv, recvmsg, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
@@ -42,7 +42,7 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
 from tstpool._stats cimport NANOSECOND, count, tst_stats
-from tstpool._timer cimport tick_of
+from tstpool._timer cimport tick_before, tick_of
 
 cdef enum:
     TRIGGER_LEVEL = 0
@@ -147,6 +147,15 @@ cdef inline size_t sys_unread(int fd) noexcept nogil:
     if ioctl(fd, FIONREAD, &n) < 0 or n < 0:
         return 0
     return <size_t>n
+
+
+cdef inline uint32_t sys_holds(int fd, unsigned long what) noexcept nogil:
+    """Of the output that the kernel was given, bytes that the peer has not acknowledged (OUTQ); of these, the ones that
+    were not even sent, as the peer had no room for them (OUTQ_UNSENT)."""
+    cdef int n = 0
+    if ioctl(fd, what, &n) < 0 or n < 0:
+        return 0
+    return <uint32_t>n
 
 
 cdef inline void sys_reset_on_close(int fd, bint yes) noexcept nogil:
@@ -314,9 +323,38 @@ cdef inline void flush_once(tst_connection *connection, uint64_t now, tst_stats 
     if sent > 0:
         count(&stats.bytes_out, <uint64_t>sent)
     spin_lock(&connection.lock)
+    if sent > 0:
+        connection.kernel_holds = 0
     if sent > 0 or not connection.want_out:
         store32(&connection.output_tick, tick_of(now), RELAXED)
     flush_result(connection, sent, total)
+
+
+cdef inline bint connection_is_stuck(tst_connection *connection, uint32_t since, uint32_t limit,
+                                     uint64_t now) noexcept nogil:
+    """The peer has taken nothing for `limit` ticks, from `since` on. Lock held.
+
+    The kernel takes none of our output before a third of its buffer is free, which may be a megabyte: so that it has
+    taken none does not mean that the peer has not. What does is that it holds no less than some time ago. Right after
+    it was filled, less only means that the peer's own kernel had room: so the look to compare with is half-way.
+
+        since                  a look                  due
+        |------- limit / 2 ------|------- limit / 2 ------|     does it hold less? then all begins anew
+    """
+    cdef uint32_t passed = tick_of(now) - since
+    cdef uint32_t before = connection.kernel_holds
+    if tick_before(tick_of(now), since) or passed < limit // 2 or (passed < limit and before):
+        return False
+    connection.kernel_holds = sys_holds(connection.fd, OUTQ)
+    if passed < limit:
+        return False
+    if connection.kernel_holds == 0:       # it does not say
+        return True
+    if before and connection.kernel_holds >= before:
+        return True
+    store32(&connection.output_tick, tick_of(now) if before else tick_of(now) - limit // 2, RELAXED)
+    connection.kernel_holds = 0 if before else connection.kernel_holds
+    return False
 
 
 cdef inline int connection_flush(tst_connection *connection, uint32_t generation, bint writable, bint arm,

@@ -1223,6 +1223,8 @@ cdef int adopt(object sock, bint listens) except -1:
     """Makes a socket.socket's descriptor fit for the engine, and takes it out; if that fails, it is as it was."""
     cdef int fd = sock.fileno()
     blocking, inheritable, family = os.get_blocking(fd), os.get_inheritable(fd), sock.family
+    if listens:
+        _net.keep_urgent(sock)
     try:
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)

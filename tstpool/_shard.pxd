@@ -28,7 +28,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from tstpool._conn cimport (
-    PEND_ARM, PRESSURE_GONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED, connection_ask, connection_mark,
+    PEND_ROOM, PRESSURE_GONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED, connection_ask, connection_mark,
     generation_of, tst_connection, tst_limits, tst_table, tst_total)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
@@ -69,6 +69,7 @@ cdef enum:
     DO_DISCONNECT = 8          # run on_disconnect
     DO_RETIRE = 16             # the handlers are through with it: free it
     DO_BODY = 32               # make the bytes object that a long message is to be received into
+    DO_RELIEF = 64             # beside DO_WRITABLE: only because pressure is gone, which a function does not hear of
 
 cdef enum:
     SLEEPING_NOT = 0
@@ -384,8 +385,8 @@ cdef inline void connection_ask_relief(tst_connection *connection, uint32_t gene
     the stack could not acquire the connection, and would be here again, over and over until the handler returns.
     """
     if load32(&connection.pressure, ACQUIRE) == PRESSURE_GONE:
-        if not connection_mark(connection, PEND_ARM, True, STATE_OPEN | STATE_OWNED, generation):
-            shard_ask(connection, generation, PEND_ARM)
+        if not connection_mark(connection, PEND_ROOM, True, STATE_OPEN | STATE_OWNED, generation):
+            shard_ask(connection, generation, PEND_ROOM)
 
 
 cdef inline void shard_take_requests(tst_shard *shard) noexcept nogil:

@@ -62,9 +62,12 @@ cdef class TstSocket:
         """True: the peer has taken nothing for write_timeout, and the connection ends. All workers may be waiting for
         such peers, so that nobody is left whom a timer would wake."""
         cdef bint overdue
+        cdef uint64_t now = clock_now()
         spin_lock(&self.connection.lock)
-        overdue = (connection_is(self.connection, self.generation())
-                   and connection_output_is_overdue(self.connection, clock_now()))
+        overdue = (connection_is(self.connection, self.generation()) and self.connection.want_out
+                   and self.limits.write != 0
+                   and connection_is_stuck(self.connection, load32(&self.connection.output_tick, RELAXED),
+                                           self.limits.write, now))
         spin_unlock(&self.connection.lock)
         if overdue and connection_abort(self.connection, self.generation(), ETIMEDOUT):
             shard_ask(self.connection, self.generation(), PEND_CLOSE)
@@ -260,7 +263,7 @@ cdef class TstSocket:
             if self.recv_transfer is None:
                 self.recv_transfer = new_transfer(self.pool.max_recv_size)
                 if self.in_handler():
-                    data_set_unread(&self.recv_transfer.data, self.connection.input.size)
+                    data_set_unread(&self.recv_transfer.data, self.unread())
                 self.publish(<void **>&self.connection.recv, &self.recv_transfer.data)
             return self.recv_transfer
 

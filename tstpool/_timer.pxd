@@ -178,6 +178,10 @@ cdef inline uint32_t tick_later(uint32_t one, uint32_t other) noexcept nogil:
     return other if tick_before(one, other) else one
 
 
+cdef inline uint32_t tick_earlier(uint32_t one, uint32_t other) noexcept nogil:
+    return one if tick_before(one, other) else other
+
+
 cdef inline uint32_t tick_not_older(uint32_t tick, uint32_t now) noexcept nogil:
     """The tick, or one that is long enough ago for each limit, but not so long that it would count as one to come."""
     return tick if now - tick < TICKS_MOST else now - TICKS_MOST
@@ -188,15 +192,6 @@ cdef inline void deadline_add(int *kind, uint32_t *due, int this_kind, uint32_t 
     if limit and (kind[0] == DEADLINE_NONE or tick_before(since + limit, due[0])):
         kind[0] = this_kind
         due[0] = since + limit
-
-
-cdef inline bint connection_output_is_overdue(const tst_connection *connection, uint64_t now) noexcept nogil:
-    """Its peer has taken nothing of what waits for longer than write_timeout. Lock held."""
-    cdef uint32_t due = 0
-    cdef int kind = DEADLINE_NONE
-    if connection.limits != NULL and connection.want_out:
-        deadline_add(&kind, &due, DEADLINE_WRITE, load32(&connection.output_tick, RELAXED), connection.limits.write)
-    return kind != DEADLINE_NONE and tick_before(due, tick_of(now))
 
 
 cdef inline int connection_deadline(const tst_connection *connection, bint waits, bint wants_input,

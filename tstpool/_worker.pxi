@@ -304,6 +304,8 @@ cdef class Worker:
             if self.worker.clock - flushed >= RUN_TIME:
                 with nogil:
                     batch_finish(self.worker, batch, self.worker.clock)
+                if stock_has_litter(&shard.stock):     # what was sent is counted no more: it must not wait either
+                    drop_litter(&shard.stock)
                 self.worker.clock = flushed = tick_now(&self.worker.ticks)
         return 0
 
@@ -367,7 +369,7 @@ cdef class Worker:
         if due & DO_BODY:
             self.make_body(sock)
         if due & DO_WRITABLE and not connection.closing:
-            self.writable(sock)
+            self.writable(sock, due & DO_RELIEF != 0)
         if not due & DO_CONNECT:
             self.read_messages(sock, connection.events)
             due = connection_due(connection)
@@ -416,6 +418,8 @@ cdef class Worker:
             binding = sock.binding
         source = self.pool.binding if binding is None else binding
         if source.compiled.handler != <void *>sock.state_handler:
+            if connection.compiled != NULL and connection.connected:   # it must forget a socket that it knows
+                self.notify(sock, connection.compiled, connection.compiled.disconnected)
             free_state(sock)
             if source.compiled.handler != NULL and make_state(sock, <TstNogilHandler>source.compiled.handler) < 0:
                 connection_break(connection, ENOMEM)
@@ -527,7 +531,7 @@ cdef class Worker:
             if untimed >= worker.group:
                 worker_job(self.engine, worker, connection, untimed)
                 untimed = 0
-            if tst_is_small_bytes(result, SHARE_LEAST):
+            if tst_is_small_bytes(result, SHARE_LEAST) and not tst_rarely(connection_send(connection) != NULL):
                 queued = sock.append(PyBytes_AS_STRING(<object>result), <size_t>PyBytes_GET_SIZE(<object>result), NULL,
                                      True)
                 if tst_rarely(queued < 0):
@@ -559,9 +563,9 @@ cdef class Worker:
             except BaseException as error:
                 self.failed(sock, binding, error)
             self.leave_out(clock, began)       # what its traceback holds may take long to go, too
+            self.send_what_was_asked_for(sock)
         elif result == <PyObject *>None:
-            if connection_send(sock.connection) != NULL:
-                connection_apply(sock.connection, self.worker, TST_SUSPEND)
+            self.send_what_was_asked_for(sock)
         else:
             self.apply(sock, binding, <object>result)
         Py_XDECREF(result)
@@ -729,7 +733,7 @@ cdef class Worker:
             input_free(&connection.input)      # the handler has seen it and does not want it, and no more will come
             return True
         count(&self.worker.stats.spins, 1)
-        connection.message_ready = True
+        connection.message_ready = connection.untouched = True
         return False
 
     cdef object payload(self, TstSocket sock, bint whole):
@@ -757,11 +761,14 @@ cdef class Worker:
         sock.took(sock.unread())
         return data
 
-    cdef int writable(self, TstSocket sock) except -1:
+    cdef int writable(self, TstSocket sock, bint relief) except -1:
+        """on_writable. `relief`: only because less than low_water waits, and its handler has not asked."""
         cdef tst_connection *connection = sock.connection
         cdef Binding binding = self.binding_of(sock)
         cdef object hook = binding.function if binding.function is not None else binding.on_writable
         cdef int stat
+        if relief and not connection.tell_room:        # of the handler that was assigned
+            return 0
         store32(&connection.events, _EPOLLOUT, RELAXED)
         if connection.compiled != NULL and not connection.passed_on & PASSED_WRITABLE:
             stat = self.notify(sock, connection.compiled, connection.compiled.writable)
@@ -793,10 +800,11 @@ cdef class Worker:
         cdef tst_connection *connection = sock.connection
         cdef Binding binding = self.binding_of(sock)
         cdef object hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
+        cdef int error = connection.reason or <int>load32(&connection.out_error, RELAXED)
         cdef bint connected
         reason, sock.reason = sock.reason, None
-        if reason is None and connection.reason:
-            reason = system_error(connection.reason)
+        if reason is None and error:
+            reason = system_error(error)
         # First of all: should anything here fail for want of memory, it is tried again, but a hook is called once.
         connected, connection.connected = connection.connected, False
         if connected and connection.compiled != NULL:
@@ -851,20 +859,24 @@ cdef class Worker:
 
     cdef int apply(self, TstSocket sock, Binding binding, object result) except -1:
         """Does what a handler's return value says."""
-        cdef tst_connection *connection = sock.connection
         if result is None:
-            if connection_send(connection) != NULL:
-                connection_apply(connection, self.worker, TST_SUSPEND)
+            self.send_what_was_asked_for(sock)
             return 0
         if type(result) is bytes:
+            self.send_what_was_asked_for(sock)
             return self.reply(sock, binding, result)
         if not is_stat(result):                # the count that send() has returned, perhaps
             what = "a number that is none of them" if isinstance(result, int) else type(result).__name__
             wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {what}")
             self.failed(sock, binding, wrong)
             return 0
-        connection_apply(connection, self.worker, stat_from(result))
+        connection_apply(sock.connection, self.worker, stat_from(result))
         return 0
+
+    cdef void send_what_was_asked_for(self, TstSocket sock) noexcept:
+        """By req_len of its send_data (S10)."""
+        if connection_send(sock.connection) != NULL:
+            connection_apply(sock.connection, self.worker, TST_SUSPEND)
 
     cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
         """A handler has returned bytes: they go out as one message."""
@@ -907,7 +919,7 @@ cdef class Worker:
         if isinstance(verdict, int) and stat_from(verdict) == TST_SUSPEND:
             return 0
         sock.reason = error
-        connection_begin_close(sock.connection)
+        connection_apply(sock.connection, self.worker, TST_DISCONNECT)     # with what on_error has put into send_data
         return 0
 
     cdef int idle(self, tst_shard *shard) except -1:

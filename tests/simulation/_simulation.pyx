@@ -5,7 +5,7 @@ See README.md. The engine's headers are compiled into this module as they are; r
 their system calls to kernel.c. What tstpool/_core.pyx does between them, because it needs the interpreter, is done here
 in its smallest form: the functions in "the worker" and "the pool" carry the names of what they stand for.
 """
-from libc.errno cimport EBADF, ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
+from libc.errno cimport EBADF, ECONNABORTED, ENOBUFS, ENOMEM, ENOTCONN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdio cimport fprintf, stderr
 from libc.string cimport memcmp, memcpy, memset
@@ -93,7 +93,7 @@ from tstpool._libc cimport (
     timerfd_create)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
-from tstpool._poll cimport connection_drop_body, connection_flush, sys_control, sys_wake
+from tstpool._poll cimport connection_drop_body, connection_flush, connection_is_stuck, sys_control, sys_wake
 from tstpool._queue cimport (
     queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
 from tstpool._run cimport (
@@ -105,7 +105,7 @@ from tstpool._shard cimport (
     tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count, tick_now, tst_stats
 from tstpool._timer cimport (
-    DEADLINE_NONE, TICK_BITS, connection_deadline, connection_output_is_overdue, tick_of)
+    DEADLINE_NONE, TICK_BITS, connection_deadline, tick_of)
 from tstpool._turn cimport (
     ELSEWHERE_FREE, TURN_COMPLAIN, TURN_ELSEWHERE, TURN_ENDED, TURN_IDLE, TURN_LITTER, TURN_LOST, TURN_RUN,
     engine_shard_ended, shard_turn, shard_yield, turn_elsewhere)
@@ -354,7 +354,9 @@ cdef bint wait_for_room(sock_t *sock) noexcept nogil:
     while True:
         spin_lock(&connection.lock)
         gone = connection.out_closed or not connection_is(connection, generation_of(sock.id))
-        overdue = not gone and connection_output_is_overdue(connection, clock_now())
+        overdue = (not gone and connection.want_out and connection.limits.write != 0
+                   and connection_is_stuck(connection, load32(&connection.output_tick, RELAXED),
+                                           connection.limits.write, clock_now()))
         waits = queue_size(&connection.out)
         spin_unlock(&connection.lock)
         if overdue and connection_abort(connection, generation_of(sock.id), ETIMEDOUT):
@@ -626,10 +628,11 @@ cdef int send_transfer(sock_t *sock) noexcept nogil:
 
 
 cdef void check_sent(sock_t *sock) noexcept nogil:
-    """A SEND is done when its last byte has been given to the kernel, and not before."""
+    """A SEND is done when its last byte has been given to the kernel, and not before; or it came after the close."""
     cdef tst_connection *connection = sock.connection
     spin_lock(&connection.lock)
-    if connection.out.sent < connection.send_mark or sock.transfer.com_len != sock.transfer.req_len:
+    if connection.out.sent < connection.send_mark or (
+            sock.transfer.com_len != sock.transfer.req_len and not connection.out_closed):
         sim_fail("client %d: the SEND is done, and %zu bytes wait", sock.client, queue_size(&connection.out))
     spin_unlock(&connection.lock)
 
@@ -791,6 +794,8 @@ cdef uint64_t earliest_deadline(sock_t *sock) noexcept nogil:
     cdef const tst_limits *limits = sock.connection.limits
     cdef const sim_stream *stream = kernel_stream(sock.stream)
     cdef uint64_t result = stream.sent_at + (<uint64_t>limits.write << TICK_BITS)
+    if sock.connection.close_noted:
+        result = min(result, stream.sent_at + (<uint64_t>limits.linger << TICK_BITS))
     if stream.received == 0:
         return min(result, stream.received_at + (<uint64_t>limits.first_byte << TICK_BITS))
     if world.framed or sock.receiving.s_len:
@@ -804,6 +809,8 @@ cdef void check_reason(sock_t *sock) noexcept nogil:
     cdef int reason = sock.reason
     if reason == 0 or stream.faulted or stream.reset or (reason == ENOMEM and kernel_tally().no_memory):
         return
+    if reason == ECONNABORTED and load32(&(<tst_shard *>sock.connection.shard).aborted, RELAXED):
+        return                 # stop() has cut it off
     if not (reason == ETIMEDOUT and world.deadlines) and not (
             reason == ENOBUFS and (sock.closing or sock.limited)):
         sim_fail("client %d: its connection ends with errno %d, and nothing has happened to it", sock.client, reason)

@@ -391,11 +391,13 @@ static int k_shutdown(int fd, int how) {
 }
 
 static int k_ioctl(int fd, unsigned long request, ...) {
+    struct sim_stream *stream = stream_of(fd, "ioctl");
     va_list arguments;
+    uint32_t size = request == FIONREAD ? stream->in_size : stream->out_size; /* TIOCOUTQ, SIOCOUTQNSD */
     va_start(arguments, request);
-    *va_arg(arguments, int *) = (int)stream_of(fd, "ioctl")->in_size;
+    *va_arg(arguments, int *) = (int)size;
     va_end(arguments);
-    sim_trace("ioctl", fd, 0, stream_of(fd, "ioctl")->in_size);
+    sim_trace("ioctl", fd, (int)request, size);
     return 0;
 }
 
