@@ -25,16 +25,18 @@ from tstpool._libc cimport (
     compare_exchange64, fcntl, iovec, load32, load64, sched_yield, shutdown, store32, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body, connection_flush,
-    connection_input_mask, connection_mutes_urgent, connection_retire, connection_silence, connection_is_stuck,
-    flush_once, flush_result, sys_control, sys_holds, sys_prepare, sys_recv, sys_recv_pieces, sys_reset_on_close, sys_unread, sys_writable)
+    OUTPUT_LOOKS, TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body,
+    connection_flush, connection_input_mask, connection_is_stuck, connection_mutes_urgent, connection_retire,
+    connection_silence, flush_once, flush_result, sys_control, sys_holds, sys_prepare, sys_recv, sys_recv_pieces,
+    sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
     shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count
 from tstpool._timer cimport (
-    DEADLINE_CLOSE, DEADLINE_NONE, DEADLINE_WRITE, connection_deadline, tick_before, tick_not_older, tick_of)
+    DEADLINE_CLOSE, DEADLINE_NONE, DEADLINE_WRITE, connection_deadline, tick_before, tick_earlier, tick_not_older,
+    tick_of)
 
 cdef enum:
     INPUT_LIMIT = 262144                   # unread bytes kept for a handler that does not read; then TCP holds them
@@ -665,8 +667,8 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
 cdef inline uint32_t output_look(const tst_connection *connection, int kind, uint32_t due,
                                  uint32_t tick) noexcept nogil:
     """When the connection is to be looked at for that deadline: see connection_is_stuck."""
-    cdef uint32_t half_way = due - output_limit(connection, kind) // 2
-    return half_way if tick_before(tick, half_way) else due
+    cdef uint32_t limit = output_limit(connection, kind)
+    return tick_earlier(tick + max(1, limit // OUTPUT_LOOKS), due) if limit else due
 
 
 cdef inline void watch_deadline(tst_worker *worker, tst_connection *connection, bint waits, bint wants_input,

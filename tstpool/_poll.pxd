@@ -53,6 +53,7 @@ cdef enum:
     # sendmsg calls for one connection in one turn, of up to QUEUE_PIECES chunks each; then EPOLLOUT carries on, so that
     # a fast reader of a long queue does not hold up the others. (entry_finish_usual may have made one before.)
     FLUSH_ROUNDS = 4
+    OUTPUT_LOOKS = 4           # how often in the time that a peer has, it is asked for whether it has taken anything
 
 
 # -------------------------------------------------------------------------------------------- system calls
@@ -335,26 +336,24 @@ cdef inline bint connection_is_stuck(tst_connection *connection, uint32_t since,
     """The peer has taken nothing for `limit` ticks, from `since` on. Lock held.
 
     The kernel takes none of our output before a third of its buffer is free, which may be a megabyte: so that it has
-    taken none does not mean that the peer has not. What does is that it holds no less than some time ago. Right after
-    it was filled, less only means that the peer's own kernel had room: so the look to compare with is half-way.
+    taken none does not mean that the peer has not. What does is that it holds no less than at the look before. Right
+    after it was filled, less only means that the peer's own kernel had room, so the first look is a quarter later.
 
-        since                  a look                  due
-        |------- limit / 2 ------|------- limit / 2 ------|     does it hold less? then all begins anew
+        since       look        look        look        due
+        |-----------|-----------|-----------|-----------|        less than at the look before: all begins anew
     """
     cdef uint32_t passed = tick_of(now) - since
     cdef uint32_t before = connection.kernel_holds
-    if tick_before(tick_of(now), since) or passed < limit // 2 or (passed < limit and before):
+    if tick_before(tick_of(now), since) or passed < limit // OUTPUT_LOOKS:
         return False
     connection.kernel_holds = sys_holds(connection.fd, OUTQ)
-    if passed < limit:
+    if 0 < connection.kernel_holds < before:
+        store32(&connection.output_tick, tick_of(now), RELAXED)
         return False
-    if connection.kernel_holds == 0:       # it does not say
-        return True
-    if before and connection.kernel_holds >= before:
-        return True
-    store32(&connection.output_tick, tick_of(now) if before else tick_of(now) - limit // 2, RELAXED)
-    connection.kernel_holds = 0 if before else connection.kernel_holds
-    return False
+    if passed >= limit and before == 0 and connection.kernel_holds:        # nobody has looked in time
+        store32(&connection.output_tick, tick_of(now) - limit + limit // OUTPUT_LOOKS, RELAXED)
+        return False
+    return passed >= limit
 
 
 cdef inline int connection_flush(tst_connection *connection, uint32_t generation, bint writable, bint arm,
