@@ -116,7 +116,7 @@ REASONS = {
             "return",
         ],
         "tstpool/_worker.pxi Worker.writable": [
-            "stat = self.notify(sock, connection.compiled.writable)",
+            "stat = self.notify(sock, connection.compiled, connection.compiled.writable)",
             "if stat != TST_RUN:",
             "connection_apply(connection, self.worker, stat)",
             "return 0",

@@ -4,6 +4,7 @@ The judge is a real redis-server: both get the same bytes, and must answer with 
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import random
@@ -41,6 +42,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=WHY_MISSING),
 ]
 
+README = SOURCE / "README.md"
 ENOUGH = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 
 
@@ -237,6 +239,27 @@ CONVERSATIONS = {
         (b"GET", b"a"),
         (b"MULTI",),
         (b"SET", b"b", b"not set: QUIT comes before EXEC"),
+    ],
+    "transactions that a wrong EXEC ends": [
+        (b"EXEC", b"x"),
+        (b"MULTI",),
+        (b"eXeC", b"x"),
+        (b"PING",),
+        (b"DISCARD",),
+        (b"MULTI",),
+        (b"SET", b"a", b"1"),
+        (b"NOSUCH",),
+        (b"EXEC", b"x", b"y"),
+        (b"GET", b"a"),
+        (b"EXEC",),
+        (b"MULTI",),
+        (b"DISCARD", b"x"),
+        (b"MULTI", b"x"),
+        (b"SET", b"a", b"1"),
+        (b"EXEC",),
+        (b"MULTI",),
+        (b"SET", b"a", b"1"),
+        (b"EXEC",),
     ],
     "what is unknown": [
         (b"NOSUCH",),
@@ -592,6 +615,15 @@ def test_the_redis_client_works_unchanged(kv, options):
         assert client.flushdb() is True and client.keys() == []
 
 
+def test_it_knows_client_setinfo_and_says_since_which_redis_there_is_one(kv, redis_server):
+    requests = array(b"CLIENT", b"SETINFO", b"LIB-NAME", b"x") + array(b"QUIT")
+    assert talk(kv, [requests]) == b"+OK\r\n+OK\r\n"
+    found = re.search(rb"redis_version:(\d+)\.(\d+)", talk(redis_server, [b"INFO\r\nQUIT\r\n"]))
+    known = (int(found[1]), int(found[2])) >= (7, 2)
+    assert talk(redis_server, [requests]).startswith(b"+OK\r\n" if known else b"-ERR unknown subcommand 'SETINFO'")
+    assert "`CLIENT SETINFO` is one of Redis 7.2" in README.read_text()
+
+
 def test_a_pattern_that_would_take_for_ever_is_refused(kv):
     """What is gone through for each byte of each key may have 1,024 bytes; what is compared, as many as a key."""
     redis = pytest.importorskip("redis", reason="the redis package is not installed")
@@ -652,6 +684,36 @@ def who_reads_nothing(stack, address, requests):
     client.sendall(requests)
     assert client.recv(1, socket.MSG_PEEK) in (b"$", b"*")
     return client
+
+
+IMPATIENT = """
+import tstkv.__main__ as main
+main.WRITE_TIMEOUT = {timeout}
+main.parse_arguments.__defaults__ = (["--port", "0"],)
+main.main()
+"""
+
+
+def test_who_goes_on_asking_and_reads_nothing_is_reset_and_who_asks_nothing_is_not():
+    """20 KB at a time, each once those before are done: of more, a part would wait in the handler, and untimed."""
+    assert re.search(r"^WRITE_TIMEOUT = 60 ", (SOURCE / "tstkv" / "__main__.py").read_text(), re.MULTILINE)
+    assert re.search(r"^\| time in which a client reads nothing.* \| 60 s, then", README.read_text(), re.MULTILINE)
+    requests = array(b"GET", b"small") * 20 + array(b"INCR", b"asked")
+    with running_tstkv(script=IMPATIENT.format(timeout=patient(0.3))) as address, contextlib.ExitStack() as stack:
+        silent = stack.enter_context(connect(address))
+        assert talk(address, [array(b"SET", b"small", b"x" * 1000) + array(b"QUIT")]) == b"+OK\r\n" * 2
+        client = who_reads_nothing(stack, address, requests)
+
+        def is_done_or_closed(n):
+            told = talk(address, [array(b"GET", b"asked") + b"INFO\r\nQUIT\r\n"])
+            return told.startswith(b"$%d\r\n%d\r\n" % (len(str(n)), n)) or b"connected_clients:2\r\n" in told
+
+        with pytest.raises(ConnectionResetError):
+            for n in range(1, 2000):
+                wait_until(functools.partial(is_done_or_closed, n))
+                client.sendall(requests)
+        silent.sendall(array(b"PING"))
+        assert recv_exact(silent, 7) == b"+PONG\r\n"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -981,5 +1043,5 @@ def test_what_is_installed_has_types():
 
 
 def test_the_repository_says_how_to_run_it():
-    text = (ROOT / "examples" / "kv" / "README.md").read_text()
+    text = README.read_text()
     assert "python -m tstkv" in text and "pip install" in text

@@ -38,8 +38,7 @@ print(pool.listen("127.0.0.1", 0)[1])
 pool.start()
 go.wait()
 sys.stdin.read()
-stats = pool.stats()
-print(memory("VmHWM") - before[0], stats.bytes_out, stats.overflow_refused)
+print(memory("VmHWM") - before[0], pool.stats().overflow_refused)
 pool.stop(0)
 """
 
@@ -78,7 +77,7 @@ def test_many_that_ask_at_once(pieces):
         server.process.stdin.write("go\n")
         server.process.stdin.flush()
         read_replies(clients)
-        more, sent, refused = map(int, server.finish().split())
+        more, refused = map(int, server.finish().split())
     print(f"at most {more >> 20} MiB more than before")
-    assert (sent, refused) == (PEERS * REPLY + PEERS + 1, 0)
+    assert refused == 0
     assert SANITIZER or more < 2 * MOST

@@ -17,12 +17,12 @@ from tstpool._entry cimport (
     connection_linger, connection_may_reset, connection_sent, connection_tells_room, connection_transfer,
     connection_wants_body, take_input)
 from tstpool._libc cimport (
-    ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
+    ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, OUTQ, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
     fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
-    connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_prepare)
+    connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_holds, sys_prepare)
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
     BATCH_ENTRIES, BATCH_EVENTS, DO_BODY, DO_CONNECT, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING,
@@ -342,9 +342,12 @@ cdef inline void collect_lingering(tst_worker *worker, tst_shard *shard, tst_bat
                                    uint64_t pending, bint arrived, uint64_t now) noexcept nogil:
     """A connection that its handler is through with: only what the peer still sends is left."""
     cdef uint32_t due = 0
-    cdef bint over = pending & PEND_CLOSE != 0 and (shard.aborted or connection_may_reset(connection))
+    cdef bint over = pending & PEND_CLOSE != 0 and (
+        shard.aborted or connection_may_reset(connection) or (shard.draining and connection.linger_for_room))
     cdef tst_entry *entry
     if arrived and not connection_linger(connection, batch, now):
+        over = True
+    if connection.linger_for_room and pending & PEND_TIMER and sys_holds(connection.fd, OUTQ) == 0:
         over = True
     if pending & PEND_TIMER:
         connection.has_timer = False

@@ -186,11 +186,13 @@ cdef struct tst_connection:
     uint8_t unfinished         # owner: a message has begun to arrive, at since_tick
     uint8_t close_noted        # owner: since_tick is when closing began
     uint8_t lingering          # owner: it is closed, and what still arrives is dropped
+    uint8_t linger_for_room    # owner: only until the peer has acknowledged all that was sent; nothing has arrived since
     uint8_t has_timer          # owner: it is in the wheel, or the wheel has asked for it
     uint32_t active_tick       # owner: when something arrived last, or a handler returned
     uint32_t since_tick        # owner: when the unfinished message began, or the closing, or the lingering
     uint8_t tell_room          # owner: a handler has a hook that wants to hear of PRESSURE_GONE
     uint8_t input_first        # owner: the handler was told of its output; what has arrived meanwhile has its turn
+    uint8_t owes_relief        # owner: pressure went while nobody knew whether the handler to come wants to hear of it
     uint8_t untouched          # owner: a function was called again for input that it has left unread before
     uint32_t pressure          # atomic, written locked: PRESSURE_*
     uint64_t pressed_since     # locked: when that became PRESSURE_HIGH, or was allowed for last; monotonic nanoseconds
@@ -462,6 +464,15 @@ cdef inline bint connection_take_relief(tst_connection *connection) noexcept nog
             store32(&connection.pressure, PRESSURE_NONE, RELAXED)
         spin_unlock(&connection.lock)
     return relief
+
+
+cdef inline void connection_owe_relief(tst_connection *connection) noexcept nogil:
+    """Has PRESSURE_GONE be heard of once more, by a handler that came too late for it. Owner only."""
+    spin_lock(&connection.lock)
+    if load32(&connection.pressure, RELAXED) == PRESSURE_NONE:
+        connection.pressed_since = clock_now()
+        store32(&connection.pressure, PRESSURE_GONE, RELEASE)
+    spin_unlock(&connection.lock)
 
 
 cdef inline bint queue_prefixed(tst_queue *queue, const tst_framing *framing, const char *bytes,

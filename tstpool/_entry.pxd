@@ -13,9 +13,9 @@ from libc.string cimport memcpy
 
 from tstpool._conn cimport (
     PEND_CLOSE, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED,
-    STATE_PAUSED, TYPE_SUB, connection_is, connection_is_paused, connection_mark, connection_recv, connection_release,
-    connection_send, connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop,
-    output_is_full, tst_connection, tst_limits)
+    STATE_PAUSED, TYPE_SUB, connection_is, connection_is_paused, connection_is_pressed, connection_mark,
+    connection_recv, connection_release, connection_send, connection_takes_messages, connection_wants_input,
+    generation_of, output_account, output_drop, output_is_full, tst_connection, tst_limits)
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, tst_data)
@@ -44,6 +44,7 @@ cdef enum:
     DIRECT_LEAST = 16384                   # bytes to come from which a transfer is received straight into place
     BULKY = 4096                           # bytes received at once, from which on, without framing, more may be to come
     BULKY_TICKS = 256                      # a second: for so long after that
+    ROOM_LOOK = 24                         # 0.1 s between looks at what a peer has acknowledged, at the very end
     LINGER_ROUNDS = 4                      # receives in a turn from a peer that we no longer listen to
     BODY_LEAST = 131072                    # bytes in a message from which it gets its object before it has arrived
     SPARE_LEAST = 12288                    # bytes in a message from which one copy less is worth a dearer system call
@@ -518,6 +519,7 @@ cdef inline void connection_begin_close(tst_connection *connection) noexcept nog
     connection.message_ready = connection.hold_input = connection.call_writable = connection.ask_writable = False
     spin_lock(&connection.lock)
     connection.out_closed = True
+    connection.kernel_holds = 0            # that look was for another deadline
     spin_unlock(&connection.lock)
     if connection.reason == 0:
         connection.reason = <int>load32(&connection.out_error, RELAXED)
@@ -543,7 +545,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
     connection.registered = connection.want_room = connection.urgent_off = False
     connection.out_closed = connection.out_drop = connection.aborted = False
-    connection.armed = 0
+    connection.armed = connection.kernel_holds = 0
     store32(&connection.out_error, 0, RELAXED)
     spin_unlock(&connection.lock)
     fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK)
@@ -650,8 +652,8 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
         if not connection.close_noted:
             connection.close_noted = True
             connection.since_tick = tick
-    elif not wants_input or not connection_is_unfinished(connection):
-        connection.unfinished = False
+    elif not (wants_input or connection_is_pressed(connection)) or not connection_is_unfinished(connection):
+        connection.unfinished = False      # (pressed: connection_was_pressed gives that time back)
     elif not connection.unfinished or entry.what & DO_INPUT:
         connection.unfinished = True       # and not what the message before has begun
         connection.since_tick = tick
@@ -668,6 +670,8 @@ cdef inline uint32_t output_look(const tst_connection *connection, int kind, uin
                                  uint32_t tick) noexcept nogil:
     """When the connection is to be looked at for that deadline: see connection_is_stuck."""
     cdef uint32_t limit = output_limit(connection, kind)
+    if connection.linger_for_room:
+        return tick_earlier(tick + ROOM_LOOK, due)
     return tick_earlier(tick + max(1, limit // OUTPUT_LOOKS), due) if limit else due
 
 
@@ -759,7 +763,7 @@ cdef inline bint connection_may_reset(tst_connection *connection) noexcept nogil
 
 cdef inline bint connection_should_linger(tst_connection *connection, uint64_t now) noexcept nogil:
     """close() would destroy what the peer has not read yet: the kernel resets a connection whose input was not read, or
-    that something arrives for later. Owner only, after all output was sent."""
+    that something arrives for later. Sets linger_for_room, too. Owner only, after all output was sent."""
     cdef tst_shard *shard = <tst_shard *>connection.shard
     if connection.lingering or connection.end_of_input or connection.reason:
         return False
@@ -774,7 +778,9 @@ cdef inline bint connection_should_linger(tst_connection *connection, uint64_t n
     if connection.bulky and not framing_cuts(connection.framing) and (
             tick_of(now) - connection.active_tick < BULKY_TICKS):
         return True
-    return sys_holds(connection.fd, OUTQ_UNSENT) != 0      # it is far from having it all: what may it send meanwhile?
+    # It is far from having it all: what may it send meanwhile?
+    connection.linger_for_room = sys_holds(connection.fd, OUTQ_UNSENT) != 0
+    return connection.linger_for_room
 
 
 cdef inline bint connection_begin_linger(tst_connection *connection, uint64_t now) noexcept nogil:
@@ -804,6 +810,7 @@ cdef inline bint connection_linger(tst_connection *connection, tst_batch *batch,
             return False
         batch.received_elsewhere += <size_t>n     # so that others get their turn
         connection.active_tick = tick_of(now)
+        connection.linger_for_room = False
     connection.readable = True
     return True
 

@@ -46,7 +46,8 @@ cdef class TstHandler:
     def on_error(self, sock, exc):
         """A hook raised `exc`, or what it returned was nothing for a hook to return, or could not be sent; or the
         peer's message was too long (MessageTooLarge), or there was no memory for it. The socket is disconnected
-        afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND.
+        afterwards, what this sends first, unless it was a hook and this returns TstStat.SUSPEND. Either way what the
+        hook has sent before it raised goes out, and what it has put into send_data and asked for by req_len.
 
         Unless overridden it logs them, a hook's with its traceback, in which control characters are escaped. Of each
         class of exceptions that is at most ten records a second and pool, for peers may cause any number; the next

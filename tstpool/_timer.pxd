@@ -213,7 +213,7 @@ cdef inline int connection_deadline(const tst_connection *connection, bint waits
         return kind
     if waits:
         deadline_add(&kind, due, DEADLINE_WRITE, sent, limits.write)
-    elif connection.end_of_input and connection.ask_writable:      # its handler has more, and the kernel no room
+    elif connection.ask_writable:          # its handler has more, and the kernel no room
         deadline_add(&kind, due, DEADLINE_WRITE, tick_later(sent, connection.active_tick), limits.write)
     if connection.type != TYPE_SUB or not wants_input:
         return kind

@@ -372,6 +372,8 @@ cdef class Worker:
             self.writable(sock, due & DO_RELIEF != 0)
         if not due & DO_CONNECT:
             self.read_messages(sock, connection.events)
+            if connection.owes_relief:
+                self.binding_of(sock)          # the one that was assigned is to be told now, if that message is through
             due = connection_due(connection)
         elif connection.closing:
             due = connection_due(connection)
@@ -429,6 +431,9 @@ cdef class Worker:
         connection.passed_on = 0           # the handler that was there before has done it
         # Not a function or a compiled handler: there EPOLLOUT answers need_send or SEND, and nothing else.
         connection.tell_room = connection.compiled == NULL and source.on_writable is not None
+        if connection.owes_relief and connection.tell_room:
+            connection_owe_relief(connection)
+        connection.owes_relief = False
         return 0
 
     cdef bint connect(self, TstSocket sock) except -1:
@@ -768,6 +773,7 @@ cdef class Worker:
         cdef object hook = binding.function if binding.function is not None else binding.on_writable
         cdef int stat
         if relief and not connection.tell_room:        # of the handler that was assigned
+            connection.owes_relief = load32(&connection.rebind, RELAXED) != 0      # a long message is the old one's
             return 0
         store32(&connection.events, _EPOLLOUT, RELAXED)
         if connection.compiled != NULL and not connection.passed_on & PASSED_WRITABLE:
@@ -816,6 +822,10 @@ cdef class Worker:
                     and load32(&self.engine.phase, ACQUIRE) == PHASE_RUNNING):
                 connection_reconnect(connection)
                 connection.connected = True
+                if connection.compiled != NULL:        # it was told that it is through: it begins anew
+                    connection.compiled = NULL
+                    free_state(sock)
+                    store32(&connection.rebind, 1, RELEASE)
                 return False
         store32(&sock.sent_whole, connection_sent_whole(connection), RELEASE)
         forget_socket(connection)

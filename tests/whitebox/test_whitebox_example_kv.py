@@ -124,6 +124,28 @@ def test_keys_and_config_get_end_soon_whatever_the_pattern_and_the_keys(kv):
     assert time.thread_time() - begin < patient(1)
 
 
+TOO_LONG = b"-ERR pattern takes too long\r\n"
+
+
+def test_all_keys_of_a_transaction_share_what_one_may_take(kv):
+    """Nobody else is served before EXEC ends. With a key of a megabyte there are 19 million steps."""
+    client = kv.Client(kv.Server(argument=1 << 20))
+    key = b"a" * ((1 << 20) - 1) + b"b"
+    assert fed(client, [array(b"SET", key, b"")]) == kv.MORE
+    none, one = b"KEYS *aaaaaaaaaac\n", b"KEYS *aaaab\n"  # 11 million steps; 5 million, twice: to count, and to tell
+    found = b"*1\r\n$%d\r\n%s\r\n" % (len(key), key)
+    for requests, expected in (
+        (none * 4, [b"*0\r\n", TOO_LONG, TOO_LONG, TOO_LONG]),
+        (one * 3 + b"GET x\nKEYS *\n", [found, found, TOO_LONG, b"$-1\r\n", TOO_LONG]),
+        (none, [b"*0\r\n"]),  # the next transaction has steps of its own
+    ):
+        client.take()
+        assert fed(client, [b"MULTI\n" + requests + b"EXEC\n"]) == kv.MORE
+        assert elements(replies(client.take())[-1]) == expected
+    assert fed(client, [none * 3 + one * 4]) == kv.MORE  # as has each request that is in none
+    assert replies(client.take()) == [b"*0\r\n"] * 3 + [found] * 4
+
+
 def test_keys_finds_all_of_many_with_a_pattern_that_is_not_simple(kv):
     client = kv.Client(kv.Server())
     for begin in range(0, 50_000, 10_000):

@@ -12,6 +12,7 @@ import tstpool
 from tstkv import KeyValueHandler, __version__
 
 MAX_TOTAL_QUEUED = 1 << 30  # bytes of replies that the pool holds for all clients; more of them wait in the handler
+WRITE_TIMEOUT = 60  # seconds in which a client takes nothing of what the pool holds for it
 CLIENTS_MOST = 1_000_000
 REFUSED_MOST = 32  # connections that are open beside the clients, only to be told that there are too many
 OTHER_DESCRIPTORS = 32  # that the process has open beside its connections, more or less
@@ -72,7 +73,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"tstkv: {error}")
     # As many workers as shards: no command blocks, so that nobody need stand by. The handler has limits of its own, and
-    # a client of Redis may be silent for as long as it likes.
+    # a client of Redis may be silent for as long as it likes; but not ask on and leave the replies unread for as long.
     pool = tstpool.TstPool(
         handler,
         workers=options.shards,
@@ -82,6 +83,7 @@ def main() -> None:
         max_connections=maxclients + REFUSED_MOST,
         first_byte_timeout=None,
         idle_timeout=None,
+        write_timeout=WRITE_TIMEOUT,
         max_queued=None,
         auto_pause=False,
         max_total_queued=MAX_TOTAL_QUEUED,

@@ -112,6 +112,7 @@ cdef struct kv_call:
     const char *bytes          # of the whole request, as it was sent
     size_t size
     int64_t now                # milliseconds on the monotonic clock
+    uint64_t steps             # that KEYS has taken in this request; EXEC is one, whatever it runs
 
 
 cdef inline int64_t clock_milliseconds(clockid_t clock) noexcept nogil:

@@ -17,7 +17,7 @@ from tstkv._keys cimport (
     command_get, command_incr, command_incrby, command_keys, command_mget, command_mset, command_pexpire, command_pttl,
     command_set, command_ttl)
 from tstkv._libc cimport kv_rarely
-from tstkv._multi cimport command_discard, command_multi, exec_is_allowed, queue_call, queued_forget
+from tstkv._multi cimport command_discard, command_multi, exec_is_allowed, exec_refuse, queue_call, queued_forget
 from tstkv._reply cimport reply_array, reply_peer_text, reply_text
 from tstkv._resp cimport RESP_WHOLE, kv_request, request_free, request_init, request_reset, resp_parse
 from tstkv._text cimport word_of
@@ -188,7 +188,10 @@ cdef inline bint find_command(kv_call *call) noexcept nogil:
             reply_unknown_child(call)
             return False
     if kv_rarely(not arity_is_right(call)):
-        reply_wrong_number(call)
+        if call.command.function == command_exec:
+            exec_refuse(call)
+        else:
+            reply_wrong_number(call)
         return False
     return True
 

@@ -291,21 +291,28 @@ cdef inline int command_exists(kv_call *call) noexcept nogil:
 
 
 cdef inline kv_entry *next_matching(kv_call *call, size_t *i, uint64_t *steps) noexcept nogil:
-    """The next entry, from the slot `i` on, whose key matches the first argument; or NULL."""
+    """The next entry, from the slot `i` on, whose key matches the first argument; or NULL, as when `steps` are 0."""
     cdef const char *pattern = argument(call, 1)
     cdef size_t size = argument_size(call, 1)
     cdef bint all_keys = size == 1 and pattern[0] == c'*'
     cdef kv_entry *entry = NULL
-    while table_next(&call.server.table, i, call.now, &entry):
+    while steps[0] and table_next(&call.server.table, i, call.now, &entry):
         if entry != NULL and (
                 all_keys or glob_matches(pattern, size, entry_key(entry), entry.key_size, False, steps)):
             return entry
     return NULL
 
 
+cdef inline uint64_t steps_left(kv_call *call) noexcept nogil:
+    """That KEYS may take now: all of a transaction take from the same, for nobody else is served before EXEC ends."""
+    cdef uint64_t most = KEYS_STEPS + 2 * call.server.table.used
+    return most - call.steps if call.steps < most else 0
+
+
 cdef inline int command_keys(kv_call *call) noexcept nogil:
-    """Goes through the table twice: the reply begins with how many there are."""
-    cdef uint64_t most = KEYS_STEPS + 2 * call.server.table.used, steps = most
+    """Goes through the table twice: the reply begins with how many there are. The second time ends with the last one,
+    and takes no more steps than the first; they count only for what comes behind in the same transaction."""
+    cdef uint64_t most = steps_left(call), steps = most
     cdef size_t i = 0, n = 0
     cdef kv_entry *entry
     if glob_is_too_long(argument(call, 1), argument_size(call, 1)):
@@ -313,16 +320,18 @@ cdef inline int command_keys(kv_call *call) noexcept nogil:
         return CALL_DONE
     while next_matching(call, &i, &steps) != NULL:
         n += 1
+    call.steps += most - steps
     if steps == 0:
         reply_error(call.reply, "pattern takes too long")
         return CALL_LONG
     reply_array(call.reply, n)
     i, steps = 0, most
-    while True:
+    while n:
         entry = next_matching(call, &i, &steps)
-        if entry == NULL:
-            return CALL_LONG
         reply_bulk(call.reply, entry_key(entry), entry.key_size)
+        n -= 1
+    call.steps += most - steps
+    return CALL_LONG
 
 
 cdef inline int command_dbsize(kv_call *call) noexcept nogil:

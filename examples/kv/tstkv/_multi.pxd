@@ -73,6 +73,13 @@ cdef inline int command_discard(kv_call *call) noexcept nogil:
     return CALL_DONE
 
 
+cdef inline void exec_refuse(kv_call *call) noexcept nogil:
+    """EXEC itself is wrong: for Redis that is the end of the transaction, if there is one."""
+    queued_forget(&call.client.queued)
+    reply_text(call.reply, "-EXECABORT Transaction discarded because of: "
+                           "wrong number of arguments for 'exec' command\r\n")
+
+
 cdef inline bint exec_is_allowed(kv_call *call) noexcept nogil:
     """False: there is nothing to run, and the client has been told why."""
     if not call.client.queued.open:

@@ -190,7 +190,7 @@ cdef inline int run(kv_server *server, kv_client *client, const char *bytes, siz
             if found == RESP_BROKEN:
                 reply_broken(&server.reply, &client.request)
             return SERVE_CLOSE
-        call.bytes, call.size = bytes + done[0], used
+        call.bytes, call.size, call.steps = bytes + done[0], used, 0
         result = dispatch(&call) if client.request.n else CALL_DONE
         request_reset(&client.request)
         done[0] += used
