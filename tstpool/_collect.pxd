@@ -17,8 +17,8 @@ from tstpool._entry cimport (
     connection_linger, connection_may_reset, connection_sent, connection_tells_room, connection_transfer,
     connection_wants_body, take_input)
 from tstpool._libc cimport (
-    ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, OUTQ, RELAXED, RELEASE, SEQ_CST, add32, close, epoll_event,
-    fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
+    ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, OUTQ, RELAXED, RELEASE, SEQ_CST, add32, close,
+    epoll_event, fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
@@ -26,7 +26,8 @@ from tstpool._poll cimport (
 from tstpool._run cimport entry_run_compiled
 from tstpool._shard cimport (
     BATCH_ENTRIES, BATCH_EVENTS, DO_BODY, DO_CONNECT, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING,
-    SCRATCH_FULL, batch_add, connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    SCRATCH_FULL, batch_add, connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard,
+    tst_worker)
 from tstpool._stats cimport count, tst_stats
 from tstpool._timer cimport DEADLINE_LINGER, connection_deadline, tick_before, tick_earlier, tick_of
 

@@ -186,7 +186,7 @@ cdef struct tst_connection:
     uint8_t unfinished         # owner: a message has begun to arrive, at since_tick
     uint8_t close_noted        # owner: since_tick is when closing began
     uint8_t lingering          # owner: it is closed, and what still arrives is dropped
-    uint8_t linger_for_room    # owner: only until the peer has acknowledged all that was sent; nothing has arrived since
+    uint8_t linger_for_room    # owner: only until the peer has acknowledged all that was sent; nothing has come since
     uint8_t has_timer          # owner: it is in the wheel, or the wheel has asked for it
     uint32_t active_tick       # owner: when something arrived last, or a handler returned
     uint32_t since_tick        # owner: when the unfinished message began, or the closing, or the lingering

@@ -56,8 +56,8 @@ from tstpool._run cimport (
 from tstpool._shard cimport (
     DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING,
     ID_ALARM, ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave,
-    connection_ask_relief, entry_detach, entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running, shard_push,
-    token_held, tst_batch, tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
+    connection_ask_relief, entry_detach, entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running,
+    shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport (
     DEADLINE_CLOSE, DEADLINE_FIRST_BYTE, DEADLINE_IDLE, DEADLINE_LINGER, DEADLINE_MESSAGE, DEADLINE_WRITE, TICK_BITS,

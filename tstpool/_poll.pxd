@@ -34,8 +34,8 @@ from tstpool._conn cimport (
 from tstpool._data cimport input_free
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, OUTQ, POLLOUT, RELAXED, RELEASE, SEQ_CST, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
+    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, OUTQ, POLLOUT, RELAXED, RELEASE, SEQ_CST,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
     poll, pollfd, read, recv, recvmsg, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
     timerfd_settime, tst_rarely, write)
