@@ -172,7 +172,8 @@ def keep_urgent(sock: socket.socket) -> None:
     """Has the kernel leave urgent bytes in the stream, in their place. What a listener accepts inherits it, so that
     those which come before the accept stay there, too: of several in a row the kernel else forgets all but one."""
     if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        with contextlib.suppress(OSError):  # the engine sets it once more, and nothing is worse than it was
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def connected_socket(host: str, port: int, timeout: float | None) -> socket.socket:
