@@ -87,9 +87,9 @@ def _listen_on(family: int, address: tuple[Any, ...], backlog: int, dual_stack: 
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        keep_urgent(listener)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual_stack else 1)
+        keep_urgent(listener)
         listener.bind(address)
         listener.listen(backlog)
     except BaseException:

@@ -123,7 +123,7 @@ CALLS = [
         {"refused": "EACCES EADDRINUSE EADDRNOTAVAIL EBADF EFAULT EINVAL ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTSOCK"},
     ),
     Call("listen", "start", {"refused": "EADDRINUSE EBADF EINVAL ENOTSOCK EOPNOTSUPP"}),
-    Call("setsockopt", "start", {"refused": "EBADF EFAULT EINVAL ENOMEM ENOPROTOOPT ENOTSOCK"}),
+    Call("setsockopt", "start", {"refused": "EBADF EFAULT EINVAL ENOMEM ENOPROTOOPT ENOTSOCK"}, later=False),
     Call("getsockname", "start", {"refused": "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"}),
     Call("epoll_create1", "start", {"refused": "EINVAL EMFILE ENFILE ENOMEM"}, later=False),
     Call("eventfd2", "start", {"refused": "EINVAL EMFILE ENFILE ENODEV ENOMEM"}, later=False),
