@@ -8,7 +8,7 @@ import pytest
 from contract_helpers import every_trigger, handler, message
 from helpers import wait_until
 
-from tstpool import EPOLLIN, EPOLLOUT, LengthPrefixed, TstStat
+from tstpool import EPOLLIN, EPOLLOUT, Fixed, LengthPrefixed, TstStat
 
 CHUNK = bytes(100_000)  # more than high_water
 
@@ -162,3 +162,24 @@ def test_of_a_function_that_asks_to_be_called_again(make_pool, make_client, trig
         wait_until(lambda: reader.ended)
         assert reader.ended == "end"
     assert heard == [b"go", b"STOP"]
+
+
+@pytest.mark.parametrize("size", [255, 256, 512])
+def test_what_came_with_the_message_that_starts_the_stream_is_heard(make_pool, make_client, size):
+    """It is there already, and the kernel has nothing more to report."""
+    heard = []
+
+    def on_message(sock, data):
+        heard.append(data[:1])
+        sock.send(CHUNK)
+
+    def on_writable(sock):
+        if len(heard) == 1:
+            sock.send(CHUNK)
+
+    pool = make_pool(handler(on_message=on_message, on_writable=on_writable), framing=Fixed(size), workers=1)
+    client = make_client(pool)
+    with Reader(client) as reader:
+        client.sendall(b"a" * size + b"b" * size)
+        wait_until(lambda: heard == [b"a", b"b"])
+        assert reader.ended is None

@@ -295,7 +295,8 @@ cdef inline uint32_t collect_both(tst_worker *worker, tst_batch *batch, tst_conn
             what = collect_input(worker, batch, connection, arrived, now)
         elif what:
             connection.readable |= arrived and not first
-            connection.input_first = connection.readable or connection.input.size or connection.message_ready
+            connection.input_first = (connection.readable or connection.message_ready
+                                      or connection.input.size != 0)
     return what
 
 
