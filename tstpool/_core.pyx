@@ -31,11 +31,11 @@ from tstpool._data cimport (
 from tstpool._entry cimport (
     ABORT_OPEN, SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
     connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due,
-    connection_expect, connection_forget_frame, connection_keep_input, connection_reconnect, connection_sent_whole,
-    connection_wait_for_flusher, connection_wants_body)
+    connection_expect, connection_forget_frame, connection_is_unfinished, connection_keep_input, connection_reconnect,
+    connection_sent_whole, connection_wait_for_flusher, connection_wants_body)
 from tstpool._frame cimport (
-    DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_PIECES, FRAME_RAW, OFFSET_MOST, framing_settle,
-    tst_framing)
+    DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_PIECES, FRAME_RAW, OFFSET_MOST, framing_cuts,
+    framing_settle, tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED,
     RELEASE, SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd,

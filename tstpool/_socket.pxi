@@ -574,7 +574,13 @@ cdef int publish_socket(tst_connection *connection, TstSocket sock) except -1:
 cdef TstSocket take_socket(tst_connection *connection):
     """The slot lets go of its TstSocket, which is to be let go of with let_socket_go(). None: it had none."""
     cdef TstSocket sock
+    # The framing may be the TstSocket's own: what it has to say of the end (connection_should_linger) it says now.
+    if connection_is_unfinished(connection):
+        connection.unfinished = True
+    if framing_cuts(connection.framing):
+        connection.bulky = False
     spin_lock(&connection.lock)
+    connection.framing = NULL
     held = connection.sock
     connection.sock = NULL
     store_pointer(<void **>&connection.recv, NULL, RELEASE)
