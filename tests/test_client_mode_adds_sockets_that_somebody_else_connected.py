@@ -164,6 +164,20 @@ def test_a_pool_connects_to_itself(make_pool):
     assert got.wait(10)
 
 
+def test_a_connect_that_is_interrupted_leaves_nothing_behind(make_pool, monkeypatch):
+    """Ctrl-C comes in the middle of it."""
+    pool = make_pool(handler(on_message=echo))
+    before = open_fds()
+
+    def interrupt(sock):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tstpool._net.keep_urgent", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pool.connect(*pool.addresses[0])
+    assert open_fds() == before
+
+
 def test_connect_failures_name_the_address(make_pool):
     """Bad input: nobody listens there, or the name does not exist; no descriptor stays behind."""
     pool = make_pool(handler(on_message=ignore), listen=None)
