@@ -368,7 +368,7 @@ def draw(document: dict[str, Any], path: Path) -> bool:
             f"Measured {document['machine']['date']}.",
         ]
     )
-    figure.supxlabel("\n".join(textwrap.wrap(about, 95 * columns)), x=0.01, ha="left", fontsize=8, color=GREY)
+    figure.supxlabel("\n".join(textwrap.wrap(about, 88 * columns)), x=0.01, ha="left", fontsize=8, color=GREY)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
