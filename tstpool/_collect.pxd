@@ -291,12 +291,11 @@ cdef inline uint32_t collect_both(tst_worker *worker, tst_batch *batch, tst_conn
         what = collect_input(worker, batch, connection, arrived, now)
     if what == 0:
         what = collect_writable(worker, connection, now)
-        if what == 0 and not first:
-            what = collect_input(worker, batch, connection, arrived, now)
-        elif what:
+        if what:
             connection.readable |= arrived and not first
-            connection.input_first = (connection.readable or connection.message_ready
-                                      or connection.input.size != 0)
+            connection.input_first = connection.readable or connection.message_ready or connection.input.size != 0
+        elif not first:
+            what = collect_input(worker, batch, connection, arrived, now)
     return what
 
 

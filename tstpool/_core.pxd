@@ -143,8 +143,8 @@ cdef class TstNogilHandler(TstHandler):
     # The kernel takes output after tst_need_send, or all of a TST_SEND has been handed to it. TST_RUN: on_writable.
     cdef TstStat writable(self, TstSocket sock) noexcept nogil
     # It has nothing to do with this socket from here on, and must forget what it has borrowed of it: the connection is
-    # over, or another handler was assigned and takes it over now. Never for one that was
-    # refused. At the end Python's on_disconnect is called after it.
+    # over, or another handler was assigned and takes it over now. Never for one that was refused. At the end Python's
+    # on_disconnect is called after it.
     cdef void disconnected(self, TstSocket sock) noexcept nogil
     # The last use of a connection's state: free what it points to, not the state itself. Once for each state.
     cdef void release(self, void *state) noexcept nogil

@@ -714,11 +714,12 @@ cdef inline uint32_t output_limit(const tst_connection *connection, int kind) no
     return connection.limits.linger if kind == DEADLINE_CLOSE else 0
 
 
-cdef inline bint connection_takes_nothing(tst_connection *connection, int kind, uint32_t due,
+cdef inline bint connection_takes_nothing(tst_connection *connection, uint32_t since, uint32_t limit,
                                           uint64_t now) noexcept nogil:
+    """connection_is_stuck, without the lock."""
     cdef bint stuck
     spin_lock(&connection.lock)
-    stuck = connection_is_stuck(connection, due - output_limit(connection, kind), output_limit(connection, kind), now)
+    stuck = connection_is_stuck(connection, since, limit, now)
     spin_unlock(&connection.lock)
     return stuck
 
@@ -728,10 +729,11 @@ cdef inline void connection_expire(tst_worker *worker, tst_connection *connectio
     cdef uint32_t due = 0
     cdef int kind = connection_deadline(connection, connection_output_waits(connection),
                                         connection_wants_input(connection), &due)
+    cdef uint32_t limit = output_limit(connection, kind)
     connection.has_timer = False
     connection_age(connection, tick_of(now))
-    if kind == DEADLINE_NONE or (output_limit(connection, kind) and not sys_writable(connection.fd)
-                                 and not connection_takes_nothing(connection, kind, due, now)):
+    if kind == DEADLINE_NONE or (limit and not sys_writable(connection.fd)
+                                 and not connection_takes_nothing(connection, due - limit, limit, now)):
         return                             # the peer has taken something, or there is time left
     if tick_before(tick_of(now), due):
         return

@@ -142,21 +142,23 @@ cdef inline void sys_wake(int event_fd) noexcept nogil:
         pass
 
 
+cdef inline uint32_t sys_count(int fd, unsigned long what) noexcept nogil:
+    """A number of bytes that the kernel holds for the descriptor; 0 also where it does not say."""
+    cdef int n = 0
+    if ioctl(fd, what, &n) < 0 or n < 0:
+        return 0
+    return <uint32_t>n
+
+
 cdef inline size_t sys_unread(int fd) noexcept nogil:
     """Bytes that have arrived and were not received."""
-    cdef int n = 0
-    if ioctl(fd, FIONREAD, &n) < 0 or n < 0:
-        return 0
-    return <size_t>n
+    return sys_count(fd, FIONREAD)
 
 
 cdef inline uint32_t sys_holds(int fd, unsigned long what) noexcept nogil:
     """Of the output that the kernel was given, bytes that the peer has not acknowledged (OUTQ); of these, the ones that
     were not even sent, as the peer had no room for them (OUTQ_UNSENT)."""
-    cdef int n = 0
-    if ioctl(fd, what, &n) < 0 or n < 0:
-        return 0
-    return <uint32_t>n
+    return sys_count(fd, what)
 
 
 cdef inline void sys_reset_on_close(int fd, bint yes) noexcept nogil:
