@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from helpers import INSTRUMENTED, ROOT, SANITIZER, patient, recv_exact, wait_until
 
-from tstpool import EPOLLIN, EPOLLOUT, TstHandler
+from tstpool import EPOLLIN, EPOLLOUT, TstHandler, TstStat
 
 STYLES = ("create", "handler")
 TRIGGERS = ("level", "oneshot", "edge")
@@ -403,3 +403,16 @@ def shim(name, source, *options):
 def faults():
     """The library of FAULTS."""
     return shim("faults", FAULTS)
+
+
+def replying_once(reply, how, reasons):
+    """Hooks that answer the first message and end the connection, by "disconnect" (returned) or "close" (called).
+    reasons: a list for what on_disconnect is given."""
+
+    def on_message(sock, data):
+        sock.send(reply)
+        if how == "disconnect":
+            return TstStat.DISCONNECT
+        sock.close()
+
+    return handler(on_message=on_message, on_disconnect=lambda sock, reason: reasons.append(reason))

@@ -6,10 +6,10 @@ import socket
 import time
 
 import pytest
-from contract_helpers import every_trigger, handler
+from contract_helpers import every_trigger, replying_once
 from helpers import patient, wait_until
 
-from tstpool import Delimited, LengthPrefixed, Raw, TstStat
+from tstpool import Delimited, LengthPrefixed, Raw
 
 REPLY = bytes(range(250)) * 2400  # 600,000 bytes: the kernel takes all at once, of which the peer's takes little
 
@@ -46,17 +46,7 @@ def read_while_sending(client, piece, times=20):
 
 def check(make_pool, framing, piece, trigger="level", how="disconnect"):
     reasons = []
-
-    def on_message(sock, data):
-        sock.send(REPLY)
-        if how == "disconnect":
-            return TstStat.DISCONNECT
-        sock.close()
-
-    def on_disconnect(sock, reason):
-        reasons.append(reason)
-
-    hooks = handler(on_message=on_message, on_disconnect=on_disconnect)
+    hooks = replying_once(REPLY, how, reasons)
     pool = make_pool(hooks, framing=framing, trigger=trigger, workers=2)
     for n in range(2):
         with slow_reader(pool) as client:

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from contract_helpers import TRIGGERS, every_trigger, handler, ignore, in_threads, open_sockets
+from contract_helpers import TRIGGERS, every_trigger, handler, ignore, in_threads, open_sockets, replying_once
 from helpers import patient, recv_exact, recv_until_eof, wait_until
 
 from tstpool import ConnectionClosed, TstSockType, TstStat
@@ -80,17 +80,7 @@ def check_cut_off(took, least=LIMIT, most=LIMIT):
 def test_a_reply_before_a_close_is_read_to_its_end(make_pool, make_reader, how):
     """B28, B38: linger_timeout is without progress, with each trigger."""
     reasons = []
-
-    def on_message(sock, data):
-        sock.send(MUCH)
-        if how == "disconnect":
-            return TstStat.DISCONNECT
-        sock.close()
-
-    def on_disconnect(sock, reason):
-        reasons.append(reason)
-
-    hooks = handler(on_message=on_message, on_disconnect=on_disconnect)
+    hooks = replying_once(MUCH, how, reasons)
     pools = [slow_pool(make_pool, hooks, trigger=trigger, linger_timeout=LIMIT) for trigger in TRIGGERS]
     readers = [make_reader(pool) for pool in pools]
     for reader in readers:
