@@ -146,7 +146,7 @@ REASONS = {
     },
     "System calls that do not fail here, and are not made to.": {
         "tstpool/_net.py _is_abandoned": ["except OSError:", "return False"],
-        "tstpool/_poll.pxd sys_unread": ["return 0"],
+        "tstpool/_poll.pxd sys_count": ["return 0"],
     },
     "Calls are timed together where they are quick, which in a build without optimisation they are not. "
     "tests/test_the_last_of_a_group_of_messages_is_reported.py needs these lines in any other.": {
