@@ -29,6 +29,8 @@ FUNCTIONS = {
     "tst_send_message": f"Py_ssize_t ({SOCKET}, void const *, size_t)",
     "tst_close": f"int ({SOCKET})",
     "tst_need_send": f"int ({SOCKET})",
+    "tst_pause": f"int ({SOCKET})",
+    "tst_resume": f"int ({SOCKET})",
 }
 
 # Bytes behind what every Python object has.

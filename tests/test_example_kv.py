@@ -105,6 +105,9 @@ CONVERSATIONS = {
         (b"SET", b"a", b"8", b"EX"),
         (b"SET", b"a", b"8", b"PX"),
         (b"SET", b"a", b"8", b"what"),
+        (b"SET", b"a", b"8", b"NX\x00", b"GET\x00what"),  # for Redis a NUL ends an option
+        (b"SET", b"a", b"8", b"PX\x00", b"100000", b"KEEPTTL\x00"),
+        (b"SET", b"a", b"8", b"N\x00X"),
         *((b"SET", b"a", b"8", b"EX", bad) for bad in (b"0", b"-1", b"x", b"", b"1.0", b"01", b"9223372036854775807")),
         *((b"SET", b"a", b"8", b"PX", bad) for bad in (b"0", b"-5", b"9223372036854775807", b"9223372036854775808")),
         (b"GET", b"a"),
@@ -279,6 +282,7 @@ CONVERSATIONS = {
         (b"CLIENT", b"NOSUCH"),
         (b"CLIENT", b"GETNAME", b"x"),
         (b"COMMAND", b"NOSUCH"),
+        (b"COMMAND", b"INFO", b"nosuch", b"get\x00"),
     ],
     "what clients ask first": [
         (b"CONFIG", b"GET", b"save"),
@@ -952,6 +956,30 @@ def test_requests_of_who_does_not_read_wait_and_all_are_answered_once_it_reads(k
         assert recv_exact(slow, 4) == b":1\r\n"
         slow.sendall(array(b"FLUSHALL"))
         assert recv_exact(slow, 5) == b"+OK\r\n"
+
+
+LITTLE_UNREAD = """
+import functools
+import tstkv.__main__ as main
+main.KeyValueHandler = functools.partial(main.KeyValueHandler, max_argument=1 << 20, max_request=2 << 20)
+main.parse_arguments.__defaults__ = (["--port", "0"],)
+main.main()
+"""
+
+
+def test_who_reads_may_send_faster_than_it_can_be_answered():
+    """It is held back where what is not run yet would become too much."""
+    request = array(b"ECHO", bytes(range(250)) * 40)
+    n = scaled(3000, minimum=600)  # three times as much as may wait
+    with running_tstkv(script=LITTLE_UNREAD) as address, connect(address, timeout=60) as client:
+        sender = threading.Thread(target=client.sendall, args=(request * n,))
+        sender.start()
+        reply = request.partition(b"ECHO\r\n")[2]
+        for _ in range(n):
+            assert recv_exact(client, len(reply)) == reply
+        sender.join()
+        client.sendall(array(b"PING"))
+        assert recv_exact(client, 7) == b"+PONG\r\n"
 
 
 def test_others_are_served_while_a_client_has_sent_much_work(kv):

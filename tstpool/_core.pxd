@@ -44,6 +44,13 @@ cdef int tst_close(TstSocket sock) noexcept nogil
 # Has the handler's `writable` called as soon as the kernel takes output for it.
 cdef int tst_need_send(TstSocket sock) noexcept nogil
 
+# No more messages until tst_resume(): TCP holds the peer back, and a peer that has finished sending is kept. A call that
+# runs already is not stopped.
+cdef int tst_pause(TstSocket sock) noexcept nogil
+
+# Goes on after tst_pause(), or sock.pause().
+cdef int tst_resume(TstSocket sock) noexcept nogil
+
 
 cdef class TstData:
     cdef tst_data data                     # the transfer; its own lock guards it

@@ -468,12 +468,11 @@ cdef class TstSocket:
     def pause(self):
         """No more messages until resume(): TCP holds the peer back. Any thread; a call that runs already is not
         stopped."""
-        connection_mark(self.connection, STATE_PAUSED, True, STATE_OPEN, self.generation())
+        tst_pause(self)
 
     def resume(self):
         """Goes on after pause(). Any thread."""
-        if connection_mark(self.connection, STATE_PAUSED, False, STATE_OPEN, self.generation()):
-            shard_ask(self.connection, self.generation(), PEND_ARM)
+        tst_resume(self)
 
 
 cdef tst_shared *share_object(bytes data) except NULL:
@@ -529,6 +528,17 @@ cdef int tst_close(TstSocket sock) noexcept nogil:
 
 cdef int tst_need_send(TstSocket sock) noexcept nogil:
     return connection_need_send(sock.connection, sock.generation())
+
+
+cdef int tst_pause(TstSocket sock) noexcept nogil:
+    return 0 if connection_mark(sock.connection, STATE_PAUSED, True, STATE_OPEN, sock.generation()) else -ENOTCONN
+
+
+cdef int tst_resume(TstSocket sock) noexcept nogil:
+    if not connection_mark(sock.connection, STATE_PAUSED, False, STATE_OPEN, sock.generation()):
+        return -ENOTCONN
+    shard_ask(sock.connection, sock.generation(), PEND_ARM)
+    return 0
 
 
 cdef int connection_need_send(tst_connection *connection, uint32_t generation) noexcept nogil:

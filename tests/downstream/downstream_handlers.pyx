@@ -12,7 +12,7 @@ from posix.unistd cimport dup2, usleep
 
 from tstpool cimport (
     TST_DISCONNECT, TST_RECONNECTED, TST_RUN, TST_SEND, TST_SUSPEND, TstHandler, TstNogilHandler, TstSocket, TstStat,
-    tst_close, tst_need_send, tst_send, tst_send_message)
+    tst_close, tst_need_send, tst_pause, tst_resume, tst_send, tst_send_message)
 
 cdef extern from * nogil:
     int ACQUIRE "__ATOMIC_ACQUIRE"
@@ -205,6 +205,7 @@ cdef class Commands(Counting):
         p  as b, after a message "waiting"   w  as b, but compute meanwhile
         z  sleep 0.15 s, echo it
         q  say "bye" and return TST_DISCONNECT      c  say "closed" and close itself by tst_close()
+        h  tst_pause() itself: a thread calls resume() below
         x  return TST_RECONNECTED, with what new_descriptor is put under the socket's descriptor
     """
     cdef int64_t gate          # atomic: open_gate() was called so often
@@ -241,7 +242,8 @@ cdef class Commands(Counting):
         if command == c"r":
             self.state_of(sock)
             return TST_RUN
-        if command == c"s" or command == c"n" or command == c"q" or command == c"c" or command == c"x":
+        if command == c"s" or command == c"n" or command == c"q" or command == c"c" or command == c"x" or (
+                command == c"h"):
             return self.control(sock, command)
         if command == c"p":
             tst_send_message(sock, b"waiting", 7)
@@ -260,6 +262,8 @@ cdef class Commands(Counting):
             stat = TST_SEND
         elif command == c"n":
             tst_need_send(sock)
+        elif command == c"h":
+            tst_pause(sock)
         elif command == c"c":
             tst_send(sock, b"closed", 6)
             tst_close(sock)
@@ -380,6 +384,22 @@ cdef void *push_all(void *argument) noexcept nogil:
             break
         push.sent += 1
     return NULL
+
+
+def pause(TstSocket sock):
+    """What tst_pause returns."""
+    return tst_pause(sock)
+
+
+def answer_and_resume(TstSocket sock, bytes answer):
+    """What tst_resume returns, behind a message."""
+    cdef const char *bytes = answer
+    cdef size_t size = len(answer)
+    cdef int result
+    with nogil:
+        tst_send_message(sock, bytes, size)
+        result = tst_resume(sock)
+    return result
 
 
 def push(TstSocket sock, int threads, int64_t n):

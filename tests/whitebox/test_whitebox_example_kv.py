@@ -333,6 +333,35 @@ def test_a_write_for_which_there_is_no_memory_is_refused_quickly(kv):
     assert len(table) == i
 
 
+def test_many_writes_at_once_for_which_there_is_no_memory_are_refused_quickly(kv):
+    """A transaction is such: it has one time for all of them, and nobody else is served meanwhile."""
+    table, i = kv.Table(maxmemory=16 << 20), 0
+    while table.set(b"%d" % i, b"", expires=10**9):
+        i += 1
+    begin = time.thread_time()
+    for _ in range(100_000):
+        assert not table.prepare(1, 1 << 20, now=2)
+    assert time.thread_time() - begin < patient(0.3)
+    assert len(table) == i
+
+
+def test_a_few_keys_that_end_soon_do_not_make_a_full_table_look_for_them_all_the_time(kv):
+    """Each makes room for the next, once it was found among all the others, which never end."""
+    table, n_keys, now, n_set = kv.Table(maxmemory=16 << 20), 0, 1, 0
+    while table.set(b"%d" % n_keys, b""):
+        n_keys += 1
+    assert n_keys > 100_000
+    table.remove(b"0")
+    now += 60_000
+    begin = time.thread_time()
+    for i in range(1000):
+        n_set += table.set(b"-%d" % i, b"", expires=now + 1, now=now)
+        now += 5
+    assert time.thread_time() - begin < patient(1.5)
+    assert n_set > 10
+    assert table.set(b"last", b"", now=now + 60_000)
+
+
 # ------------------------------------------------------------------------------------ requests in pieces, limits
 
 

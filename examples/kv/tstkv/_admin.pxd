@@ -11,7 +11,7 @@ from tstkv._call cimport (
 from tstkv._glob cimport glob_is_too_long, glob_matches
 from tstkv._reply cimport (
     kv_reply, reply_array, reply_bulk, reply_bulk_text, reply_error, reply_integer, reply_lines, reply_map, reply_null,
-    reply_null_array, reply_ok, reply_peer_text, reply_set, reply_text)
+    reply_ok, reply_peer_text, reply_set, reply_text)
 from tstkv._table cimport NO_MAXMEMORY
 from tstkv._text cimport text_to_integer, word_of
 
@@ -353,5 +353,5 @@ cdef inline int command_about(kv_call *call) noexcept nogil:
                 reply_command(call.reply, &server.commands[k])
                 break
         else:
-            reply_null_array(call.reply)
+            reply_null(call.reply)
     return CALL_LONG

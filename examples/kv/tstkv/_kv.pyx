@@ -11,7 +11,7 @@ from tstkv._serve cimport (
     server_init)
 from tstkv._table cimport MAXMEMORY_LEAST, NO_MAXMEMORY
 from tstpool cimport (
-    TST_DISCONNECT, TST_SUSPEND, TstNogilHandler, TstSocket, TstStat, tst_need_send, tst_send)
+    TST_DISCONNECT, TST_SUSPEND, TstNogilHandler, TstSocket, TstStat, tst_need_send, tst_pause, tst_resume, tst_send)
 
 cdef enum:
     ARGUMENT_MOST = 1 << 29    # Redis's own default; offsets in a request have 32 bits
@@ -44,10 +44,16 @@ cdef ssize_t send_to(void *sock, const char *bytes, size_t size) noexcept nogil:
     return tst_send(<TstSocket>sock, bytes, size)
 
 
-cdef TstStat apply(TstSocket sock, int outcome) noexcept nogil:
-    if outcome == SERVE_PAUSED and tst_need_send(sock) < 0:
+cdef TstStat apply(TstSocket sock, bint held_back, int outcome) noexcept nogil:
+    """What has come of a turn; `held_back`: nothing was received before it."""
+    cdef kv_client *client = <kv_client *>sock.state
+    if outcome == SERVE_CLOSE or (outcome == SERVE_PAUSED and tst_need_send(sock) < 0):
         return TST_DISCONNECT
-    return TST_DISCONNECT if outcome == SERVE_CLOSE else TST_SUSPEND
+    if client.holds_back and not held_back:
+        tst_pause(sock)
+    elif held_back and not client.holds_back:
+        tst_resume(sock)
+    return TST_SUSPEND
 
 
 cdef class KeyValueHandler(TstNogilHandler):
@@ -98,18 +104,20 @@ cdef class KeyValueHandler(TstNogilHandler):
         return TST_DISCONNECT
 
     cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        cdef bint held_back = (<kv_client *>sock.state).holds_back
         cdef int outcome
         pthread_mutex_lock(&self.server.mutex)
         outcome = serve_chunk(&self.server, <kv_client *>sock.state, data, size, send_to, <void *>sock)
         pthread_mutex_unlock(&self.server.mutex)
-        return apply(sock, outcome)
+        return apply(sock, held_back, outcome)
 
     cdef TstStat writable(self, TstSocket sock) noexcept nogil:
+        cdef bint held_back = (<kv_client *>sock.state).holds_back
         cdef int outcome
         pthread_mutex_lock(&self.server.mutex)
         outcome = serve_again(&self.server, <kv_client *>sock.state, send_to, <void *>sock)
         pthread_mutex_unlock(&self.server.mutex)
-        return apply(sock, outcome)
+        return apply(sock, held_back, outcome)
 
     cdef void disconnected(self, TstSocket sock) noexcept nogil:
         pthread_mutex_lock(&self.server.mutex)

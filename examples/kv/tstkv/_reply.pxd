@@ -221,10 +221,6 @@ cdef inline void reply_null(kv_reply *reply) noexcept nogil:
     reply_text(reply, "_\r\n" if reply.resp3 else "$-1\r\n")
 
 
-cdef inline void reply_null_array(kv_reply *reply) noexcept nogil:
-    reply_text(reply, "_\r\n" if reply.resp3 else "*-1\r\n")
-
-
 cdef inline void reply_ok(kv_reply *reply) noexcept nogil:
     reply_text(reply, "+OK\r\n")
 

@@ -11,7 +11,9 @@ until all of them have been sent what has come behind stays unread.
 What one client can make us hold has these limits (kv_limits):
 
     argument        longer: an error as Redis words it, and the connection is closed
-    request         more unread, or more since MULTI: closed. The buffers are at most four times as large
+    request         more unread, or more since MULTI: closed. The buffers are at most four times as large. From half of it
+                    on nothing is received while requests wait (holds_back): not earlier, for there are clients that send
+                    all of theirs before they read a reply
     output_pause    more replies waiting: its next requests stay unread until it has read the replies (SERVE_PAUSED)
     output          more, by one command: closed
     waiting         more unread, and copied to be sent, by all clients together: who then needs more memory is closed,
@@ -245,6 +247,7 @@ cdef inline int finish(kv_server *server, kv_client *client, int outcome) noexce
     elif outcome == SERVE_MORE and server.reply.waiting >= server.limits.output_pause:
         outcome = SERVE_PAUSED
     client.waits = outcome == SERVE_PAUSED
+    client.holds_back = client.waits and client.end - client.begin >= server.limits.request // 2
     if outcome == SERVE_CLOSE:
         client_close(server, client)
     return outcome

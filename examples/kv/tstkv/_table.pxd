@@ -36,7 +36,7 @@ cdef enum:
     CAPACITY_LEAST = 16        # slots
     MOVE_STEP = 8              # slots of `old` looked at for each insertion
     SWEEP_STEP = 4             # slots looked at for expired entries at each insertion ...
-    SWEEP_FULL = 4096          # ... and, at least, when memory has run out
+    SWEEP_FULL = 4096          # ... and, for each millisecond, when memory has run out
     SWEEP_LEAST = 1000         # milliseconds until all slots are looked at again in vain
     SWEEP_MOST = 60000         # ... and when that is done although no entry was to end so soon
     MALLOC_EXTRA = 16          # bytes that malloc needs beside what was asked for
@@ -73,7 +73,8 @@ cdef struct kv_table:
     size_t n_expiring          # of which have an `expires`
     size_t swept               # where table_sweep goes on: a slot of `slots` or, behind those, of `old`
     int64_t soonest            # when the first of the entries that table_sweep has left ends
-    int64_t swept_until        # all slots were looked at, and before this time it is not worth while again
+    int64_t swept_until        # before this time it is not worth while, or too much, to look at all slots
+    int64_t squeezed           # when table_squeeze has last found too little
     uint64_t used              # bytes
     uint64_t maxmemory
     uint64_t n_expired         # entries removed because their time was over
@@ -287,18 +288,29 @@ cdef inline bint table_is_short(kv_table *table, size_t more, uint64_t memory) n
 
 
 cdef inline bint table_squeeze(kv_table *table, size_t more, uint64_t memory, int64_t now) noexcept nogil:
-    """Removes entries whose time is over until there is room. False: there are not enough of them. As long as none is
-    known to be over by then, it looks at a few slots only, so that it takes little to refuse a request."""
+    """Removes entries whose time is over until there is room. False: there are not enough of them.
+
+    A few requests may not make it look through a large table again and again. So it looks at SWEEP_FULL slots for each
+    millisecond, on the average: once it has looked at more, it looks at only that many at a time until as much time has
+    passed. And having found too little it does not look again in the same millisecond: a transaction has only one,
+    however many requests of it are refused.
+    """
     cdef bint at_all = now >= table.swept_until
-    cdef size_t left = all_slots(table) + table.n_expiring if at_all else SWEEP_FULL
+    cdef size_t most = all_slots(table) + table.n_expiring if at_all else SWEEP_FULL
+    cdef size_t left = most
+    if not at_all and now == table.squeezed:
+        return False
     table.soonest = INT64_MAX
     while left and table.n_expiring and table_is_short(table, more, memory):
         table_sweep(table, min(left, <size_t>SWEEP_FULL), now)
         left -= min(left, <size_t>SWEEP_FULL)
+    if at_all:
+        table.swept_until = now + <int64_t>((most - left) // SWEEP_FULL)
     if not table_is_short(table, more, memory):
         return True
+    table.squeezed = now
     if at_all:
-        table.swept_until = max(now + SWEEP_LEAST, min(table.soonest, now + SWEEP_MOST))
+        table.swept_until = max(table.swept_until, now + SWEEP_LEAST, min(table.soonest, now + SWEEP_MOST))
     return False
 
 

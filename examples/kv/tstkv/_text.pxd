@@ -63,9 +63,12 @@ cdef inline char lower(char letter) noexcept nogil:
 
 
 cdef inline bint text_is(const char *text, size_t size, const char *word) noexcept nogil:
-    """True: `text` is `word`, which is written in lower case and ends with a NUL, in whatever case."""
+    """True: `text` is `word`, which is written in lower case and ends with a NUL, in whatever case. As in Redis, a NUL
+    ends `text` too."""
     cdef size_t i
     for i in range(size):
+        if text[i] == 0:
+            return word[i] == 0
         if word[i] == 0 or lower(text[i]) != word[i]:
             return False
     return word[size] == 0

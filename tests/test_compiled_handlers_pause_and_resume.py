@@ -1,0 +1,65 @@
+"""S26, B18: tst_pause() and tst_resume(): a compiled handler holds its peer back, and answers later."""
+
+import errno
+import socket
+import threading
+
+import downstream_handlers
+import pytest
+from compiled_helpers import FRAMING, pack, receive, say, socket_of
+from contract_helpers import every_trigger
+from downstream_handlers import Commands
+from helpers import patient, recv_until_eof, wait_until
+
+
+def talk_to(client, rounds=20):
+    """The only worker has been round its loop as many times when this returns."""
+    for _ in range(rounds):
+        assert say(client, b"echo") == [b"echo"]
+
+
+@every_trigger
+@pytest.mark.parametrize("together", [True, False], ids=["in-a-burst", "later"])
+def test_it_gets_no_message_until_it_is_resumed(make_pool, make_client, trigger, together):
+    handler = Commands()
+    pool = make_pool(handler, framing=FRAMING, workers=1, trigger=trigger)
+    client, other = make_client(pool), make_client(pool)
+    sock = socket_of(pool, client)
+    if together:
+        client.sendall(pack(b"h", b"e1", b"e2"))
+        wait_until(lambda: handler.counts["received"] == 1)
+    else:
+        client.sendall(pack(b"h"))
+        wait_until(lambda: handler.counts["received"] == 1)
+        client.sendall(pack(b"e1", b"e2"))
+    talk_to(other)
+    assert handler.counts["received"] == 21  # the other's, and the one that has paused it
+    assert downstream_handlers.answer_and_resume(sock, b"answer") == 0
+    assert receive(client, 3) == [b"answer", b"e1", b"e2"]
+
+
+@every_trigger
+def test_a_half_closed_peer_gets_what_another_thread_answers(make_pool, make_client, trigger):
+    """It would be let go as soon as its messages are handled."""
+    handler = Commands()
+    pool = make_pool(handler, framing=FRAMING, workers=1, trigger=trigger)
+    client, other = make_client(pool), make_client(pool)
+    sock = socket_of(pool, client)
+    client.send(pack(b"h"), socket.MSG_MORE)
+    client.shutdown(socket.SHUT_WR)
+    wait_until(lambda: handler.counts["received"] == 1)
+    talk_to(other)
+    thread = threading.Thread(target=downstream_handlers.answer_and_resume, args=(sock, b"answer"))
+    thread.start()
+    assert recv_until_eof(client) == pack(b"answer")
+    thread.join(patient(10))
+
+
+def test_a_socket_that_is_gone_is_not_paused(make_pool, make_client):
+    pool = make_pool(Commands(), framing=FRAMING)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    client.close()
+    wait_until(lambda: sock.fileno() == -1)
+    assert downstream_handlers.pause(sock) == -errno.ENOTCONN
+    assert downstream_handlers.answer_and_resume(sock, b"answer") == -errno.ENOTCONN
