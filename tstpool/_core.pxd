@@ -44,7 +44,7 @@ cdef int tst_close(TstSocket sock) noexcept nogil
 # Has the handler's `writable` called as soon as the kernel takes output for it.
 cdef int tst_need_send(TstSocket sock) noexcept nogil
 
-# No more messages until tst_resume(): TCP holds the peer back, and a peer that has finished sending is kept. A call that
+# No more messages until tst_resume(): TCP holds the peer back, and one that has finished sending is kept. A call that
 # runs already is not stopped.
 cdef int tst_pause(TstSocket sock) noexcept nogil
 

@@ -95,7 +95,7 @@ cdef struct kv_client:
     size_t memory              # its part of waiting_memory
     bint counted               # in n_clients
     bint waits                 # its requests wait for another turn, or until it has read its replies
-    bint holds_back            # it has sent so much meanwhile that no more is to be received until some of it has been run
+    bint holds_back            # it has sent much meanwhile: no more is to be received until some of that has been run
     bint ends                  # nothing more is run; it is to be closed once the rest of its replies has been sent
     bint closed                # nothing more is run, nothing more is sent
     bint resp3                 # it has asked for RESP3

@@ -11,9 +11,9 @@ until all of them have been sent what has come behind stays unread.
 What one client can make us hold has these limits (kv_limits):
 
     argument        longer: an error as Redis words it, and the connection is closed
-    request         more unread, or more since MULTI: closed. The buffers are at most four times as large. From half of it
-                    on nothing is received while requests wait (holds_back): not earlier, for there are clients that send
-                    all of theirs before they read a reply
+    request         more unread, or more since MULTI: closed. The buffers are at most four times as large. From half of
+                    it on nothing is received while requests wait (holds_back): not earlier, for there are clients that
+                    send all of theirs before they read a reply
     output_pause    more replies waiting: its next requests stay unread until it has read the replies (SERVE_PAUSED)
     output          more, by one command: closed
     waiting         more unread, and copied to be sent, by all clients together: who then needs more memory is closed,
