@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import operator
 import os
 import socket
 import stat
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 UNIX_PREFIX = "unix:"
+FOLDER_PATIENCE = 1.0  # seconds: somebody else may keep a folder locked, for reasons of their own
+LOOK_AGAIN = 0.005  # seconds
 SKIPPED_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
@@ -103,22 +108,55 @@ def _listen_unix(path: str, backlog: int) -> socket.socket:
         raise OSError(errno.EINVAL, "a unix socket must have a path")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        try:
-            listener.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_abandoned(path):
+        with _alone_in(os.path.dirname(path) or "."):
+            try:
+                listener.bind(path)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or not _is_abandoned(path):
+                    raise
+                os.unlink(path)
+                listener.bind(path)
+            try:
+                listener.listen(backlog)
+            except BaseException:
+                discard_listener(listener)
                 raise
-            os.unlink(path)
-            listener.bind(path)
     except BaseException:
         listener.close()
         raise
-    try:
-        listener.listen(backlog)
-    except BaseException:
-        discard_listener(listener)
-        raise
     return listener
+
+
+@contextlib.contextmanager
+def _alone_in(folder: str) -> Iterator[None]:
+    """One server at a time: between bind() and listen() a live file looks abandoned, and who has found an abandoned one
+    would remove what another has put in its place.
+
+    Without that where the folder can't be opened, or somebody else keeps it locked.
+    """
+    number = -1
+    try:
+        with contextlib.suppress(OSError):
+            number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            _lock(number)
+        yield
+    finally:
+        if number >= 0:
+            with contextlib.suppress(OSError):  # a child that was forked meanwhile would keep the lock
+                fcntl.flock(number, fcntl.LOCK_UN)
+            os.close(number)
+
+
+def _lock(number: int) -> None:
+    """Waits for at most FOLDER_PATIENCE."""
+    until = time.monotonic() + FOLDER_PATIENCE
+    while True:
+        try:
+            return fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(LOOK_AGAIN)
 
 
 def _is_abandoned(path: str) -> bool:
