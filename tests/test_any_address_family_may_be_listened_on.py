@@ -19,8 +19,7 @@ from contract_helpers import (
 from helpers import connect, open_fds, run_python, wait_until
 from network_helpers import configure, in_a_network_of_its_own
 
-from tstpool import TstPool, TstSockType
-from tstpool._net import scoped
+from tstpool import TstPool, TstSockType, _net
 
 
 @pytest.fixture
@@ -119,8 +118,8 @@ def test_addresses_of_both_ends(pool, make_client):
 def test_an_interface_that_is_gone_is_named_by_its_number():
     """It may be removed while its connections go on."""
     (number, name), *_ = socket.if_nameindex()
-    assert [scoped("fe80::1", scope) for scope in (0, number)] == ["fe80::1", f"fe80::1%{name}"]
-    assert scoped("fe80::1", 2**31 - 1) == f"fe80::1%{2**31 - 1}"
+    assert [_net.scoped("fe80::1", scope) for scope in (0, number)] == ["fe80::1", f"fe80::1%{name}"]
+    assert _net.scoped("fe80::1", 2**31 - 1) == f"fe80::1%{2**31 - 1}"
 
 
 @pytest.mark.parametrize("interface", ["lo", "v0"])
@@ -356,6 +355,48 @@ def test_all_addresses_of_a_name_get_one_port(pool, make_client, monkeypatch):
     assert [port for _, port in pool.addresses] == [port, port]
     for host in ("127.0.0.1", "127.0.0.2"):
         assert round_trip(make_client((host, port)), b"hello") == b"hello"
+
+
+def others_take_the_port(monkeypatch, host, most):
+    """The first `most` times that somebody would listen on `host`, another socket has just taken that port."""
+    taken, listen_on = [], _net._listen_on
+
+    def too_late(family, address, backlog, **options):
+        if address[0] == host and len(taken) < most:
+            taken.append(socket.create_server(address))
+        return listen_on(family, address, backlog, **options)
+
+    monkeypatch.setattr(_net, "_listen_on", too_late)
+    return taken
+
+
+def test_a_port_that_is_free_at_one_address_of_a_name_only_is_not_chosen(pool, make_client, monkeypatch):
+    """B44, B62: the system knows of the first address alone when it chooses."""
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", addresses("127.0.0.1", "127.0.0.2"))
+        taken = others_take_the_port(patch, "127.0.0.2", 3)
+        port = pool.listen("two.example", 0)[1]
+    assert port not in [each.getsockname()[1] for each in taken]
+    assert pool.addresses == [("127.0.0.1", port), ("127.0.0.2", port)]
+    for host in ("127.0.0.1", "127.0.0.2"):
+        assert round_trip(make_client((host, port)), b"hello") == b"hello"
+    for each in taken:
+        each.close()
+
+
+def test_where_no_port_is_free_at_all_addresses_of_a_name_it_is_an_oserror(pool, monkeypatch):
+    """B44: after some tries; no descriptor stays behind."""
+    before = open_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", addresses("127.0.0.1", "127.0.0.2"))
+        taken = others_take_the_port(patch, "127.0.0.2", 1000)
+        with pytest.raises(OSError, match=r"two\.example:0: Address already"):
+            pool.listen("two.example", 0)
+    assert 1 < len(taken) < 1000
+    for each in taken:
+        each.close()
+    assert open_fds() == before
+    assert pool.addresses == []
 
 
 def test_a_name_of_which_one_address_is_taken_is_refused_whole(pool, monkeypatch):

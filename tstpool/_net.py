@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 UNIX_PREFIX = "unix:"
+PORTS_TRIED = 32  # of those that the system chooses for a name, until one is free at all of its addresses
 FOLDER_PATIENCE = 1.0  # seconds: somebody else may keep a folder locked, for reasons of their own
 LOOK_AGAIN = 0.005  # seconds
 SKIPPED_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -70,6 +71,16 @@ def _listen_all(port: int, backlog: int) -> socket.socket:
 
 def _listen_named(host: str | None, port: int, backlog: int) -> list[socket.socket]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for _ in range(PORTS_TRIED - 1 if port == 0 else 0):
+        try:
+            return _listen_found(found, port, backlog)
+        except OSError as error:  # the port that the first address was given is somebody else's at another one
+            if error.errno != errno.EADDRINUSE:
+                raise
+    return _listen_found(found, port, backlog)
+
+
+def _listen_found(found: list[Any], port: int, backlog: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     failure: OSError | None = None
     for family, address in {(entry[0], entry[4]): None for entry in found}:  # each once, in their order
