@@ -234,8 +234,7 @@ def connected_socket(host: str, port: int, timeout: float | None) -> socket.sock
         if host.startswith(UNIX_PREFIX):
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                client.settimeout(timeout)
-                client.connect(host[len(UNIX_PREFIX) :])
+                _connect_unix(client, host[len(UNIX_PREFIX) :], timeout)
             except BaseException:
                 client.close()
                 raise
@@ -245,6 +244,20 @@ def connected_socket(host: str, port: int, timeout: float | None) -> socket.sock
         raise named(error, "connect to", host, port) from error
     except (UnicodeError, OverflowError) as error:
         raise named(OSError(errno.EINVAL, str(error)), "connect to", host, port) from error
+
+
+def _connect_unix(client: socket.socket, path: str, timeout: float | None) -> None:
+    """Where the server's backlog is full the kernel would wait for a blocking socket alone, and not on after a signal,
+    which Python takes for success: it is asked again and again."""
+    until = None if timeout is None else time.monotonic() + timeout
+    client.setblocking(False)
+    while True:
+        try:
+            return client.connect(path)
+        except BlockingIOError:
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+        time.sleep(LOOK_AGAIN)
 
 
 def _connect_named(host: str, port: int, timeout: float | None) -> socket.socket:
