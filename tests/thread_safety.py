@@ -25,6 +25,7 @@ WORDS = {
     r"\b(setrlimit|signal\.|fork|chdir|environ|umask|quick_switches|setswitchinterval|settrace|setprofile)\b": (
         "changes the process"
     ),
+    r"\bno_descriptor_left\b": "changes the process",
     r"\b(gc\.|weakref|getrefcount|tracemalloc|litter)": "looks at what the garbage collector does",
     r"\b(caplog|logging|logger)\b": "reads the log, which all threads write",
     r"\b(monkeypatch|setattr)\b": "changes a module",
@@ -63,6 +64,7 @@ TESTS = {
     "test_a_kernel_that_lacks_a_call_is_told_at_start_up": "starts processes, which share nothing",
     "test_reconnected_serves_the_fresh_connection_under_the_same_descriptor": "its handler must not be held up",
     "test_a_socket_of_another_pool_is_not_found": "needs its descriptors back",
+    "test_local_is_never_the_address_of_a_successor": "needs its descriptors back",
     "test_an_idle_connection_costs_no_buffers": "measures the process",
     "test_a_log_that_blocks_is_not_felt_by_others": "reads the log, which all threads write",
     "test_an_address_that_is_no_good_is_an_oserror_that_names_it": "counts what the process has",

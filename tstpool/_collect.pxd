@@ -72,9 +72,10 @@ cdef inline bint accept_here_after_all(tst_engine *engine, tst_shard *shard, tst
     return True
 
 
-cdef inline void keep_peer(tst_connection *connection, sockaddr_storage *address) noexcept nogil:
-    """Remembers an internet peer's address: it can't be asked for any more once the peer has reset the connection."""
-    connection.peer.family = address.ss_family
+cdef inline void keep_peer(tst_connection *connection, sockaddr_storage *address, socklen_t size) noexcept nogil:
+    """Remembers an internet peer's address: it can't be asked for any more once the peer has reset the connection. Of a
+    unix socket, that it has a name: most clients have none, and need not be asked again."""
+    connection.peer.family = address.ss_family if size > sizeof(connection.peer.family) else 0
     if address.ss_family == AF_INET or address.ss_family == AF_INET6:
         memcpy(connection.peer.bytes, <char *>address + sizeof(connection.peer.family), sizeof(connection.peer.bytes))
 
@@ -145,7 +146,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
             close(fd)
             continue
         count(&worker.stats.accepted, 1)
-        keep_peer(connection, &address)
+        keep_peer(connection, &address, size)
         if address.ss_family == AF_INET or address.ss_family == AF_INET6:
             sys_prepare(fd)
         connection_settle_in(connection, engine, home, TYPE_SUB)

@@ -137,7 +137,7 @@ cdef struct tst_compiled:
     tst_notified disconnected
 
 
-# Room for an IPv6 address; an AF_UNIX peer of a server has no name.
+# Room for an IPv6 address. A unix socket's path is longer: of a peer that has one, only the family is here.
 cdef struct tst_address:
     uint16_t family
     uint8_t bytes[26]

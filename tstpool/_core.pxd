@@ -91,7 +91,7 @@ cdef class TstSocket:
     cdef const tst_limits *limits          # borrowed from the pool
     cdef int type_number                   # TstSockType
     cdef tst_address peer_address
-    cdef str peer_path                     # "unix:..." of a socket that was connected here, else None
+    cdef str peer_path                     # "unix:..." of a unix peer that has a name, else None
     cdef object data                       # sock.user_data; guarded by the object's critical section
     cdef Binding binding                   # of sock.handler, None: the pool's; guarded likewise
     cdef Binding active                    # owner: the binding that `connection.compiled` points into

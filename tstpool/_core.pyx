@@ -18,7 +18,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from tstpool._collect cimport connection_settle_in
+from tstpool._collect cimport connection_settle_in, keep_peer
 from tstpool._conn cimport (
     GONE, OVERFLOW_BLOCK, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE,
     PEND_CONNECT, PEND_IN, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN,
@@ -37,12 +37,12 @@ from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_PIECES, FRAME_RAW, OFFSET_MOST, framing_cuts,
     framing_settle, tst_framing)
 from tstpool._libc cimport (
-    ACQUIRE, ACQ_REL, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT, RELAXED,
-    RELEASE, SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1, eventfd,
-    compare_exchange32, exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy,
+    ACQUIRE, ACQ_REL, AF_UNIX, CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, POLLOUT,
+    RELAXED, RELEASE, SEQ_CST, SHUT_RDWR, TFD_CLOEXEC, TFD_NONBLOCK, accept4, add32, add64, close, epoll_create1,
+    eventfd, compare_exchange32, exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy,
     pthread_cond_init, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
-    pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, store32, store64, store_pointer, sub32,
-    timerfd_create, tst_rarely)
+    pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, sockaddr, sockaddr_storage, socklen_t, store32,
+    store64, store_pointer, sub32, timerfd_create, tst_rarely)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
@@ -108,6 +108,10 @@ cdef object POOLS_KEY = object()       # who does not have it can't make a TstSo
 
 cdef extern from "<pythread.h>" nogil:
     unsigned long PyThread_get_thread_ident()
+
+cdef extern from "<sys/socket.h>" nogil:       # the engine has no use for them: _libc.pxd has what it calls
+    int getsockname(int fd, sockaddr *address, socklen_t *size)
+    int getpeername(int fd, sockaddr *address, socklen_t *size)
 
 
 include "_check.pxi"

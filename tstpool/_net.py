@@ -308,11 +308,14 @@ def unlink_socket(address: tuple[str, int], file: tuple[int, int] | None) -> Non
             os.unlink(address[0][len(UNIX_PREFIX) :])
 
 
-def text_address(family: int, raw: bytes) -> tuple[str, int] | None:
-    """What follows the family field of a sockaddr_in or sockaddr_in6, as (host, port); None for other families."""
+def text_address(family: int, raw: bytes) -> tuple[str, int] | str | None:
+    """What follows the family field of a sockaddr_in or sockaddr_in6, as (host, port), or of a sockaddr_un, as
+    "unix:path"; None for other families."""
     if family == socket.AF_INET:
         return socket.inet_ntop(family, raw[2:6]), int.from_bytes(raw[:2], "big")
     if family == socket.AF_INET6:
         host = scoped(socket.inet_ntop(family, raw[6:22]), int.from_bytes(raw[22:26], sys.byteorder))
         return host, int.from_bytes(raw[:2], "big")
+    if family == socket.AF_UNIX:  # an abstract name begins with a zero byte, a path ends before one
+        return UNIX_PREFIX + os.fsdecode(raw if raw.startswith(b"\0") else raw.partition(b"\0")[0])
     return None

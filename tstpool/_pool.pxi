@@ -451,13 +451,12 @@ messages_per_turn=32)
                 connection.limits = self.engine.limits
                 connection.active_tick = connection.output_tick = tick_of(clock_now())
                 try:
-                    path = read_peer(connection)
+                    read_peer(connection)
                     made = make_socket(self, connection)
                     adopt(sock, False)
                 except BaseException:
                     withdraw(connection)
                     raise
-                made.peer_path = path
                 made.data = user_data
                 made.binding = binding
                 publish_socket(connection, made)
@@ -1238,23 +1237,9 @@ cdef int adopt(object sock, bint listens) except -1:
     return 0
 
 
-cdef object read_peer(tst_connection *connection):
-    """Asks the kernel for the peer of a socket that somebody else connected. Returns a unix socket's "unix:path"."""
-    cdef bytes raw
-    try:
-        with socket.socket(fileno=os.dup(connection.fd)) as copy:
-            family, address = copy.family, copy.getpeername()
-    except OSError:
-        return None
-    if family == socket.AF_UNIX:
-        return _net.UNIX_PREFIX + os.fsdecode(address) if address else None
-    if family == socket.AF_INET:
-        raw = address[1].to_bytes(2, "big") + socket.inet_pton(family, address[0])
-    elif family == socket.AF_INET6:
-        raw = (address[1].to_bytes(2, "big") + bytes(4) + socket.inet_pton(family, address[0].partition("%")[0])
-               + address[3].to_bytes(4, sys.byteorder))
-    else:
-        return None
-    connection.peer.family = family
-    memcpy(connection.peer.bytes, <const char *>raw, <size_t>len(raw))
-    return None
+cdef void read_peer(tst_connection *connection) noexcept:
+    """Asks the kernel for the peer of a socket that somebody else connected."""
+    cdef sockaddr_storage address
+    cdef socklen_t size = sizeof(address)
+    if getpeername(connection.fd, <sockaddr *>&address, &size) == 0:
+        keep_peer(connection, &address, size)

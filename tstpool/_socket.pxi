@@ -191,13 +191,14 @@ cdef class TstSocket:
     @property
     def local(self):
         """(host, port) of this side, or a unix socket's "unix:path"; None once the connection is gone."""
-        try:
-            with socket.socket(fileno=os.dup(self.fileno())) as copy:
-                address = _net.address_of(copy) if copy.family != socket.AF_UNIX else _net.address_of(copy)[0]
-        except OSError:
-            return None
-        # The number may have been another connection's by the time that it was duplicated.
-        return address if connection_is(self.connection, self.generation()) else None
+        cdef sockaddr_storage address
+        cdef socklen_t size = sizeof(address)
+        cdef bint known = False
+        spin_lock(&self.connection.lock)       # as long as it is held, nobody closes the descriptor
+        if connection_is(self.connection, self.generation()):
+            known = getsockname(self.connection.fd, <sockaddr *>&address, &size) == 0
+        spin_unlock(&self.connection.lock)
+        return text_of(&address, size) if known else None
 
     # -- what the user hangs on it
 
@@ -566,10 +567,25 @@ cdef TstSocket make_socket(TstPool pool, tst_connection *connection):
     sock.pool = pool
     sock.limits = connection.limits
     sock.type_number = connection.type
-    sock.peer_address = connection.peer
+    if connection.peer.family == AF_UNIX:
+        sock.peer_path = unix_peer(connection)
+    else:
+        sock.peer_address = connection.peer
     if connection.framing != NULL:
         sock.own_framing = <Framing>connection.framing.object
     return sock
+
+
+cdef object unix_peer(tst_connection *connection):
+    """The "unix:path" of a peer that has a name. Owner only."""
+    cdef sockaddr_storage address
+    cdef socklen_t size = sizeof(address)
+    return text_of(&address, size) if getpeername(connection.fd, <sockaddr *>&address, &size) == 0 else None
+
+
+cdef object text_of(sockaddr_storage *address, socklen_t size):
+    """What the kernel has written, as users see it. None: no family that has a text."""
+    return _net.text_address(address.ss_family, (<const char *>address)[sizeof(address.ss_family):size])
 
 
 cdef int publish_socket(tst_connection *connection, TstSocket sock) except -1:
