@@ -300,6 +300,17 @@ def file_of(address: tuple[str, int]) -> tuple[int, int] | None:
     return None
 
 
+def rooted(address: tuple[str, int]) -> tuple[str, int]:
+    """A unix listener's address that stands for the same file after a chdir(). Links in it stay, and so do dots."""
+    host = address[0]
+    path = host[len(UNIX_PREFIX) :]
+    if not host.startswith(UNIX_PREFIX) or path.startswith(("/", "\0")):
+        return address
+    with contextlib.suppress(OSError):
+        return UNIX_PREFIX + os.path.join(os.getcwd(), path), address[1]
+    return address
+
+
 def unlink_socket(address: tuple[str, int], file: tuple[int, int] | None) -> None:
     """Removes a unix listener's file (see file_of), if it is still there: somebody may have put another in its place.
     The listener is still open, or the other one could be taken for it."""

@@ -345,7 +345,8 @@ messages_per_turn=32)
         cdef tst_connection *connection
         address = _net.address_of(listener)
         file = _net.file_of(address) if ours else None
-        cdef list names = [] if file is None else [(address, file)]
+        # The second is for after a chdir(), the first for after a setuid(), when the whole path may not be open to us.
+        cdef list names = [] if file is None else [(place, file) for place in {address, _net.rooted(address)}]
         entry = None
         with self.mutex:
             self.check_not_stopping()
