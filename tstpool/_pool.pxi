@@ -177,7 +177,6 @@ messages_per_turn=32)
         self.keepalive = 0 if keepalive is None else number_within(keepalive, "keepalive", 1, 32767)
         self.copy = bool(copy)
         self.mutex = PoolMutex()
-        self.limits_from(self.limits)
         self.engine.accepts_per_turn = number_within(accepts_per_turn, "accepts_per_turn", 1, 1024)
         self.engine.accept_pause = max(<uint64_t>1000000, nanoseconds(accept_pause, "accept_pause"))
         self.engine.receive_size = number_within(receive_size, "receive_size", 4096, 16777216)
@@ -197,7 +196,9 @@ messages_per_turn=32)
         self.engine.trigger = TRIGGERS[trigger]
         self.engine.watcher = -1
         self.binding = None if handler is None else bind(handler, {})
-        self.hooks = {}
+        hooks = {}
+        self.limits_from(self.limits)  # last: what it makes stays, and would be those of an __init__ after this one
+        self.hooks = hooks
 
     def __dealloc__(self):
         if self.engine == NULL or self.dead:       # a forked child leaves the parent's memory as it found it
