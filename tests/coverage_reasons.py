@@ -25,7 +25,6 @@ REASONS = {
         "tstpool/_collect.pxd accept_burst": [
             "count(&worker.stats.accept_errors, 1)",
             "worker.accept_errno = ENOMEM",
-            "close(fd)",
             "continue",
         ],
         "tstpool/_conn.pxd queue_frame": ["return -ENOMEM"],

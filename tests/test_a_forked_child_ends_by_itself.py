@@ -77,6 +77,62 @@ if child == 0:
 print(end_of(child), [ask(client) for client in clients], [pool.stop(0) for pool in pools])
 """
 
+FORK_IN_A_SIGNAL_HANDLER = """
+import threading
+children, parent = [], os.getpid()
+
+class Slow(Echo):
+    def on_message(self, sock, data):
+        if data == b"wait":
+            inside.set()
+            gate.wait(patience)
+        return data
+
+def fork(number, frame):
+    child = os.fork()
+    if child:
+        children.append(child)
+
+def signal_and_end():
+    if sys.argv[2] == "serve":  # not while start() waits for its thread: in the child there is none
+        with socket.create_connection(address, patience) as client:
+            assert ask(client) == b"hello"
+    while pool.running != (sys.argv[2] == "serve"):  # until the call has begun
+        time.sleep(0.001)
+    while not children:
+        os.kill(parent, signal.SIGUSR1)
+        time.sleep(0.05)
+    gate.set()
+    sys.stdout.write(f"{end_of(children[0])}\\n")  # print() in two threads mixes the ends of lines
+    pool.stop()
+
+inside, gate = threading.Event(), threading.Event()
+pool = TstPool(Slow(), workers=1)
+address = pool.listen("127.0.0.1", 0)
+if sys.argv[2] == "stop":
+    pool.start()
+    client = socket.create_connection(address, patience)
+    client.sendall(b"wait")
+    inside.wait(patience)
+signal.signal(signal.SIGUSR1, fork)
+threading.Thread(target=signal_and_end).start()
+try:
+    result = pool.serve_forever() if sys.argv[2] == "serve" else pool.stop(patience)
+except TstError as error:
+    result = str(error)
+if os.getpid() != parent:
+    os._exit(7 if sys.argv[2] == "stop" or "fork" in result else 1)
+sys.stdout.write(f"{result}\\n")
+"""
+
+WITH = """
+with TstPool(Echo(), workers=1) as pool:
+    child = os.fork()
+    if child == 0:
+        %s
+    print(end_of(child))
+"""
+
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_when_on_idle_has_forked_it_and_returns_there(workers, tmp_path):
@@ -91,3 +147,21 @@ def test_when_a_subclass_has_an_attribute_of_a_name_that_the_engine_once_called(
     """B45: all pools are dead in the child, and its exit leaves the parent's connections alone."""
     out = run_python("-c", PRELUDE + NAMED, str(patient(2.5)), timeout=9).stdout
     assert out == f"3 {[b'hello'] * 3} {[True] * 3}\n"
+
+
+@pytest.mark.parametrize(("call", "result"), [("serve", "None"), ("stop", "True")])
+def test_when_a_signal_handler_has_forked_while_a_call_waited(call, result):
+    """B45, B49: the call is over in the child, where nobody is left to wait for, and goes on in the parent."""
+    out = run_python("-c", PRELUDE + FORK_IN_A_SIGNAL_HANDLER, str(patient(10)), call, timeout=40).stdout
+    assert sorted(out.split()) == sorted(["7", result])
+
+
+@pytest.mark.parametrize(
+    ("leave", "status", "said"),
+    [("sys.exit(5)", 5, ""), ("raise RuntimeError('its own')", 1, "RuntimeError: its own\n"), ("os._exit(3)", 3, "")],
+)
+def test_when_it_leaves_the_pools_block(leave, status, said):
+    """B45: as it likes, with its own exit status or exception; the parent's pool is none of its business."""
+    done = run_python("-c", PRELUDE + WITH % leave, str(patient(10)), timeout=40)
+    assert done.stdout == f"{status}\n"
+    assert done.stderr.endswith(said) and "TstError" not in done.stderr

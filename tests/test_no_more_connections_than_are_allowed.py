@@ -237,6 +237,20 @@ def test_after_much_churn_as_many_are_served_again(make_pool, make_client, when_
     assert len(pool) == limit
 
 
+def test_a_full_pool_to_which_nothing_happens_is_idle(make_pool, make_client):
+    """S37: it looks for room ten times a second, for the one who waits; that is nothing to do."""
+    numbers = []
+    hooks = handler(on_message=echo, on_idle=numbers.append)
+    pool = make_pool(hooks, max_connections=1, workers=1, idle_time=0.25)
+    served_clients(pool, make_client, 1)
+    late = asks(make_client(pool))
+    wait_until(lambda: pool.stats().accept_pauses)
+    before = len(numbers), pool.stats().workers[0].idle_count
+    wait_until(lambda: len(numbers) >= before[0] + 3)
+    assert pool.stats().workers[0].idle_count >= before[1] + 3
+    assert waits(late, 0.01)
+
+
 def test_two_listeners_of_two_shards_let_no_more_in(make_pool, make_client):
     """B33: both accept at the same time."""
     limit, each = 3, scaled(150, 20)

@@ -61,6 +61,29 @@ def interrupt():
 threading.Thread(target=interrupt, daemon=True).start()
 """
 
+TAKE_NOTHING = """
+class Sending(TstHandler):
+    def on_connect(self, sock):
+        sock.send(bytes(16_000_000))
+
+clients = []
+for number in range(4):
+    started(TstPool(Sending(), workers=1, max_queued=None, name=f"pool{number}"))
+    clients.append(socket.create_connection(pools[-1].addresses[0], patience))
+for client in clients:
+    assert client.recv(1)
+
+def workers():
+    return sum(thread.name.startswith("pool") for thread in threading.enumerate())
+
+def watch():
+    while workers() == len(pools):
+        time.sleep(0.001)
+    print([pool.running for pool in pools], flush=True)
+
+threading.Thread(target=watch).start()
+"""
+
 
 def test_where_a_subclass_has_another_stop():
     """B46: one of other arguments, one that raises: these pools are stopped, too."""
@@ -73,3 +96,9 @@ def test_where_ctrl_c_interrupts_the_stop_of_one():
     """B46, B49: the other is stopped all the same."""
     out = run_python("-c", PRELUDE + STUCK, str(patient(8))).stdout
     assert out == "[False, False]\n"
+
+
+def test_where_each_has_a_client_that_takes_nothing():
+    """B46: when the first one has waited for its client, so have the others; they do not do so in turn."""
+    out = run_python("-c", PRELUDE + TAKE_NOTHING, str(patient(20))).stdout
+    assert out == "[False, False, False, False]\n" * 2

@@ -53,6 +53,7 @@ FILES = {
     "test_one_client_wakes_few_of_many_workers.py": "counts the switches of the process's threads",
     "test_a_bad_network_is_one_end_at_most.py": "makes networks",
     "test_a_pool_may_be_watched_while_it_restarts.py": "changes the process",
+    "test_there_are_never_more_shards_than_workers.py": "counts what the process has",
     "test_tracing_and_switching_at_every_opportunity_change_nothing.py": "changes the process",
 }
 

@@ -19,7 +19,7 @@ from tstpool._entry cimport (
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, OUTQ, RELAXED, RELEASE, SEQ_CST, add32, close,
     epoll_event, fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
-from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._lock cimport descriptor_moved, descriptor_moves, spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_holds, sys_prepare)
@@ -100,13 +100,35 @@ cdef inline void accept_pause(tst_engine *engine, tst_worker *worker, tst_shard 
     listeners_silence(shard)
 
 
+cdef inline int accept_one(tst_engine *engine, tst_shard *shard, tst_connection *listener, sockaddr_storage *address,
+                           bint full, tst_connection **accepted, tst_shard **home) noexcept nogil:
+    """The next client's descriptor, in a slot (`accepted`), for the shard that is to have it (`home`); or -errno. NULL
+    in `accepted`: it was closed again, being one too many (`full`), or for want of memory for a slot."""
+    cdef socklen_t size = sizeof(sockaddr_storage)
+    cdef uint64_t id
+    cdef int fd
+    accepted[0] = NULL
+    home[0] = shard
+    address.ss_family = 0
+    descriptor_moves()
+    fd = sys_accept(listener.fd, <sockaddr *>address, &size)
+    if fd >= 0 and not full:
+        home[0] = engine_least_loaded(engine)
+        accepted[0] = table_open(
+            &engine.table, fd, STATE_OWNED if home[0] == shard else STATE_QUEUED | PEND_CONNECT, &id)
+    if fd >= 0 and accepted[0] == NULL:
+        close(fd)
+    descriptor_moved()
+    if accepted[0] != NULL:
+        keep_peer(accepted[0], address, size)
+    return fd
+
+
 cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                               tst_connection *listener, uint64_t now) noexcept nogil:
     cdef sockaddr_storage address
-    cdef socklen_t size
     cdef tst_connection *connection
     cdef tst_shard *home
-    cdef uint64_t id
     cdef int fd, _n, failures = 0
     cdef bint full
     if shard.accept_again:                 # another listener's event of this turn has brought the pause
@@ -119,9 +141,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
             shard.full = True
             accept_pause(engine, worker, shard, EUSERS, now)   # no call has failed: complain() has its own words
             return
-        size = sizeof(address)
-        address.ss_family = 0
-        fd = sys_accept(listener.fd, <sockaddr *>&address, &size)
+        fd = accept_one(engine, shard, listener, &address, full, &connection, &home)
         if fd == -EAGAIN:
             return
         if fd < 0:
@@ -136,17 +156,12 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
             continue
         if full:
             count(&worker.stats.rejected, 1)
-            close(fd)
             continue
-        home = engine_least_loaded(engine)
-        connection = table_open(&engine.table, fd, STATE_OWNED if home == shard else STATE_QUEUED | PEND_CONNECT, &id)
         if connection == NULL:
             count(&worker.stats.accept_errors, 1)
             worker.accept_errno = ENOMEM
-            close(fd)
             continue
         count(&worker.stats.accepted, 1)
-        keep_peer(connection, &address, size)
         if address.ss_family == AF_INET or address.ss_family == AF_INET6:
             sys_prepare(fd)
         connection_settle_in(connection, engine, home, TYPE_SUB)

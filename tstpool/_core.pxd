@@ -191,7 +191,7 @@ cdef class TstPool:
     cdef bint opened                       # shards have their descriptors
     cdef bint dead                         # in a forked child
     cdef int n_workers
-    cdef int n_shards
+    cdef int n_shards                      # that there is memory for; the engine's own number: those in use
     cdef int shards_wanted                 # 0: the pool chooses
     cdef int live_workers                  # under WORKERS_END
     cdef int launch                        # under WORKERS_END: start() and the end of its workers count it up

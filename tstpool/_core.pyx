@@ -43,7 +43,8 @@ from tstpool._libc cimport (
     pthread_cond_init, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
     pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, sockaddr, sockaddr_storage, socklen_t, store32,
     store64, store_pointer, sub32, timerfd_create, tst_rarely)
-from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._lock cimport (
+    descriptor_moved, descriptor_moves, fork_begins, fork_begins_anew, fork_is_over, spin_lock, spin_unlock)
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_flush, connection_is_stuck,
@@ -113,6 +114,10 @@ cdef extern from "<sys/socket.h>" nogil:       # the engine has no use for them:
     int getsockname(int fd, sockaddr *address, socklen_t *size)
     int getpeername(int fd, sockaddr *address, socklen_t *size)
 
+cdef extern from "<pthread.h>" nogil:
+    int pthread_atfork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
+                       void (*in_child)() noexcept nogil)
+
 
 include "_check.pxi"
 include "_framing.pxi"
@@ -132,10 +137,16 @@ def _stop_all():
     with WORKERS_END:              # nothing more in it: a list may have the garbage collector run
         interpreter_ends = True
     failure = None
-    for pool in [ref() for ref in list(_open.values())]:
+    pools = [pool for pool in [ref() for ref in list(_open.values())] if pool is not None]
+    until = time.monotonic() + 1.0
+    for pool in pools:                 # all at once: that second is for all of them together
         try:
-            if pool is not None:
-                TstPool.stop(pool, 1.0)        # a subclass may have another thing of that name
+            ask_to_stop(pool, NANOSECOND)
+        except BaseException as error:
+            failure = error
+    for pool in pools:
+        try:                           # a subclass may have another thing of that name
+            TstPool.stop(pool, max(0.0, until - time.monotonic()))
         except BaseException as error:
             failure = error
     if failure is not None:
@@ -155,3 +166,5 @@ def _after_fork_in_child():
 # threading waits for its threads before atexit runs; this hook, which concurrent.futures uses too, runs before that.
 getattr(threading, "_register_atexit", atexit.register)(_stop_all)
 os.register_at_fork(after_in_child=_after_fork_in_child)
+# These come within fork(), where nobody can run anything of Python's: who waits for them may be attached to it.
+check(-pthread_atfork(fork_begins, fork_is_over, fork_begins_anew), "no memory for what a fork does")

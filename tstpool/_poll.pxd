@@ -39,7 +39,7 @@ from tstpool._libc cimport (
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
     poll, pollfd, read, recv, recvmsg, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
     timerfd_settime, tst_rarely, write)
-from tstpool._lock cimport spin_lock, spin_unlock
+from tstpool._lock cimport descriptor_moved, descriptor_moves, spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
 from tstpool._stats cimport NANOSECOND, count, tst_stats
 from tstpool._timer cimport tick_before, tick_of
@@ -445,6 +445,7 @@ cdef inline void connection_free(tst_connection *connection, tst_stats *stats) n
             break
     if word & STATE_QUEUED:
         return
+    descriptor_moves()
     spin_lock(&connection.lock)
     output_drop(connection)
     input_free(&connection.input)
@@ -455,6 +456,7 @@ cdef inline void connection_free(tst_connection *connection, tst_stats *stats) n
     store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
     spin_unlock(&connection.lock)
     close(fd)                              # from store64 on, the slot may belong to somebody else
+    descriptor_moved()
     sub32(shard_open, 1, RELEASE)
 
 

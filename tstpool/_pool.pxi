@@ -491,8 +491,8 @@ messages_per_turn=32)
 
     cdef int shards_to_open(self) except -1:
         """As many as were asked for; else one where the GIL lets one thread run handlers at a time, or one a core."""
-        if self.engine.shards != NULL:
-            return self.engine.n_shards        # connections may still remember theirs from before a stop()
+        if self.engine.shards != NULL:         # made once: connections may still remember theirs from before a stop()
+            return min(self.n_shards, self.n_workers)
         if self.shards_wanted:
             return min(self.shards_wanted, self.n_workers)
         if gil_is_on() and not (self.binding is not None and self.binding.compiled.handler != NULL):
@@ -501,25 +501,26 @@ messages_per_turn=32)
 
     cdef int open(self) except -1:
         """Makes the shards' descriptors if they are not there. Mutex held."""
-        cdef int i
+        cdef int i, n
         cdef tst_shard *shard
         if self.opened:
             return 0
         _open[<size_t><void *>self] = weakref.ref(self, functools.partial(_open.pop, <size_t><void *>self))
-        self.n_shards = self.shards_to_open()
+        n = self.shards_to_open()
         if accept4(-1, NULL, NULL, 0) < 0 and errno == ENOSYS:
             raise system_error(ENOSYS, "this kernel has no accept4, which tstpool needs (Linux 2.6.28 or newer)")
         if self.engine.shards == NULL:
-            self.engine.shards = <tst_shard *>calloc(self.n_shards, sizeof(tst_shard))
+            self.engine.shards = <tst_shard *>calloc(n, sizeof(tst_shard))
             if self.engine.shards == NULL:
                 raise MemoryError()
-            for i in range(self.n_shards):
+            self.n_shards = n
+            for i in range(n):
                 pthread_mutex_init(&self.engine.shards[i].mutex, NULL)
                 shard = &self.engine.shards[i]
                 shard.epoll_fd = shard.event_fd = shard.timer_fd = -1
                 shard.no = i
-            store32(<uint32_t *>&self.engine.n_shards, <uint32_t>self.n_shards, RELEASE)   # stats() may be looking
-        for i in range(self.n_shards):
+        store32(<uint32_t *>&self.engine.n_shards, <uint32_t>n, RELEASE)       # stats() may be looking
+        for i in range(n):
             shard = &self.engine.shards[i]
             shard.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
             shard.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -566,6 +567,7 @@ messages_per_turn=32)
         if self.binding is None:
             raise TstError("no handler: give one to TstPool() or create()")
         self.open()
+        close_spare_shards(self)
         make_room(self.engine, self.n_workers)
         begin_counting(self, open_connections(self))
         set_binding(self, bind(self.binding.handler, self.hooks))
@@ -597,9 +599,7 @@ messages_per_turn=32)
             self.launch += 1
             none = self.live_workers == 0
         if none:
-            with self.mutex:
-                gone = self.close_down()
-            let_sockets_go(gone)
+            end_run(self)
         else:
             with self.mutex:
                 self.begin_stop(0)
@@ -732,7 +732,6 @@ messages_per_turn=32)
         """Closes what is still open, without a word to anybody: a pool that was never started, what came too late.
         Returns its TstSockets."""
         cdef int chunk, i
-        cdef uint64_t word
         cdef list gone = []
         cdef tst_connection *first
         cdef tst_connection *connection
@@ -740,22 +739,12 @@ messages_per_turn=32)
             first = table_chunk(&self.engine.table, chunk)
             for i in range(TABLE_CHUNK if first != NULL else 0):
                 connection = first + i
-                spin_lock(&connection.lock)        # cut_off() or waiting() may be about to use the descriptor
-                word = load64(&connection.state, ACQUIRE)
-                if word & STATE_OPEN:
-                    connection_wait_for_flusher(connection)
-                    output_drop(connection)
-                    input_free(&connection.input)
-                    connection_drop_body(connection)
-                    store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
-                    close(connection.fd)
-                spin_unlock(&connection.lock)
-                if word & STATE_OPEN:
+                if load64(&connection.state, ACQUIRE) & STATE_OPEN and close_left(connection):
                     if connection.type != TYPE_LISTEN:
                         add64(&self.engine.closed_unserved, 1, RELAXED)
                     gone.append(take_socket(connection))
         self.drop_all_litter()
-        for i in range(self.engine.n_shards):
+        for i in range(self.n_shards):
             close_once(&self.engine.shards[i].epoll_fd)
             while load32(&self.engine.shards[i].wakers, SEQ_CST):
                 sched_yield()                  # between its look whether somebody sleeps and its write
@@ -783,10 +772,10 @@ messages_per_turn=32)
                 first[i].closing = True        # who has forked may be its handler: no more messages are for that
                 unlock_transfer(connection_recv(&first[i]))
                 unlock_transfer(connection_send(&first[i]))
-                if load64(&first[i].state, ACQUIRE) & STATE_OPEN:
+                if <uint32_t>load64(&first[i].state, ACQUIRE):         # also one that is only not closed yet
                     close(first[i].fd)
                     store64(&first[i].state, <uint64_t>(generation_of(first[i].state) + 1) << 32, RELEASE)
-        for i in range(self.engine.n_shards):
+        for i in range(self.n_shards):
             store32(&self.engine.shards[i].stock.lock, 0, RELEASE)
             store32(&self.engine.shards[i].open, 0, RELEASE)
             close_once(&self.engine.shards[i].epoll_fd)
@@ -796,7 +785,7 @@ messages_per_turn=32)
 
     cdef void drop_all_litter(self) noexcept:
         cdef int i
-        for i in range(self.engine.n_shards):
+        for i in range(self.n_shards):
             if stock_has_litter(&self.engine.shards[i].stock):
                 drop_litter(&self.engine.shards[i].stock)
 
@@ -815,7 +804,7 @@ messages_per_turn=32)
             free(batch)
         for i in range(TABLE_CHUNKS):
             free(self.engine.table.chunks[i])
-        for i in range(self.engine.n_shards):
+        for i in range(self.n_shards):
             stock_free(&self.engine.shards[i].stock)
             pthread_mutex_destroy(&self.engine.shards[i].mutex)
         free(self.engine.shards)
@@ -828,7 +817,7 @@ messages_per_turn=32)
         self.dead = True
         self.abandon()
         store32(&self.engine.phase, PHASE_STOPPED, RELEASE)
-        self.ended = RunsEnd(True)
+        self.ended.set()               # who has forked may be waiting for it, beneath a signal handler
         self.threads = []
         return 0
 
@@ -860,9 +849,11 @@ messages_per_turn=32)
             # In slices: a signal between CPython's last look for one and its wait would be noticed only with the next.
             while not ended.wait(0.1):
                 pass
+            self.check_alive()                 # a signal handler may have forked
             join_all(threads)
         except BaseException:
-            self.stop(drain)
+            if not self.dead:
+                self.stop(drain)
             raise
         with cython.critical_section(self):
             fault = self.fault
@@ -875,7 +866,8 @@ messages_per_turn=32)
         return self
 
     def __exit__(self, *exc_info):
-        self.stop()
+        if not self.dead:                      # a forked child leaves the block as it likes
+            self.stop()
 
     def create(self, thread_count, bind_ip, bind_port, func, max_recv_size=4096, max_send_size=4096):
         """The original's start: a handler, a listener and the workers in one call.
@@ -1152,6 +1144,21 @@ cdef void unlock_transfer(tst_data *data) noexcept:
         store32(&data.lock, 0, RELEASE)
 
 
+cdef void close_spare_shards(TstPool pool) noexcept:
+    """create() may bring fewer workers than the pool had when listen() opened a shard for each: they would have to look
+    around for the others. Nobody works, and the mutex is held. A connection stays where connect() has put it."""
+    cdef tst_shard *last
+    cdef int n
+    for n in range(pool.engine.n_shards, pool.n_workers, -1):
+        last = &pool.engine.shards[n - 1]
+        if load32(&last.open, ACQUIRE):
+            return
+        close_once(&last.epoll_fd)
+        close_once(&last.event_fd)
+        close_once(&last.timer_fd)
+        store32(<uint32_t *>&pool.engine.n_shards, <uint32_t>(n - 1), RELEASE)
+
+
 cdef int open_connections(TstPool pool) except -1:
     cdef int i
     cdef int total = 0
@@ -1169,6 +1176,24 @@ cdef int open_listeners(TstPool pool) except -1:
         listener = table_find(&pool.engine.table, id)
         n += listener != NULL and word_is(load64(&listener.state, ACQUIRE), generation_of(id))
     return n
+
+
+cdef bint close_left(tst_connection *connection) noexcept:
+    """Closes a connection that no worker will look at any more; True, unless somebody else has."""
+    cdef uint64_t word
+    descriptor_moves()
+    spin_lock(&connection.lock)        # cut_off() or waiting() may be about to use the descriptor
+    word = load64(&connection.state, ACQUIRE)
+    if word & STATE_OPEN:
+        connection_wait_for_flusher(connection)
+        output_drop(connection)
+        input_free(&connection.input)
+        connection_drop_body(connection)
+        store64(&connection.state, <uint64_t>(generation_of(word) + 1) << 32, RELEASE)
+        close(connection.fd)
+    spin_unlock(&connection.lock)
+    descriptor_moved()
+    return word & STATE_OPEN != 0
 
 
 cdef void close_once(int *fd) noexcept:

@@ -195,7 +195,7 @@ cdef struct tst_engine:
     uint8_t trigger
     uint32_t counters_version  # atomic: odd while start() clears the counters
     int n_workers              # atomic: raised after `workers` was made to hold them
-    int n_shards               # atomic: raised once, after `shards` was made to hold them
+    int n_shards               # atomic: changes only while no worker runs; `shards` was made for as many or more
     tst_worker *workers        # owned, atomic; for anybody who reads counters, so never freed while the pool lives
     int workers_room           # so many fit there
     int n_outgrown

@@ -203,15 +203,17 @@ cdef inline int shard_set_alarm(tst_shard *shard, uint64_t now) noexcept nogil:
     return -1 if shard.alarm else milliseconds_until(when, now, -1)
 
 
-cdef inline int shard_timeout(tst_engine *engine, tst_shard *shard, uint64_t now, int elsewhere) noexcept nogil:
+cdef inline int shard_timeout(tst_engine *engine, tst_worker *worker, tst_shard *shard, uint64_t now,
+                              int elsewhere) noexcept nogil:
     """How long it may sleep as far as timers do not matter."""
     cdef int timeout = -1
+    cdef uint64_t waiting_since = load64(&worker.waiting_since, RELAXED) or now
     if shard.todo != NULL or accepting_may_resume(engine, shard, now):
         return 0
     if elsewhere:
         timeout = milliseconds_until(now + SHARE_TIME, now, timeout)
     if engine.call_idle:
-        timeout = milliseconds_until(now + engine.idle_time, now, timeout)
+        timeout = milliseconds_until(waiting_since + engine.idle_time, now, timeout)
     timeout = milliseconds_until(shard.accept_again, now, timeout)
     timeout = milliseconds_until(load64(&engine.slow_look, RELAXED), now, timeout)
     if shard.draining:
@@ -254,7 +256,8 @@ cdef inline int shard_sleep(tst_engine *engine, tst_worker *worker, tst_shard *s
     without a shard that sets a timer (shard_set_timer).
     """
     cdef int n, until_timer
-    store64(&worker.waiting_since, now, RELAXED)
+    if load64(&worker.waiting_since, RELAXED) == 0:    # else it has only looked whether something is due again
+        store64(&worker.waiting_since, now, RELAXED)
     store32(&shard.sleeping, SLEEPING_SHORT if elsewhere else SLEEPING_LONG, SEQ_CST)
     if load_pointer(&shard.requests, SEQ_CST) != NULL or (
             load32(&engine.phase, SEQ_CST) == PHASE_DRAINING and not shard.draining):
@@ -274,7 +277,7 @@ cdef inline int shard_sleep(tst_engine *engine, tst_worker *worker, tst_shard *s
 cdef inline int shard_poll(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                            uint64_t now, int elsewhere) noexcept nogil:
     """Waits for events. Returns their number or -errno."""
-    cdef int timeout = shard_timeout(engine, shard, now, elsewhere)
+    cdef int timeout = shard_timeout(engine, worker, shard, now, elsewhere)
     cdef int n = 0
     if timeout == 0:
         n = sys_wait(shard.epoll_fd, batch.events, BATCH_EVENTS, 0)
@@ -365,8 +368,9 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
                     and now - load64(&worker.waiting_since, RELAXED) >= engine.idle_time:
                 worker_waited(engine, worker, now)
                 return TURN_IDLE
-            worker_waited(engine, worker, now)
             shard_take_requests(shard)
+            if n != 0 or shard.todo != NULL:
+                worker_waited(engine, worker, now)
         listeners_resume(engine, shard, now)
         shard_fire_timers(shard, now)
         shard_collect(engine, worker, shard, batch, now)

@@ -7,16 +7,45 @@ cdef bint interpreter_ends = False
 
 cdef int worker_ends(TstPool pool) except -1:
     """The last one of a run closes what is left."""
-    with WORKERS_END:
-        pool.live_workers -= 1
-        last = pool.live_workers == 0
-        if last:
-            pool.launch += 1
-    if last:
-        with pool.mutex:
-            gone = pool.close_down()
-        let_sockets_go(gone)
+    cdef bint counted = False, last = False
+    while not counted:
+        try:
+            with WORKERS_END:
+                counted = True
+                pool.live_workers -= 1
+                last = pool.live_workers == 0
+                pool.launch += last
+        except MemoryError:
+            wait_for_memory()
+    return end_run(pool) if last else 0
+
+
+cdef int end_run(TstPool pool) except -1:
+    """Closes what is left when nobody works any more. Nobody else would, so for want of memory it is tried again: each
+    step may be done twice."""
+    cdef list gone = None
+    while gone is None:
+        try:
+            with pool.mutex:
+                gone = close_down_surely(pool)
+        except MemoryError:
+            wait_for_memory()
+    let_sockets_go(gone)
     return 0
+
+
+cdef list close_down_surely(TstPool pool):
+    """Mutex held, and kept: Cython's `with` crashes on a MemoryError for which there is no memory for a traceback."""
+    while True:
+        try:
+            return pool.close_down()
+        except MemoryError:
+            wait_for_memory()
+
+
+cdef void wait_for_memory() noexcept:
+    with nogil:
+        poll(NULL, 0, 10)
 
 
 cdef int worker_broke(Worker worker, object error) except -1:
@@ -42,6 +71,14 @@ cdef int stop_for(TstPool pool, object fault) except -1:
     with cython.critical_section(pool):
         pool.fault = fault
     pool.begin_stop(0)
+    return 0
+
+
+cdef int ask_to_stop(TstPool pool, uint64_t drain) except -1:
+    """Has a run end, if there is one, and does not wait for it."""
+    with pool.mutex as interrupted:
+        if not interrupted and not pool.ended.is_set():
+            pool.begin_stop(drain)
     return 0
 
 
