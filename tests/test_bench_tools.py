@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import json
 import math
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from helpers import SANITIZER, patient
@@ -661,16 +664,30 @@ def test_longest_latency_is_that_of_all_rounds() -> None:
     assert (latency["p99"], latency["max"]) == (2, 9)
 
 
+@functools.cache
+def this_machine() -> Any:
+    return in_benchmarks("from benchmarks.machine import describe; print(json.dumps(describe()))")
+
+
 def report(tmp_path: Path, samples: list[dict[str, Any]], code: int = 0, **found: Any) -> str:
-    """The RESULTS.md that is made of them, and of what else was found; `code` is the runner's exit code."""
+    """The RESULTS.md that is made of them, and of what else was found; `code` is the runner's exit code.
+
+    Without the chart, and in this process: matplotlib takes two seconds for each, and keeps files open."""
     pytest.importorskip("rich")
-    machine = in_benchmarks("from benchmarks.machine import describe; print(json.dumps(describe()))")
     settings = {"rounds": 3, "seconds": 0.5, "warm_up": 0.1, "cores": "split"}
-    document = {"machine": machine, "settings": settings, "skipped": {}, "summary": {}, "samples": samples} | found
+    document = {
+        "machine": this_machine(),
+        "settings": settings,
+        "skipped": {},
+        "summary": {},
+        "samples": samples,
+    } | found
     (tmp_path / "samples.json").write_text(json.dumps(document))
-    command = [sys.executable, "-m", "benchmarks", "--report", str(tmp_path / "samples.json")]
-    done = subprocess.run([*command, "--output", str(tmp_path)], cwd=REPOSITORY, env=ENVIRONMENT, timeout=60)
-    assert done.returncode == code
+    command = ["benchmarks", "--report", str(tmp_path / "samples.json"), "--output", str(tmp_path)]
+    with mock.patch.object(sys, "argv", command), mock.patch.object(sys, "path", [str(REPOSITORY), *sys.path]):
+        runner = importlib.import_module("benchmarks.__main__")
+        with mock.patch.object(runner.report, "draw", return_value=False):
+            assert runner.main() == code
     return (tmp_path / "RESULTS.md").read_text()
 
 
