@@ -163,11 +163,12 @@ def test_a_link_that_loses_every_fifth_packet(make_pool, trigger):
     def talk():
         pool, ends = ended(make_pool, trigger=trigger, workers=2)
         with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(connect(pool, 60)) for _ in range(8)]
+            # TCP waits twice as long after each loss: nine in a row, of a packet or its acknowledgement, are two minutes.
+            clients = [stack.enter_context(connect(pool, 100)) for _ in range(8)]
             open_sockets(pool, len(clients))
             drop_every_fifth_packet()
             data = os.urandom(60_000)
-            in_threads(*(lambda client=client: check(client, data) for client in clients))
+            in_threads(*(lambda client=client: check(client, data) for client in clients), timeout=100)
         wait_until(lambda: len(ends) == len(clients), 30)
         assert [reason for _, reason in ends] == [None] * len(clients)
         dropped = packets_dropped()
