@@ -163,7 +163,7 @@ def test_a_link_that_loses_every_fifth_packet(make_pool, trigger):
     def talk():
         pool, ends = ended(make_pool, trigger=trigger, workers=2)
         with contextlib.ExitStack() as stack:
-            # TCP waits twice as long after each loss: nine in a row, of a packet or its acknowledgement, are two minutes.
+            # TCP waits twice as long after each loss: nine in a row of one packet take two minutes.
             clients = [stack.enter_context(connect(pool, 100)) for _ in range(8)]
             open_sockets(pool, len(clients))
             drop_every_fifth_packet()
