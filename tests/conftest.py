@@ -1,6 +1,7 @@
 """Fixtures for every test: a leak check around each, pools and clients that are always ended."""
 
 import gc
+import os
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, RunningPool, connect, native_threads, open_fds, patient
 from hypothesis import Phase, settings
-from thread_safety import reason_for
+from thread_safety import must_run_alone, reason_for
 
 # A leak is only a leak when it does not go away: a closing socket or an ending thread gets this long.
 LEAK_DEADLINE = 3.0
@@ -43,7 +44,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Under `make parallel`, marks what can't run in several threads."""
+    """Under `make parallel`, marks what can't run in several threads; with TSTPOOL_TEST_ALONE=1, leaves out the rest,
+    which that has run."""
+    if os.environ.get("TSTPOOL_TEST_ALONE"):
+        config.hook.pytest_deselected(items=[item for item in items if not must_run_alone(item)])
+        items[:] = [item for item in items if must_run_alone(item)]
     if int(getattr(config.option, "parallel_threads", 1)) > 1:
         alone = 0
         for item in items:

@@ -6,6 +6,9 @@ four. reason_for() looks at the source of the test, as nearly all reasons show t
 
 import inspect
 import re
+import unittest
+
+from hypothesis import is_hypothesis_test
 
 # Each call makes something new, or the plugin gives each thread its own.
 SAFE_FIXTURES = {
@@ -85,3 +88,10 @@ def reason_for(item):
         return f"all threads would have the same {', '.join(sorted(shared))}"
     source = inspect.getsource(item.function)
     return next((reason for word, reason in WORDS.items() if re.search(word, source)), None)
+
+
+def must_run_alone(item):
+    """It is none of those that `make parallel` runs. (What Hypothesis drives it leaves out by itself.)"""
+    if is_hypothesis_test(item.function) or issubclass(item.cls or object, unittest.TestCase):
+        return True
+    return reason_for(item) is not None
