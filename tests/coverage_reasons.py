@@ -22,10 +22,9 @@ REASONS = {
     "Memory that can't be had. Each allocation of one scene fails in "
     "tests/test_memory_that_cannot_be_had_crashes_nothing.py; those behind these lines are not made in it, or not at a "
     "time when they may fail there.": {
-        "tstpool/_collect.pxd accept_burst": [
+        "tstpool/_collect.pxd accept_refuse": [
             "count(&worker.stats.accept_errors, 1)",
             "worker.accept_errno = ENOMEM",
-            "continue",
         ],
         "tstpool/_conn.pxd queue_frame": ["return -ENOMEM"],
         "tstpool/_socket.pxi make_state": ["return -ENOMEM"],

@@ -100,10 +100,21 @@ cdef inline void accept_pause(tst_engine *engine, tst_worker *worker, tst_shard 
     listeners_silence(shard)
 
 
-cdef inline int accept_one(tst_engine *engine, tst_shard *shard, tst_connection *listener, sockaddr_storage *address,
-                           bint full, tst_connection **accepted, tst_shard **home) noexcept nogil:
+cdef inline void accept_refuse(tst_worker *worker, int fd, bint full) noexcept nogil:
+    """Closes a client that is one too many, or for whom there is no memory. It is counted when the peer sees that."""
+    if full:
+        count(&worker.stats.rejected, 1)
+    else:
+        count(&worker.stats.accept_errors, 1)
+        worker.accept_errno = ENOMEM
+    close(fd)
+
+
+cdef inline int accept_one(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_connection *listener,
+                           sockaddr_storage *address, bint full, tst_connection **accepted,
+                           tst_shard **home) noexcept nogil:
     """The next client's descriptor, in a slot (`accepted`), for the shard that is to have it (`home`); or -errno. NULL
-    in `accepted`: it was closed again, being one too many (`full`), or for want of memory for a slot."""
+    in `accepted`: it was refused, being one too many (`full`), or for want of memory for a slot."""
     cdef socklen_t size = sizeof(sockaddr_storage)
     cdef uint64_t id
     cdef int fd
@@ -117,7 +128,7 @@ cdef inline int accept_one(tst_engine *engine, tst_shard *shard, tst_connection 
         accepted[0] = table_open(
             &engine.table, fd, STATE_OWNED if home[0] == shard else STATE_QUEUED | PEND_CONNECT, &id)
     if fd >= 0 and accepted[0] == NULL:
-        close(fd)
+        accept_refuse(worker, fd, full)
     descriptor_moved()
     if accepted[0] != NULL:
         keep_peer(accepted[0], address, size)
@@ -141,7 +152,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
             shard.full = True
             accept_pause(engine, worker, shard, EUSERS, now)   # no call has failed: complain() has its own words
             return
-        fd = accept_one(engine, shard, listener, &address, full, &connection, &home)
+        fd = accept_one(engine, worker, shard, listener, &address, full, &connection, &home)
         if fd == -EAGAIN:
             return
         if fd < 0:
@@ -154,12 +165,7 @@ cdef inline void accept_burst(tst_engine *engine, tst_worker *worker, tst_shard 
                 accept_pause(engine, worker, shard, -fd, now)
                 return
             continue
-        if full:
-            count(&worker.stats.rejected, 1)
-            continue
         if connection == NULL:
-            count(&worker.stats.accept_errors, 1)
-            worker.accept_errno = ENOMEM
             continue
         count(&worker.stats.accepted, 1)
         if address.ss_family == AF_INET or address.ss_family == AF_INET6:
