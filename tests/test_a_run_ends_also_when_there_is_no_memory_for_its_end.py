@@ -18,6 +18,12 @@ patience, most, fails = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 logging.disable(logging.CRITICAL)
 threading.excepthook = lambda args: None
 
+def delete(thread, really=threading.Thread._delete):
+    _testcapi.remove_mem_hooks()  # the engine is through; CPython may keep a lock of all threads for ever
+    really(thread)
+
+threading.Thread._delete = delete
+
 class Striking(TstHandler):
     def on_disconnect(self, sock, reason):  # of the last connection: the run ends now
         _testcapi.set_nomemory(n, n + fails)
