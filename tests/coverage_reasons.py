@@ -127,6 +127,7 @@ REASONS = {
         "tstpool/_collect.pxd accept_burst": ["return"],
     },
     "Cannot happen as the callers are; what would be done if they changed.": {
+        "tstpool/_core.pyx _stop_all": ["except BaseException as error:", "failure = error"],
         "tstpool/_collect.pxd engine_is_full": ["return False"],
         "tstpool/_collect.pxd listener_request": ["place = &place[0].timer_next"],
         "tstpool/_conn.pxd connection_release": ['tst_bug("release of a connection that nobody owns")'],
