@@ -149,7 +149,7 @@ def _alone_in(folder: str) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            _lock(number)
+            _lock_folder(number)
         yield
     finally:
         if number >= 0:
@@ -158,7 +158,7 @@ def _alone_in(folder: str) -> Iterator[None]:
             os.close(number)
 
 
-def _lock(number: int) -> None:
+def _lock_folder(number: int) -> None:
     """Waits for at most FOLDER_PATIENCE."""
     until = time.monotonic() + FOLDER_PATIENCE
     while True:
