@@ -16,10 +16,11 @@ from tstpool._entry cimport (
     connection_begin_close, connection_due, connection_expire, connection_has_room, connection_keep_input,
     connection_linger, connection_may_reset, connection_sent, connection_tells_room, connection_transfer,
     connection_wants_body, take_input)
+from tstpool._fork cimport descriptor_moved, descriptor_moves
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, OUTQ, RELAXED, RELEASE, SEQ_CST, add32, close,
     epoll_event, fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
-from tstpool._lock cimport descriptor_moved, descriptor_moves, spin_lock, spin_unlock
+from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_holds, sys_prepare)

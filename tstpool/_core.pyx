@@ -33,6 +33,7 @@ from tstpool._entry cimport (
     connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due,
     connection_expect, connection_forget_frame, connection_is_unfinished, connection_keep_input, connection_reconnect,
     connection_sent_whole, connection_wait_for_flusher, connection_wants_body)
+from tstpool._fork cimport descriptor_moved, descriptor_moves, fork_begins, fork_begins_anew, fork_is_over
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_PIECES, FRAME_RAW, OFFSET_MOST, framing_cuts,
     framing_settle, tst_framing)
@@ -43,8 +44,7 @@ from tstpool._libc cimport (
     pthread_cond_init, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
     pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, sockaddr, sockaddr_storage, socklen_t, store32,
     store64, store_pointer, sub32, timerfd_create, tst_rarely)
-from tstpool._lock cimport (
-    descriptor_moved, descriptor_moves, fork_begins, fork_begins_anew, fork_is_over, spin_lock, spin_unlock)
+from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_flush, connection_is_stuck,

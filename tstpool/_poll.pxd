@@ -32,6 +32,7 @@ from tstpool._conn cimport (
     PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is, generation_of,
     output_account, output_drop, tst_connection)
 from tstpool._data cimport input_free
+from tstpool._fork cimport descriptor_moved, descriptor_moves
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, OUTQ, POLLOUT, RELAXED, RELEASE, SEQ_CST,
@@ -39,7 +40,7 @@ from tstpool._libc cimport (
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
     poll, pollfd, read, recv, recvmsg, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
     timerfd_settime, tst_rarely, write)
-from tstpool._lock cimport descriptor_moved, descriptor_moves, spin_lock, spin_unlock
+from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
 from tstpool._stats cimport NANOSECOND, count, tst_stats
 from tstpool._timer cimport tick_before, tick_of
