@@ -19,7 +19,8 @@ from tstpool._entry cimport (
 from tstpool._fork cimport descriptor_moved, descriptor_moves
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, OUTQ, RELAXED, RELEASE, SEQ_CST, add32, close,
-    epoll_event, fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32)
+    epoll_event, fetch_and64, load32, load64, sockaddr, sockaddr_storage, socklen_t, store32, store_pointer, sub32,
+    tst_rarely, tst_usually)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
@@ -294,7 +295,7 @@ cdef inline uint32_t collect_input(tst_worker *worker, tst_batch *batch, tst_con
     cdef uint32_t what
     take_input(connection, batch, worker, arrived, now)
     what = connection_due(connection)
-    if what == 0 and connection_wants_body(connection):
+    if tst_rarely(what == 0) and connection_wants_body(connection):
         what = DO_BODY
     return what
 
@@ -310,14 +311,14 @@ cdef inline uint32_t collect_both(tst_worker *worker, tst_batch *batch, tst_conn
     cdef bint first = connection.input_first
     cdef uint32_t what = 0
     connection.input_first = False
-    if first:
+    if tst_rarely(first):
         what = collect_input(worker, batch, connection, arrived, now)
-    if what == 0:
+    if tst_usually(what == 0):
         what = collect_writable(worker, connection, now)
-        if what:
+        if tst_rarely(what != 0):
             connection.readable |= arrived and not first
             connection.input_first = connection.readable or connection.message_ready or connection.input.size != 0
-        elif not first:
+        elif tst_usually(not first):
             what = collect_input(worker, batch, connection, arrived, now)
     return what
 
@@ -330,32 +331,33 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
     cdef size_t scratch_used = batch.scratch_used
     cdef uint32_t what = 0
     cdef bint arrived = events & (input_mask() | EPOLLERR | EPOLLHUP) != 0
-    if connection.lingering:
+    if tst_rarely(connection.lingering):
         collect_lingering(worker, shard, batch, connection, pending, arrived or pending & PEND_IN != 0, now)
         return
     store32(&connection.events, events, RELAXED)
-    if pending & PEND_ARM:
+    if tst_rarely(pending & PEND_ARM != 0):
         connection.active_tick = tick_of(now)      # while it was paused the peer was not to blame
         connection.unfinished = False              # a message that had begun gets its time anew, too
-    elif load32(&connection.pressure, RELAXED) == PRESSURE_GONE and connection.limits.auto_pause:
+    elif tst_rarely(load32(&connection.pressure, RELAXED) == PRESSURE_GONE) and connection.limits.auto_pause:
         connection_was_pressed(connection, now)
-    if pending & PEND_TIMER:
+    if tst_rarely(pending & PEND_TIMER != 0):
         connection_expire(worker, connection, now)
-    if pending & PEND_CLOSE or (shard.draining and pending & PEND_CONNECT):
+    if tst_rarely(pending & PEND_CLOSE != 0) or (
+            tst_rarely(shard.draining) and pending & PEND_CONNECT):
         connection_begin_close(connection)
-    if load32(&connection.out_error, RELAXED):
+    if tst_rarely(load32(&connection.out_error, RELAXED) != 0):
         connection.hold_input = connection.call_writable = connection.ask_writable = False
-    if pending & PEND_CONNECT:
+    if tst_rarely(pending & PEND_CONNECT != 0):
         what |= DO_CONNECT
         if pending & PEND_OUT and not connection.closing:      # asked for before on_connect: told after it
             connection.ask_writable = True
             connection_transfer(connection, now, True)
     else:
-        if pending & PEND_OUT and not connection.closing:
+        if tst_rarely(pending & PEND_OUT != 0) and not connection.closing:
             collect_need_send(worker, connection, now)
-        arrived |= connection.trigger == TRIGGER_EDGE and pending & PEND_IN != 0
+        arrived |= tst_rarely(connection.trigger == TRIGGER_EDGE) and pending & PEND_IN != 0
         what = collect_both(worker, batch, connection, arrived, now)
-        if what == 0 and not connection_keep_input(connection):        # no handler runs: nobody else would keep it
+        if tst_rarely(what == 0) and not connection_keep_input(connection):        # no handler runs: nobody else would keep it
             what = connection_due(connection)
     entry = batch_add(batch, connection, what)
     if what == 0 or (entry.compiled and entry_run_compiled(engine, worker, shard, batch, entry)):
@@ -409,25 +411,25 @@ cdef inline void collect_event(tst_engine *engine, tst_worker *worker, tst_shard
     cdef uint32_t generation = generation_of(id)
     cdef uint64_t pending = 0
     cdef int got
-    if generation == 0:
+    if tst_rarely(generation == 0):
         shard_woken(shard, id)
         return
     connection = table_slot(&engine.table, slot_of(id))
-    if connection == NULL or not connection_is(connection, generation):
+    if tst_rarely(connection == NULL) or tst_rarely(not connection_is(connection, generation)):
         count_stale(&worker.stats, connection)
         return
-    if connection.type == TYPE_LISTEN:
+    if tst_rarely(connection.type == TYPE_LISTEN):
         accept_burst(engine, worker, shard, batch, connection, now)
         return
-    if connection.trigger != TRIGGER_LEVEL:
+    if tst_rarely(connection.trigger != TRIGGER_LEVEL):
         spin_lock(&connection.lock)
         connection_fired(connection, events)
         spin_unlock(&connection.lock)
-    if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+    if tst_rarely(events & (EPOLLOUT | EPOLLERR | EPOLLHUP) != 0):
         connection_flush(connection, generation, True, connection.trigger != TRIGGER_ONESHOT, now, &worker.stats)
     while True:
         got = connection_acquire(connection, generation, &pending)
-        if got == ACQUIRED:
+        if tst_usually(got == ACQUIRED):
             collect_connection(engine, worker, shard, batch, connection, pending, events, now)
             return
         if got == GONE:
@@ -497,7 +499,7 @@ cdef inline void collect_requests(tst_engine *engine, tst_worker *worker, tst_sh
 cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                 uint64_t now) noexcept nogil:
     cdef epoll_event *event
-    while not worker.lost and batch.next_event < batch.n_events and batch_has_room(batch):
+    while tst_usually(not worker.lost) and batch.next_event < batch.n_events and tst_usually(batch_has_room(batch)):
         event = &batch.events[batch.next_event]
         batch.next_event += 1
         collect_event(engine, worker, shard, batch, event.data.u64, event.events, now)

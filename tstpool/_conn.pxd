@@ -47,7 +47,7 @@ from tstpool._frame cimport (
     tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, linger,
-    load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, write)
+    load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, tst_usually, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
     queue_append, queue_commit, queue_drop, queue_held, queue_room, queue_share, queue_size, tst_queue, tst_shared)
@@ -324,9 +324,9 @@ cdef inline int connection_acquire(tst_connection *connection, uint32_t generati
     cdef uint64_t word = load64(&connection.state, ACQUIRE)
     cdef uint64_t owned
     while True:
-        if generation_of(word) != generation or not word & STATE_OPEN:
+        if tst_rarely(not word_is(word, generation)):
             return GONE
-        if word & STATE_OWNED:
+        if tst_rarely(word & STATE_OWNED != 0):
             return BUSY
         owned = (word | STATE_OWNED) & ~<uint64_t>(PEND_ANY | STATE_DETACHED)
         if compare_exchange64(&connection.state, &word, owned, True, ACQ_REL, ACQUIRE):
@@ -386,7 +386,7 @@ cdef inline bint connection_is(tst_connection *connection, uint32_t generation) 
 
 
 cdef inline bint word_is(uint64_t word, uint32_t generation) noexcept nogil:
-    return generation_of(word) == generation and word & STATE_OPEN
+    return tst_usually(generation_of(word) == generation) and tst_usually(word & STATE_OPEN != 0)
 
 
 # -------------------------------------------------------------------------------------------------- output
@@ -408,18 +408,18 @@ cdef inline void output_account(tst_connection *connection) noexcept nogil:
     cdef size_t counts = 0
     if limits == NULL:
         return
-    if connection.want_out or waits > limits.high_water:
+    if tst_rarely(connection.want_out) or tst_rarely(waits > limits.high_water):
         counts = queue_held(&connection.out)
-    if counts != connection.counted:
+    if tst_rarely(counts != connection.counted):
         add64(&limits.total.queued, <uint64_t>counts - connection.counted, RELAXED)
         connection.counted = counts
-    if waits > limits.high_water:
+    if tst_rarely(waits > limits.high_water):
         if load32(&connection.pressure, RELAXED) != PRESSURE_HIGH:
             if load32(&connection.pressure, RELAXED) == PRESSURE_NONE:
                 connection.pressed_since = clock_now()
             store32(&connection.pressure, PRESSURE_HIGH, RELAXED)
             add64(&limits.total.pressed, 1, RELAXED)
-    elif waits <= limits.low_water and load32(&connection.pressure, RELAXED) == PRESSURE_HIGH:
+    elif tst_rarely(load32(&connection.pressure, RELAXED) == PRESSURE_HIGH) and waits <= limits.low_water:
         store32(&connection.pressure, PRESSURE_GONE, RELEASE)
 
 
@@ -479,10 +479,10 @@ cdef inline bint queue_prefixed(tst_queue *queue, const tst_framing *framing, co
                                 size_t size) noexcept nogil:
     """Queues a small message with its length before it, in one piece. False: it is another case, nothing was done."""
     cdef char *room
-    if size >= framing.one_piece:
+    if tst_rarely(size >= framing.one_piece):
         return False
     room = queue_room(queue, size + framing.header)
-    if room == NULL:
+    if tst_rarely(room == NULL):
         return False
     frame_put_length(framing, <unsigned char *>room, size - <uint64_t>framing.adjust)
     memcpy(room + framing.header, bytes, size)
@@ -523,25 +523,27 @@ cdef inline ssize_t output_take(tst_connection *connection, uint64_t word, const
     cdef const tst_limits *limits = connection.limits
     cdef bint owned = word & (STATE_OWNED | STATE_DETACHED) == STATE_OWNED
     # Most often the peer reads, and little waits: then no limit is near.
-    cdef bint little = (limits != NULL and not connection.want_out
-                        and queue_size(&connection.out) + size < limits.high_water)
+    cdef bint little = (tst_usually(limits != NULL) and tst_usually(not connection.want_out)
+                        and tst_usually(queue_size(&connection.out) + size < limits.high_water))
     cdef ssize_t result = 0
-    if tst_rarely(not little and output_is_full(connection, size, shared)):
+    if tst_rarely(not little) and output_is_full(connection, size, shared):
         return -ENOBUFS
     connection.out.burst = owned
     if not framed or connection.framing == NULL:
         result = queue_bytes(&connection.out, bytes, size, shared)
-    elif tst_rarely(shared != NULL or not queue_prefixed(&connection.out, connection.framing, bytes, size)):
+    elif tst_rarely(shared != NULL) or tst_rarely(
+            not queue_prefixed(&connection.out, connection.framing, bytes, size)):
         result = queue_frame(&connection.out, connection.framing, bytes, size, shared)
-    if tst_rarely(result == -ENOMEM and framed):
+    if tst_rarely(result == -ENOMEM) and framed:
         connection.out_closed = connection.out_drop = connection.aborted = True
         store32(&connection.out_error, ENOMEM, RELAXED)
         flush[0] = True
-    elif result == 0:
+    elif tst_usually(result == 0):
         result = <ssize_t>queue_size(&connection.out)
-        if tst_rarely(not little or <size_t>result > limits.high_water):
+        if tst_rarely(not little) or tst_rarely(<size_t>result > limits.high_water):
             output_account(connection)
-        flush[0] = not owned and output_is_left(connection)
+        if tst_rarely(not owned):
+            flush[0] = output_is_left(connection)
     return result
 
 
@@ -559,7 +561,7 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     cdef uint64_t word
     spin_lock(&connection.lock)
     word = load64(&connection.state, ACQUIRE)
-    if not tst_rarely(connection.out_closed or not word_is(word, generation)):
+    if tst_usually(word_is(word, generation)) and tst_usually(not connection.out_closed):
         result = output_take(connection, word, bytes, size, shared, framed, flush)
     spin_unlock(&connection.lock)
     return result
@@ -595,16 +597,16 @@ cdef inline bint connection_is_paused(tst_connection *connection) noexcept nogil
 
 cdef inline bint connection_is_pressed(tst_connection *connection) noexcept nogil:
     """Its messages have to wait, because too much output does. Owner only."""
-    return load32(&connection.pressure, RELAXED) == PRESSURE_HIGH and connection.limits.auto_pause
+    return tst_rarely(load32(&connection.pressure, RELAXED) == PRESSURE_HIGH) and connection.limits.auto_pause
 
 
 cdef inline bint connection_takes_messages(tst_connection *connection) noexcept nogil:
     """The handler may be called for input. Owner only."""
-    if connection.closing or connection.hold_input or connection_is_pressed(connection):
+    if tst_rarely(connection.closing | connection.hold_input) or tst_rarely(connection_is_pressed(connection)):
         return False
     return not load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_CLOSE)
 
 
 cdef inline bint connection_wants_input(tst_connection *connection) noexcept nogil:
     """The kernel should report input. Owner only."""
-    return not connection.end_of_input and connection_takes_messages(connection)
+    return tst_usually(not connection.end_of_input) and connection_takes_messages(connection)

@@ -43,7 +43,7 @@ from tstpool._libc cimport (
     eventfd, compare_exchange32, exchange32, gettid, load32, load64, load_pointer, poll, pollfd, pthread_cond_destroy,
     pthread_cond_init, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock, pthread_condattr_t,
     pthread_mutex_destroy, pthread_mutex_init, sched_yield, shutdown, sockaddr, sockaddr_storage, socklen_t, store32,
-    store64, store_pointer, sub32, timerfd_create, tst_rarely)
+    store64, store_pointer, sub32, timerfd_create, tst_rarely, tst_usually)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (

@@ -213,6 +213,9 @@ cdef inline bint data_complete(tst_data *data) noexcept nogil:
 
 # -------------------------------------------------------------------------------------------------- input
 
+from tstpool._libc cimport (
+    tst_rarely, tst_usually)
+
 cdef enum:
     ROOMY = 131072             # bytes of storage from which little unread input does not keep it
 
@@ -230,7 +233,7 @@ cdef inline bint input_is_stored(tst_input *input) noexcept nogil:
 
 
 cdef inline void input_free(tst_input *input) noexcept nogil:
-    if input.storage != NULL:              # most often there is none, at the end of each entry
+    if tst_rarely(input.storage != NULL):
         free(input.storage)
     memset(input, 0, sizeof(tst_input))
 
@@ -240,7 +243,7 @@ cdef inline void input_consume(tst_input *input, size_t size) noexcept nogil:
     none."""
     input.view += size
     input.size -= size
-    if input.size == 0:
+    if tst_usually(input.size == 0):
         input_free(input)
 
 
@@ -287,7 +290,7 @@ cdef inline int input_unread(tst_input *input, const char *bytes, size_t size) n
 
 cdef inline int input_keep(tst_input *input) noexcept nogil:
     """The turn ends: what is still unread moves out of the scratch buffer."""
-    if input.size == 0:
+    if tst_usually(input.size == 0):
         input_free(input)
     elif not input_is_stored(input):
         return 0 if input_reserve(input, 0) != NULL else -ENOMEM

@@ -22,7 +22,7 @@ from tstpool._data cimport (
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, framing_cuts, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EPOLLPRI, EPOLL_CTL_DEL, F_GETFL, F_SETFL, OUTQ_UNSENT, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
-    compare_exchange64, fcntl, iovec, load32, load64, sched_yield, shutdown, store32, tst_rarely)
+    compare_exchange64, fcntl, iovec, load32, load64, sched_yield, shutdown, store32, tst_rarely, tst_usually)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     OUTPUT_LOOKS, TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body,
@@ -78,9 +78,9 @@ cdef inline ssize_t receive_in_place(tst_connection *connection, tst_data *data,
 
 cdef inline bint connection_input_full(tst_connection *connection) noexcept nogil:
     """Enough is read ahead. The bytes that a message still needs are always read: its framing limits them."""
-    if connection.body != NULL:
+    if tst_rarely(connection.body != NULL):
         return connection.message_ready
-    if connection.input.size < INPUT_LIMIT:
+    if tst_usually(connection.input.size < INPUT_LIMIT):
         return False
     return connection.framed_by == NULL or connection.input.size >= connection.frame.needed
 
@@ -200,21 +200,21 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
     cdef size_t room = 0
     cdef char *place
     cdef ssize_t n = 0
-    if connection.body != NULL:
+    if tst_rarely(connection.body != NULL):
         n = receive_body(connection)
         batch.received_elsewhere += <size_t>max(n, 0)
-    elif data != NULL and connection.input.size == 0 and not connection.message_ready:
+    elif tst_rarely(data != NULL) and connection.input.size == 0 and not connection.message_ready:
         n = receive_in_place(connection, data, now, &room)
         batch.received_elsewhere += <size_t>max(n, 0)
-    if room == 0 and connection.body == NULL:
+    if tst_usually(room == 0) and tst_usually(connection.body == NULL):
         if tst_rarely(connection.expects != 0) and connection.input.size == 0 and (
                 connection_has_spare(connection, batch, worker)):
             n = receive_spare(connection, batch, worker)
-        elif connection.input.size == 0:
+        elif tst_usually(connection.input.size == 0):
             room = batch.scratch_size - batch.scratch_used
             place = batch.scratch.bytes + batch.scratch_used
             n = sys_recv(connection.fd, place, room)
-            if n > 0:
+            if tst_usually(n > 0):
                 batch.scratch_used += <size_t>n
                 connection.input.view = place
                 connection.input.size = <size_t>n
@@ -226,7 +226,7 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
             n = sys_recv(connection.fd, place, room)
             if n > 0:
                 connection.input.size += <size_t>n
-    if n > 0:
+    if tst_usually(n > 0):
         connection_mutes_urgent(connection, False)
         count(&worker.stats.bytes_in, <uint64_t>n)
         connection.heard = True
@@ -242,9 +242,9 @@ cdef inline void connection_cut_frame(tst_connection *connection, const tst_fram
     if connection.input.size == 0:         # most often the last message was the only one
         connection.message_ready = False
         return
-    if connection.message_ready and connection.framed and connection.framed_by == framing:
+    if tst_rarely(connection.message_ready) and connection.framed and connection.framed_by == framing:
         return                 # found before, and not handed out yet
-    if connection.framed_by != framing:
+    if tst_rarely(connection.framed_by != framing):
         connection.framed_by = framing
         connection.scanned = connection.frame.needed = 0
     connection.framed = framing_cuts(framing)
@@ -319,7 +319,7 @@ cdef inline void connection_break(tst_connection *connection, int reason) noexce
 cdef inline bint connection_keep_input(tst_connection *connection) noexcept nogil:
     """The turn ends: unread input moves out of the scratch buffer, where others' will lie. False: there was no memory
     for it; it is forgotten, and the connection ends. Owner only."""
-    if input_keep(&connection.input) == 0:
+    if tst_usually(input_keep(&connection.input) == 0):
         return True
     input_free(&connection.input)
     connection_forget_frame(connection)
@@ -397,13 +397,13 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
     only."""
     cdef ssize_t n
     cdef int broken = <int>load32(&connection.out_error, RELAXED)
-    if not event and not connection.readable and not broken:
+    if tst_rarely(not event) and not connection.readable and not broken:
         return
-    if broken and not connection.end_of_input and (
+    if tst_rarely(broken != 0) and not connection.end_of_input and (
             connection_is_paused(connection) or connection_input_full(connection)):
         connection_break(connection, broken)       # nobody will make room for what may still be there
         return
-    if not connection_wants_input(connection) or connection_input_full(connection):
+    if tst_rarely(not connection_wants_input(connection)) or tst_rarely(connection_input_full(connection)):
         if event:
             connection.readable = True     # an edge will not be reported twice
             if connection.trigger == TRIGGER_LEVEL:
@@ -412,6 +412,8 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
                 spin_unlock(&connection.lock)
         return
     n = connection_receive(connection, batch, worker, now)
+    if tst_usually(n > 0):
+        return
     if n == 0:
         connection.end_of_input = True
         connection.reason = broken
@@ -421,7 +423,7 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
             connection_break(connection, broken)
         elif load32(&connection.events, RELAXED) & EPOLLPRI:
             connection_mutes_urgent(connection, True)
-    elif n < 0:
+    else:
         connection_break(connection, <int>-n)
 
 
@@ -584,7 +586,8 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
 
 cdef inline bint connection_is_empty(tst_connection *connection) noexcept nogil:
     """Nothing that has arrived is left, and there is no transfer. Owner only."""
-    return connection.input.size == 0 and connection.body == NULL and connection_recv(connection) == NULL
+    return (connection.input.size == 0 and tst_usually(connection.body == NULL)
+            and tst_usually(connection_recv(connection) == NULL))
 
 
 cdef inline bint connection_tells_room(tst_connection *connection) noexcept nogil:
@@ -850,9 +853,11 @@ cdef inline bint connection_is_usual(tst_connection *connection, uint32_t tick) 
     """It waits for input and for nothing else, and its timer need not be moved when it is idle from `tick` on. Owner
     only."""
     cdef const tst_limits *limits = connection.limits
-    if (connection.closing or connection.end_of_input or connection.hold_input or connection.message_ready
-            or connection.call_writable or connection.ask_writable or connection.lingering or not connection.heard
-            or connection.trigger != TRIGGER_LEVEL or not connection_is_empty(connection)):
+    if tst_rarely(connection.closing | connection.end_of_input | connection.hold_input | connection.message_ready
+                  | connection.call_writable | connection.ask_writable | connection.lingering):
+        return False
+    if tst_rarely(not connection.heard) or tst_rarely(connection.trigger != TRIGGER_LEVEL) or tst_rarely(
+            not connection_is_empty(connection)):
         return False
     if limits == NULL or limits.idle == 0 or connection.type != TYPE_SUB:
         return True
@@ -861,8 +866,8 @@ cdef inline bint connection_is_usual(tst_connection *connection, uint32_t tick) 
 
 cdef inline bint connection_is_armed_for_input(const tst_connection *connection) noexcept nogil:
     """And for nothing else, and that is all it wants as far as its output is concerned. Lock held."""
-    return (connection.armed == connection_input_mask(connection) and not connection.want_out
-            and not connection.want_room)
+    return tst_usually(connection.armed == connection_input_mask(connection)) and tst_usually(
+        not (connection.want_out | connection.want_room))
 
 
 cdef inline bint entry_finish_usual(tst_worker *worker, tst_entry *entry, uint64_t now) noexcept nogil:
@@ -876,7 +881,7 @@ cdef inline bint entry_finish_usual(tst_worker *worker, tst_entry *entry, uint64
     cdef uint64_t owned = <uint64_t>entry.generation << 32 | STATE_OPEN | STATE_OWNED
     cdef uint64_t word = owned
     cdef bint released
-    if entry.what != DO_INPUT or not connection_is_usual(connection, tick_of(now)):
+    if tst_rarely(entry.what != DO_INPUT) or tst_rarely(not connection_is_usual(connection, tick_of(now))):
         return False
     connection.active_tick = tick_of(now)
     connection.unfinished = False
@@ -885,9 +890,9 @@ cdef inline bint entry_finish_usual(tst_worker *worker, tst_entry *entry, uint64
         connection.flushing = True
         flush_once(connection, now, &worker.stats)
         connection.flushing = False
-    released = (queue_size(&connection.out) == 0 and connection_is_armed_for_input(connection)
-                and not connection.flushing and load32(&connection.out_error, RELAXED) == 0
-                and load32(&connection.pressure, RELAXED) == PRESSURE_NONE
+    released = (tst_usually(queue_size(&connection.out) == 0) and connection_is_armed_for_input(connection)
+                and tst_usually(not connection.flushing) and tst_usually(load32(&connection.out_error, RELAXED) == 0)
+                and tst_usually(load32(&connection.pressure, RELAXED) == PRESSURE_NONE)
                 and compare_exchange64(&connection.state, &word, owned & ~<uint64_t>STATE_OWNED, False, SEQ_CST,
                                        RELAXED))
     spin_unlock(&connection.lock)
@@ -901,7 +906,7 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
     cdef uint64_t pending
     cdef int waiting, armed = 0
     cdef bint want_input, want_room, pushed, unwatched, again = False
-    if entry_finish_usual(worker, entry, now):
+    if tst_usually(entry_finish_usual(worker, entry, now)):
         return
     if entry.what & DO_RETIRE and not connection_begin_linger(connection, now):
         entry_retire(worker, connection)

@@ -20,6 +20,9 @@ from libc.errno cimport EMSGSIZE
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp
 
+from tstpool._libc cimport (
+    tst_rarely, tst_usually)
+
 cdef enum:
     FRAME_RAW = 0
     FRAME_FIXED = 1
@@ -93,7 +96,7 @@ cdef inline uint64_t frame_length(const tst_framing *framing, const unsigned cha
     """The length field's number."""
     cdef uint64_t number = 0
     cdef int i
-    if framing.length_size == 4 and not framing.little:        # the usual one: compiled to one load
+    if tst_usually(framing.length_size == 4) and tst_usually(not framing.little):      # compiled to one load
         return (<uint32_t>field[0] << 24) | (<uint32_t>field[1] << 16) | (<uint32_t>field[2] << 8) | <uint32_t>field[3]
     for i in range(framing.length_size):
         number = number << 8 | field[framing.length_size - 1 - i if framing.little else i]
@@ -102,7 +105,7 @@ cdef inline uint64_t frame_length(const tst_framing *framing, const unsigned cha
 
 cdef inline void frame_put_length(const tst_framing *framing, unsigned char *field, uint64_t number) noexcept nogil:
     cdef int i
-    if framing.length_size == 4 and not framing.little:
+    if tst_usually(framing.length_size == 4) and tst_usually(not framing.little):
         field[0] = <unsigned char>(number >> 24)
         field[1] = <unsigned char>(number >> 16 & 0xff)
         field[2] = <unsigned char>(number >> 8 & 0xff)
@@ -164,10 +167,10 @@ cdef inline int frame_prefixed(const tst_framing *framing, const char *bytes, si
                                tst_frame *frame) noexcept nogil:
     cdef uint64_t number
     frame.needed = framing.header
-    if size < framing.header:
+    if tst_rarely(size < framing.header):
         return 0
     number = frame_length(framing, <const unsigned char *>bytes + framing.offset)
-    if number < framing.number_least or number > framing.number_most:
+    if tst_rarely(number < framing.number_least) or tst_rarely(number > framing.number_most):
         return -EMSGSIZE
     # The number is within bounds now, so that neither sum leaves 0 ... max_message + header.
     frame.whole = frame.needed = <size_t>(number + <uint64_t>framing.adjust) + framing.header
@@ -183,7 +186,7 @@ cdef inline int frame_next(const tst_framing *framing, const char *bytes, size_t
     1: `frame` says where it is. 0: more input is needed; `frame.needed` says how much there must be, as far as known.
     -EMSGSIZE: it is longer than allowed, or its length is nonsense.
     """
-    if framing.kind == FRAME_LENGTH:
+    if tst_usually(framing.kind == FRAME_LENGTH):
         return frame_prefixed(framing, bytes, size, frame)
     if framing.kind == FRAME_DELIMITED:
         return frame_delimited(framing, bytes, size, scanned, frame)

@@ -8,7 +8,7 @@ memcpy at most; if the holder was descheduled in the middle, the waiter gives it
 """
 from libc.stdint cimport uint32_t
 
-from tstpool._libc cimport ACQUIRE, RELAXED, RELEASE, exchange32, load32, sched_yield, store32, tst_pause
+from tstpool._libc cimport ACQUIRE, RELAXED, RELEASE, exchange32, load32, sched_yield, store32, tst_pause, tst_rarely
 
 cdef enum:
     SPINS_BEFORE_YIELD = 64
@@ -16,7 +16,7 @@ cdef enum:
 
 cdef inline void spin_lock(uint32_t *lock) noexcept nogil:
     cdef int spins = 0
-    while exchange32(lock, 1, ACQUIRE):
+    while tst_rarely(exchange32(lock, 1, ACQUIRE) != 0):
         while load32(lock, RELAXED):
             spins += 1
             if spins < SPINS_BEFORE_YIELD:

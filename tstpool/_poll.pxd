@@ -39,7 +39,7 @@ from tstpool._libc cimport (
     SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
     poll, pollfd, read, recv, recvmsg, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
-    timerfd_settime, tst_rarely, write)
+    timerfd_settime, tst_rarely, tst_usually, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
 from tstpool._stats cimport NANOSECOND, count, tst_stats
@@ -80,7 +80,7 @@ cdef inline ssize_t sys_recv(int fd, void *buffer, size_t size) noexcept nogil:
     cdef ssize_t n
     while True:
         n = recv(fd, buffer, size, MSG_DONTWAIT)
-        if n >= 0:
+        if tst_usually(n >= 0):
             return n
         if errno != EINTR:
             return -errno
@@ -106,14 +106,14 @@ cdef inline ssize_t sys_send(int fd, iovec *pieces, int n_pieces) noexcept nogil
     cdef msghdr message
     cdef ssize_t n
     while True:
-        if n_pieces == 1:
+        if tst_usually(n_pieces == 1):
             n = send(fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL | MSG_DONTWAIT)
         else:
             memset(&message, 0, sizeof(msghdr))
             message.msg_iov = pieces
             message.msg_iovlen = <size_t>n_pieces
             n = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
-        if n >= 0:
+        if tst_usually(n >= 0):
             return n
         if errno != EINTR:
             return -errno
@@ -212,7 +212,7 @@ cdef inline uint32_t connection_input_mask(const tst_connection *connection) noe
 cdef inline void connection_mutes_urgent(tst_connection *connection, bint off) noexcept nogil:
     """An urgent byte that has arrived before those in front of it is reported, while nothing can be received: and again
     and again, until the gap is filled, as long as the kernel is asked for EPOLLPRI. Owner only."""
-    if connection.urgent_off != off:
+    if tst_rarely(connection.urgent_off != off):
         spin_lock(&connection.lock)
         connection.urgent_off = off
         spin_unlock(&connection.lock)
@@ -285,10 +285,10 @@ cdef inline void connection_fired(tst_connection *connection, uint32_t events) n
 
 cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t total) noexcept nogil:
     """Enters what the kernel said to one send of `total` bytes. Lock held."""
-    if sent >= 0:
+    if tst_usually(sent >= 0):
         queue_consume(&connection.out, <size_t>sent)
         connection.want_out = <size_t>sent < total
-        if connection.want_out:
+        if tst_rarely(connection.want_out):
             queue_settle(&connection.out)
     elif sent == -EAGAIN:
         connection.want_out = True
@@ -296,7 +296,7 @@ cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t t
     else:
         store32(&connection.out_error, <uint32_t>-sent, RELAXED)
         connection.out_drop = connection.aborted = True    # the peer must not take what it has for the whole
-    if connection.out_drop:
+    if tst_rarely(connection.out_drop):
         if connection.aborted:
             sys_reset_on_close(connection.fd, True)
         connection.out_closed = True
@@ -324,12 +324,12 @@ cdef inline void flush_once(tst_connection *connection, uint64_t now, tst_stats 
         return
     spin_unlock(&connection.lock)
     sent = sys_send(connection.fd, pieces, n)
-    if sent > 0:
+    if tst_usually(sent > 0):
         count(&stats.bytes_out, <uint64_t>sent)
     spin_lock(&connection.lock)
-    if sent > 0:
+    if tst_usually(sent > 0):
         connection.kernel_holds = 0
-    if sent > 0 or not connection.want_out:
+    if tst_usually(sent > 0) or not connection.want_out:
         store32(&connection.output_tick, tick_of(now), RELAXED)
     flush_result(connection, sent, total)
 

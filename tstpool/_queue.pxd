@@ -22,7 +22,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from tstpool._libc cimport (
-    ACQ_REL, RELAXED, RELEASE, add32, add64, iovec, load_pointer, store_pointer, sub32, tst_rarely)
+    ACQ_REL, RELAXED, RELEASE, add32, add64, iovec, load_pointer, store_pointer, sub32, tst_rarely, tst_usually)
 from tstpool._lock cimport spin_lock, spin_unlock
 
 cdef enum:
@@ -143,14 +143,14 @@ cdef inline tst_chunk *chunk_new(tst_queue *queue, size_t size) noexcept nogil:
     cdef size_t capacity = chunk_room() if burst else SMALL_CHUNK
     if size > capacity:
         capacity = size
-    elif burst and stock != NULL:
+    elif tst_usually(burst) and tst_usually(stock != NULL):
         spin_lock(&stock.lock)
         chunk = stock.first
-        if chunk != NULL:
+        if tst_usually(chunk != NULL):
             stock.first = chunk.next
             stock.n -= 1
         spin_unlock(&stock.lock)
-    if chunk == NULL:
+    if tst_rarely(chunk == NULL):
         chunk = <tst_chunk *>malloc(sizeof(tst_chunk) + capacity)
         if chunk == NULL:
             return NULL
@@ -164,11 +164,11 @@ cdef inline tst_chunk *chunk_new(tst_queue *queue, size_t size) noexcept nogil:
 
 cdef inline void chunk_free(tst_queue *queue, tst_chunk *chunk) noexcept nogil:
     cdef tst_stock *stock = queue.stock
-    if chunk.shared != NULL:
+    if tst_rarely(chunk.shared != NULL):
         shared_leave(chunk.shared, stock)
-    elif stock != NULL and chunk.capacity == chunk_room():
+    elif tst_usually(stock != NULL) and tst_usually(chunk.capacity == chunk_room()):
         spin_lock(&stock.lock)
-        if stock.n < STOCK_MOST:
+        if tst_usually(stock.n < STOCK_MOST):
             chunk.next = stock.first
             stock.first = chunk
             stock.n += 1
@@ -196,7 +196,7 @@ cdef inline tst_chunk *queue_grow(tst_queue *queue, size_t size) noexcept nogil:
 
 
 cdef inline void queue_link(tst_queue *queue, tst_chunk *chunk) noexcept nogil:
-    if queue.tail == NULL:
+    if tst_usually(queue.tail == NULL):
         queue.head = chunk
     else:
         queue.tail.next = chunk
@@ -232,7 +232,7 @@ cdef inline char *queue_room(tst_queue *queue, size_t size) noexcept nogil:
     cdef tst_chunk *last = queue.tail
     if tst_rarely(last == NULL):
         last = queue_grow(queue, size)
-    if last == NULL or last.capacity - last.end < size:
+    if tst_rarely(last == NULL) or tst_rarely(last.capacity - last.end < size):
         return NULL
     return last.bytes + last.end
 
@@ -240,7 +240,7 @@ cdef inline char *queue_room(tst_queue *queue, size_t size) noexcept nogil:
 cdef inline int queue_append(tst_queue *queue, const char *bytes, size_t size) noexcept nogil:
     """Copies `size` bytes behind the last. All of them or, with -ENOMEM, none."""
     cdef char *room
-    if size == 0:
+    if tst_rarely(size == 0):
         return 0
     room = queue_room(queue, size)
     if tst_rarely(room == NULL):
@@ -319,12 +319,12 @@ cdef inline void queue_consume(tst_queue *queue, size_t size) noexcept nogil:
     while queue.head != NULL:
         chunk = queue.head
         piece = chunk.end - chunk.begin
-        if size < piece:
+        if tst_rarely(size < piece):
             chunk.begin += size
             return
         size -= piece
         queue.head = chunk.next
-        if queue.head == NULL:
+        if tst_usually(queue.head == NULL):
             queue.tail = NULL
         chunk_free(queue, chunk)
 

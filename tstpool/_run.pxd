@@ -64,7 +64,7 @@ cdef inline void worker_job(tst_engine *engine, tst_worker *worker, tst_connecti
     if tst_rarely(elapsed >= engine.slow_handler):
         count(&worker.stats.slow_count, 1)
         connection.report = elapsed
-    elif longest and engine.call_longest:
+    elif tst_rarely(longest != 0) and engine.call_longest:
         connection.report = longest
     if elapsed >= calls * QUICK_CALL:
         worker.group = 1
@@ -101,7 +101,7 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
     while True:
         stat = compiled.received(compiled.handler, connection.sock, view + frame.begin, frame.size)
         worker_goes_on(worker)
-        if stat == STAT_RUN:
+        if tst_rarely(stat == STAT_RUN):
             break
         n[0] += 1
         if tst_rarely(stat == STAT_RECONNECTED):
@@ -112,11 +112,11 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
         left -= frame.whole
         frame.needed = 0           # that was this one's: nothing is known of the next yet
         found = 0
-        if stat or tst_rarely(connection_send(connection) != NULL):
+        if tst_rarely(stat != 0) or tst_rarely(connection_send(connection) != NULL):
             connection_apply(connection, worker, stat)
-        if not connection_takes_messages(connection):
+        if tst_rarely(not connection_takes_messages(connection)):
             break
-        if n[0] >= look:
+        if tst_rarely(n[0] >= look):
             if tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
                 break
             look += worker.burst
@@ -138,21 +138,21 @@ cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint6
     cdef tst_data *transfer = connection_recv(connection) if connection_awaits_transfer(connection) else NULL
     cdef size_t size
     cdef int stat
-    if transfer != NULL:
+    if tst_rarely(transfer != NULL):
         data_hold(transfer)        # resize() on another thread would move it
     size = message_at_hand(connection, &bytes)
     stat = connection.compiled.received(connection.compiled.handler, connection.sock, bytes, size)
-    if transfer != NULL:
+    if tst_rarely(transfer != NULL):
         data_unpin(transfer, 0, 0)
     worker_goes_on(worker)
-    if stat == STAT_RUN:
+    if tst_rarely(stat == STAT_RUN):
         connection.passed_on |= PASSED_MESSAGE
         return True
     n[0] += 1
     connection.message_ready = False
     if not connection_awaits_transfer(connection):
         input_consume(&connection.input, size)
-    if stat or connection_send(connection) != NULL:
+    if tst_rarely(stat != 0) or tst_rarely(connection_send(connection) != NULL):
         connection_apply(connection, worker, stat)
     return False
 
@@ -168,7 +168,7 @@ cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connec
             passed = run_bytes(worker, connection, &n)
         else:
             passed = connection.too_large or run_frames(worker, connection, &n)
-        if n >= worker.burst and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
+        if tst_rarely(n >= worker.burst) and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
             break
     count(&worker.stats.messages, n)
     worker_job(engine, worker, connection, n + (passed and not connection.too_large))
@@ -193,13 +193,14 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
     """All that a compiled handler can do for one connection. True: the entry needs Python too."""
     cdef tst_connection *connection = entry.connection
     store32(<uint32_t *>&connection.thread_no, <uint32_t>worker.no, RELAXED)
-    if entry.what & DO_WRITABLE and not connection.closing and not connection.passed_on & PASSED_WRITABLE:
+    if tst_rarely(entry.what & DO_WRITABLE != 0) and not connection.closing and not connection.passed_on & PASSED_WRITABLE:
         if run_writable(engine, worker, connection):
             return True
         entry.what &= ~<uint32_t>DO_WRITABLE
-    if connection.passed_on & PASSED_MESSAGE or run_messages(engine, worker, connection) or connection.report:
+    if (tst_rarely(connection.passed_on & PASSED_MESSAGE != 0) or tst_rarely(run_messages(engine, worker, connection))
+            or tst_rarely(connection.report != 0)):
         return True
-    if connection_due(connection) & DO_DISCONNECT:
+    if tst_rarely(connection_due(connection) & DO_DISCONNECT != 0):
         return True
     connection_keep_input(connection)
     return False
@@ -222,7 +223,7 @@ cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_
     worker_leave(worker)
     worker.current = NULL
     worker.lost = not shard_leave_running(worker, shard)
-    if python:
+    if tst_rarely(python):
         # Who has taken the shard over has looked at this entry while it was RUNNING: we must see to it ourselves.
         worker.left = entry if worker.lost else NULL
         batch.n_python += 1

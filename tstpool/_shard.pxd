@@ -34,7 +34,7 @@ from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, add32, compare_exchange32, compare_exchange64,
     compare_exchange_pointer, epoll_event, exchange32, exchange_pointer, load32, load64, load_pointer,
     pthread_cond_signal, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store32, store64,
-    sub32)
+    sub32, tst_rarely, tst_usually)
 from tstpool._poll cimport connection_flush, sys_wake
 from tstpool._queue cimport tst_shared, tst_stock
 from tstpool._stats cimport clock_now, tst_stats, tst_tick_clock
@@ -232,12 +232,12 @@ cdef inline bint shard_leave_running(tst_worker *worker, tst_shard *shard) noexc
 cdef inline void shard_enter_running(tst_engine *engine, tst_worker *worker, tst_shard *shard) noexcept nogil:
     """POLLING -> RUNNING. From here on the watcher looks after us, so it must be awake."""
     store64(&shard.token, token_of(worker.no, TOKEN_RUNNING), SEQ_CST)
-    if load32(&engine.watcher_asleep, SEQ_CST):
+    if tst_rarely(load32(&engine.watcher_asleep, SEQ_CST) != 0):
         pthread_mutex_lock(&engine.mutex)
         store32(&engine.watcher_asleep, 0, RELAXED)
         pthread_cond_signal(&engine.watch)
         pthread_mutex_unlock(&engine.mutex)
-    elif engine.n_shards > 1 and <int>load32(<uint32_t *>&engine.watcher, SEQ_CST) < 0:
+    elif tst_rarely(engine.n_shards > 1) and <int>load32(<uint32_t *>&engine.watcher, SEQ_CST) < 0:
         engine_wake_looker(engine)
 
 
@@ -316,7 +316,7 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
     entry.generation = generation_of(load64(&connection.state, RELAXED))
     entry.what = what
     entry.compiled = (connection.compiled != NULL and not what & (DO_CONNECT | DO_DISCONNECT | DO_BODY)
-                      and not load32(&connection.rebind, ACQUIRE))
+                      and tst_usually(not load32(&connection.rebind, ACQUIRE)))
     store32(&entry.state, ENTRY_QUEUED if what else ENTRY_RAN, RELEASE)
     batch.n_entries += 1
     if what and not entry.compiled:
@@ -325,7 +325,7 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
 
 
 cdef inline bint entry_move(tst_entry *entry, uint32_t old, uint32_t fresh) noexcept nogil:
-    if load32(&entry.state, SEQ_CST) != old:
+    if tst_rarely(load32(&entry.state, SEQ_CST) != old):
         return False
     return compare_exchange32(&entry.state, &old, fresh, False, SEQ_CST, ACQUIRE)
 

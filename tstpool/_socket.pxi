@@ -9,7 +9,7 @@ cdef inline ssize_t append_once(TstSocket sock, const char *bytes, size_t size, 
     """Queues output, and asks for somebody to send it if nobody is on the way."""
     cdef bint flush = False
     cdef ssize_t result = connection_append(sock.connection, sock.generation(), bytes, size, shared, framed, &flush)
-    if flush:
+    if tst_rarely(flush):
         shard_ask(sock.connection, sock.generation(), 0)
     return result
 

@@ -10,7 +10,7 @@ cdef extern from *:
     /* hook(sock, data) without the detour over a bound method. A new reference, or NULL with an exception set. */
     static inline PyObject *tst_call(PyObject *hook, PyObject *sock, PyObject *data) {
         PyObject *arguments[] = {NULL, NULL, sock, data};
-        if (!PyMethod_Check(hook))
+        if (__builtin_expect(!PyMethod_Check(hook), 0))
             return PyObject_Vectorcall(hook, arguments + 2, 2, NULL);
         arguments[1] = PyMethod_GET_SELF(hook);
         hook = PyMethod_GET_FUNCTION(hook);
@@ -18,7 +18,8 @@ cdef extern from *:
     }
     /* A `bytes` of fewer than `most` bytes; NULL is none. */
     static inline int tst_is_small_bytes(PyObject *something, Py_ssize_t most) {
-        return something != NULL && PyBytes_CheckExact(something) && PyBytes_GET_SIZE(something) < most;
+        return __builtin_expect(something != NULL && PyBytes_CheckExact(something), 1)
+               && __builtin_expect(PyBytes_GET_SIZE(something) < most, 1);
     }
     /* The exception is set already. */
     static inline int tst_raise(void) { return -1; }
@@ -361,25 +362,25 @@ cdef class Worker:
         store32(<uint32_t *>&connection.thread_no, <uint32_t>self.worker.no, RELAXED)
         self.worker.current = connection
         sock = <TstSocket>connection.sock if connection.sock != NULL else new_socket(self.pool, connection)
-        if due & DO_CONNECT:
+        if tst_rarely(due & DO_CONNECT != 0):
             self.adopt_binding(sock)
             self.connect(sock)
-        if connection.report:
+        if tst_rarely(connection.report != 0):
             self.report(sock)
-        if due & DO_BODY:
+        if tst_rarely(due & DO_BODY != 0):
             self.make_body(sock)
-        if due & DO_WRITABLE and not connection.closing:
+        if tst_rarely(due & DO_WRITABLE != 0) and not connection.closing:
             self.writable(sock, due & DO_RELIEF != 0)
-        if not due & DO_CONNECT:
+        if tst_usually(not due & DO_CONNECT):
             self.read_messages(sock, connection.events)
-            if connection.owes_relief:
+            if tst_rarely(connection.owes_relief):
                 self.binding_of(sock)          # the one that was assigned is to be told now, if that message is through
             due = connection_due(connection)
         elif connection.closing:
             due = connection_due(connection)
         if self.pool.dead:
             return 0
-        if due & DO_DISCONNECT and self.disconnect(sock):
+        if tst_rarely(due & DO_DISCONNECT != 0) and self.disconnect(sock):
             entry.what = DO_RETIRE
         else:
             connection_keep_input(connection)
@@ -387,7 +388,7 @@ cdef class Worker:
 
     cdef Binding binding_of(self, TstSocket sock):
         """The socket's handler as it is now; the pool's as this worker's own copy of it."""
-        if load32(&sock.connection.rebind, RELAXED) and sock.connection.body == NULL:
+        if tst_rarely(load32(&sock.connection.rebind, RELAXED) != 0) and sock.connection.body == NULL:
             self.adopt_binding(sock)
             self.worker.clock = tick_now(&self.worker.ticks)   # the one before it may have taken long to go
         return self.binding if sock.active is None else sock.active
@@ -482,12 +483,12 @@ cdef class Worker:
         cdef uint64_t n = 0
         while connection_cut(connection):
             binding = self.binding_of(sock)
-            if connection.compiled != NULL and not connection.passed_on & PASSED_MESSAGE:
+            if tst_rarely(connection.compiled != NULL) and not connection.passed_on & PASSED_MESSAGE:
                 if not self.run_compiled_messages(sock):
                     break
             connection.passed_on &= PASSED_WRITABLE
             store32(&connection.events, (events & (_EPOLLPRI | _EPOLLRDHUP)) | _EPOLLIN, RELAXED)
-            if connection.framed and connection.too_large:
+            if tst_rarely(connection.too_large) and connection.framed:
                 self.refuse(sock, binding)
                 break
             elif binding is self.binding and self.pool.copy and is_quick(connection) and binding.on_message is not None:
@@ -544,11 +545,12 @@ cdef class Worker:
                 Py_DECREF(<object>result)
             else:
                 self.other_result(sock, binding, result)
-            if connection.report:      # not before: hooks that run while an exception waits would lose it
+            if tst_rarely(connection.report != 0):     # not before: hooks that run while an exception waits would lose it
                 self.report(sock)
-            if n >= worker.burst and worker.clock - began >= RUN_TIME:
+            if tst_rarely(n >= worker.burst) and worker.clock - began >= RUN_TIME:
                 break
-            if not connection_cut(connection) or load32(&connection.rebind, RELAXED) or not is_quick(connection):
+            if not connection_cut(connection) or tst_rarely(load32(&connection.rebind, RELAXED) != 0) or (
+                    tst_rarely(not is_quick(connection))):
                 break
         if untimed:
             worker_job(self.engine, worker, connection, untimed)
@@ -1028,7 +1030,7 @@ cdef void frame_close(tst_connection *connection) noexcept:
 
 cdef bint is_quick(tst_connection *connection) noexcept:
     """The message at hand is there as it is: it is no transfer, not too large, and no compiled handler's."""
-    if connection.compiled != NULL or (connection.framed and connection.too_large):
+    if tst_rarely(connection.compiled != NULL) or (tst_rarely(connection.too_large) and connection.framed):
         return False
     return connection.framed or not connection_awaits_transfer(connection)
 
