@@ -13,7 +13,7 @@ sys.path.append(str(HERE / "simulation"))
 simulation = pytest.importorskip("_simulation", reason="not built for this flavour")
 
 # Names that are types or constants, or that neither block nor touch the kernel.
-HARMLESS = {"tst_bug", "tst_pause", "tst_rarely"}
+HARMLESS = {"tst_bug", "tst_pause", "tst_rarely", "tst_usually"}
 
 
 def test_what_must_hold_does_with_any_schedule_and_any_fault():
@@ -26,6 +26,16 @@ def test_a_seed_replays_exactly():
     first = [simulation.run(seed) for seed in range(100)]
     assert [simulation.run(seed) for seed in reversed(range(100))] == first[::-1]
     assert len({trace for _, trace, _ in first}) == 100
+
+
+def test_every_fault_that_mutate_plants_has_its_place():
+    import mutate
+
+    places = {
+        name: (HERE.parent / "tstpool" / f"{header}.pxd").read_text().count(there)
+        for name, (header, there, _) in mutate.FAULTS.items()
+    }
+    assert {name: times for name, times in places.items() if times != 1} == {}
 
 
 def test_every_function_that_the_engine_takes_from_c_goes_through_the_table():

@@ -357,7 +357,7 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
             collect_need_send(worker, connection, now)
         arrived |= tst_rarely(connection.trigger == TRIGGER_EDGE) and pending & PEND_IN != 0
         what = collect_both(worker, batch, connection, arrived, now)
-        if tst_rarely(what == 0) and not connection_keep_input(connection):        # no handler runs: nobody else would keep it
+        if tst_rarely(what == 0) and not connection_keep_input(connection):        # no handler runs: nobody else does
             what = connection_due(connection)
     entry = batch_add(batch, connection, what)
     if what == 0 or (entry.compiled and entry_run_compiled(engine, worker, shard, batch, entry)):

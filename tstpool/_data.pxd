@@ -27,6 +27,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
+from tstpool._libc cimport tst_rarely, tst_usually
 from tstpool._lock cimport spin_lock, spin_unlock
 
 
@@ -212,9 +213,6 @@ cdef inline bint data_complete(tst_data *data) noexcept nogil:
 
 
 # -------------------------------------------------------------------------------------------------- input
-
-from tstpool._libc cimport (
-    tst_rarely, tst_usually)
 
 cdef enum:
     ROOMY = 131072             # bytes of storage from which little unread input does not keep it

@@ -20,8 +20,7 @@ from libc.errno cimport EMSGSIZE
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp
 
-from tstpool._libc cimport (
-    tst_rarely, tst_usually)
+from tstpool._libc cimport tst_rarely, tst_usually
 
 cdef enum:
     FRAME_RAW = 0

@@ -193,7 +193,8 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
     """All that a compiled handler can do for one connection. True: the entry needs Python too."""
     cdef tst_connection *connection = entry.connection
     store32(<uint32_t *>&connection.thread_no, <uint32_t>worker.no, RELAXED)
-    if tst_rarely(entry.what & DO_WRITABLE != 0) and not connection.closing and not connection.passed_on & PASSED_WRITABLE:
+    if tst_rarely(entry.what & DO_WRITABLE != 0) and not connection.closing and (
+            not connection.passed_on & PASSED_WRITABLE):
         if run_writable(engine, worker, connection):
             return True
         entry.what &= ~<uint32_t>DO_WRITABLE

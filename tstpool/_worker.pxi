@@ -545,12 +545,12 @@ cdef class Worker:
                 Py_DECREF(<object>result)
             else:
                 self.other_result(sock, binding, result)
-            if tst_rarely(connection.report != 0):     # not before: hooks that run while an exception waits would lose it
+            if tst_rarely(connection.report != 0):     # not before: hooks that run while an exception waits lose it
                 self.report(sock)
             if tst_rarely(n >= worker.burst) and worker.clock - began >= RUN_TIME:
                 break
-            if not connection_cut(connection) or tst_rarely(load32(&connection.rebind, RELAXED) != 0) or (
-                    tst_rarely(not is_quick(connection))):
+            if not connection_cut(connection) or tst_rarely(load32(&connection.rebind, RELAXED) != 0) or tst_rarely(
+                    not is_quick(connection)):
                 break
         if untimed:
             worker_job(self.engine, worker, connection, untimed)

@@ -35,13 +35,13 @@ FAULTS = {
     ),
     "an owned connection may be acquired": (
         "_conn",
-        "        if word & STATE_OWNED:\n            return BUSY\n",
+        "        if tst_rarely(word & STATE_OWNED != 0):\n            return BUSY\n",
         "",
     ),
     "a push wakes nobody": (
         "_shard",
-        "if load32(&shard.sleeping, SEQ_CST) and exchange32",
-        "if False and exchange32",
+        "    if load32(&shard.sleeping, SEQ_CST):\n",
+        "    if False:\n",
     ),
     "the sleep does not look for requests": (
         "_turn",
@@ -55,7 +55,7 @@ FAULTS = {
     ),
     "the usual end does not look at the queue": (
         "_entry",
-        "released = (queue_size(&connection.out) == 0 and connection",
+        "released = (tst_usually(queue_size(&connection.out) == 0) and connection",
         "released = (connection",
     ),
     "the usual end forgets the timer": (
@@ -65,8 +65,8 @@ FAULTS = {
     ),
     "the usual end takes any mask": (
         "_entry",
-        "    return connection.armed == input_mask() and not",
-        "    return not",
+        "    return tst_usually(connection.armed == connection_input_mask(connection)) and tst_usually(\n",
+        "    return tst_usually(\n",
     ),
     "two flush at once": ("_poll", "or connection.flushing or queue_size", "or queue_size"),
     "an edge of a busy connection is dropped": (
@@ -132,15 +132,19 @@ FAULTS = {
     ),
     "B08: a timer ends whoever it finds": (
         "_entry",
-        "if kind == DEADLINE_NONE or tick_before(tick_of(now), due):",
-        "if kind == DEADLINE_NONE:",
+        "    if tick_before(tick_of(now), due):\n        return\n    if kind < DEADLINE_WRITE",
+        "    if kind < DEADLINE_WRITE",
     ),
     "B10: a stale event is not counted": (
         "_collect",
-        "not connection_is(connection, generation):\n        count(&worker.stats.stale_events, 1)\n",
-        "not connection_is(connection, generation):\n",
+        "not connection_is(connection, generation)):\n        count_stale(&worker.stats, connection)\n",
+        "not connection_is(connection, generation)):\n",
     ),
-    "B10: every event has a slot": ("_collect", "if connection == NULL or not connection_is", "if not connection_is"),
+    "B10: every event has a slot": (
+        "_collect",
+        "if tst_rarely(connection == NULL) or tst_rarely(not connection_is",
+        "if tst_rarely(not connection_is",
+    ),
     "B12: an event of a stuck owner comes for ever": (
         "_collect",
         "if connection.trigger == TRIGGER_LEVEL and events & (input_mask() | EPOLLERR | EPOLLHUP):\n            conn",
@@ -153,7 +157,7 @@ FAULTS = {
     ),
     "B12: a stuck owner is asked over and over": (
         "_shard",
-        "if not connection_mark(connection, PEND_ARM, True, STATE_OPEN | STATE_OWNED, generation):",
+        "if not connection_mark(connection, PEND_ROOM, True, STATE_OPEN | STATE_OWNED, generation):",
         "if True:",
     ),
     "B12: a silenced connection stays silent": (
@@ -168,8 +172,8 @@ FAULTS = {
     ),
     "broadcast: its payload is never freed": (
         "_queue",
-        "    if shared.object == NULL:\n        free(shared)\n        return\n",
-        "    if shared.object == NULL:\n        return\n",
+        "        free(shared)\n        return\n    spin_lock",
+        "        return\n    spin_lock",
     ),
     "transfer: input behind it is forgotten": (
         "_entry",
@@ -193,7 +197,7 @@ FAULTS = {
     ),
     "block: what was dropped still counts": (
         "_conn",
-        "    if counts != connection.counted:\n",
+        "    if tst_rarely(counts != connection.counted):\n",
         "    if counts > connection.counted:\n",
     ),
     "reconnected: the new peer gets what is left": (
