@@ -122,6 +122,11 @@ def test_an_interface_that_is_gone_is_named_by_its_number():
     assert _net.scoped("fe80::1", 2**31 - 1) == f"fe80::1%{2**31 - 1}"
 
 
+def is_reachable(host):
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(socket.getaddrinfo(host, 9, socket.AF_INET6, socket.SOCK_DGRAM)[0][4]) == 0
+
+
 @pytest.mark.parametrize("interface", ["lo", "v0"])
 def test_an_address_of_one_interface(make_pool, interface):
     """B62: "fe80::1%lo", and the same on one end of a pair of devices: listen, connect, and the names of both ends,
@@ -135,6 +140,7 @@ def test_an_address_of_one_interface(make_pool, interface):
             configure(f"ip -6 addr add fe80::1:1/64 dev {interface} nodad")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no such devices: {error.stderr}")
+        wait_until(lambda: is_reachable(f"fe80::1:1%{interface}"))  # the kernel makes the route a little later
         pool = make_pool(handler(on_message=echo), listen=None)
         host, port = pool.listen(f"fe80::1:1%{interface}", 0)
         assert host == f"fe80::1:1%{interface}"

@@ -175,6 +175,44 @@ def test_serve_gives_the_old_signal_handlers_back():
         assert server.finish() == "returned 1\n"
 
 
+SIGNALLED_EARLY = """
+import os, signal, socket
+import tstpool
+
+real, listen = signal.signal, tstpool.TstPool.listen
+
+def install(number, action):
+    before = real(number, action)
+    if WHEN == "installed" and (number, action) == (signal.SIGTERM, signal.default_int_handler):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before
+
+class Pool(tstpool.TstPool):
+    def listen(self, *args):
+        addresses.append(super().listen(*args))
+        if WHEN == "listening":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return addresses[0]
+
+addresses = []
+signal.signal = install
+tstpool._serve.TstPool = Pool
+tstpool.serve(lambda sock: None, port=0)
+signal.signal = real
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+for address in addresses:
+    socket.create_server(address).close()
+print(len(addresses))
+"""
+
+
+@pytest.mark.parametrize(("when", "listeners"), [("installed", "0"), ("listening", "1")])
+def test_serve_returns_when_the_signal_comes_before_it_serves(when, listeners):
+    """B49: who stops a service does not ask whether it has begun; nothing is left of it."""
+    assert run_python("-c", f"WHEN = {when!r}\n" + SIGNALLED_EARLY).stdout.strip() == listeners
+
+
 def test_serve_on_a_port_in_use_raises(make_pool):
     """Bad input: OSError with the address, at once."""
     pool = make_pool(lambda sock: None)

@@ -30,15 +30,20 @@ def serve(
     thread, and serve_forever() does the rest.
     """
     pool = TstPool(handler, **options)
-    pool.listen(host, port)
     if threading.current_thread() is not threading.main_thread():
+        pool.listen(host, port)
         pool.serve_forever(drain)
         return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+        pool.listen(host, port)  # not before: who sees that it listens may send the signal
         pool.serve_forever(drain)
-    except KeyboardInterrupt:
-        pass  # the pool has stopped: that is how a server is ended
+    except KeyboardInterrupt:  # the pool has stopped: that is how a server is ended
+        if pool.addresses:  # but for a signal that came before serve_forever() could see to it
+            pool.stop(0)
     finally:
         for number, action in before.items():
-            signal.signal(number, action)
+            if action is not None:  # else it is none of Python's
+                signal.signal(number, action)
