@@ -13,8 +13,10 @@ REASONS = {
             "break",
         ],
         "tstpool/_pool.pxi TstPool.serve_forever": [
+            "except TstError:",
             "if interpreter_ends:           # since the look above",
             "return",
+            "raise",
         ],
         "tstpool/_pool.pxi WorkersLife.__cinit__": ['raise TypeError("not to be made by hand")'],
         "tstpool/_pool.pxi unlock_transfer": ["store32(&data.lock, 0, RELEASE)"],
