@@ -246,7 +246,8 @@ def test_no_ping_pong_takes_longer_than_100_ms(make_pool, make_client, style, ro
     lost = sum(2.9 <= t <= 3.1 for t in times)
     print(f"{len(times)} round trips: p50 {p50:.3f} ms, p99 {p99:.3f} ms, max {slowest:.3f} ms; {lost} of 2.9 to 3.1 s")
     assert len(times) == 4 * scaled(rounds)
-    # 100 ms on a machine of its own. Beside other suites a thread may wait longer, but not as long as a lost wake-up.
+    assert p99 < patient(0.1) * 1e3
+    # On a machine of its own, all of them. Beside other suites one may take longer, but not as long as a lost wake-up.
     assert times[-1] < (0.1 if PATIENCE == 1 else 2.5)
 
 
