@@ -1,8 +1,8 @@
 # cython: language_level=3
 """Events and requests become entries of a batch: accept, or acquire, receive, cut.
 
-An entry whose handler is compiled is run and finished here at once, while what was received is in the processor's
-cache; the others wait until all are there, for one attachment to the interpreter.
+When all are there, those whose handlers are compiled are run and finished here; the others wait for one attachment to
+the interpreter.
 """
 from libc.errno cimport EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EUSERS
 from libc.stdint cimport uint32_t, uint64_t
@@ -25,7 +25,7 @@ from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_holds, sys_prepare)
-from tstpool._run cimport entry_run_compiled
+from tstpool._run cimport batch_run_compiled
 from tstpool._shard cimport (
     BATCH_ENTRIES, BATCH_EVENTS, DO_BODY, DO_CONNECT, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING,
     SCRATCH_FULL, batch_add, connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard,
@@ -360,8 +360,11 @@ cdef inline void collect_connection(tst_engine *engine, tst_worker *worker, tst_
         if tst_rarely(what == 0) and not connection_keep_input(connection):        # no handler runs: nobody else does
             what = connection_due(connection)
     entry = batch_add(batch, connection, what)
-    if what == 0 or (entry.compiled and entry_run_compiled(engine, worker, shard, batch, entry)):
+    if tst_rarely(what == 0):
         batch.scratch_used = scratch_used      # nothing that is still needed lies there
+    elif entry.compiled:
+        batch.n_compiled += 1
+        batch.for_compiled += batch.scratch_used - scratch_used
 
 
 cdef inline void collect_lingering(tst_worker *worker, tst_shard *shard, tst_batch *batch, tst_connection *connection,
@@ -489,7 +492,7 @@ cdef inline void collect_requests(tst_engine *engine, tst_worker *worker, tst_sh
     cdef tst_connection *connection
     cdef int n = 0
     # After a broadcast there are as many as connections, and most make no entry.
-    while not worker.lost and shard.todo != NULL and n < BATCH_EVENTS and batch_has_room(batch):
+    while shard.todo != NULL and n < BATCH_EVENTS and batch_has_room(batch):
         n += 1
         connection = shard.todo
         shard.todo = connection.next_request
@@ -499,7 +502,7 @@ cdef inline void collect_requests(tst_engine *engine, tst_worker *worker, tst_sh
 cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                 uint64_t now) noexcept nogil:
     cdef epoll_event *event
-    while tst_usually(not worker.lost) and batch.next_event < batch.n_events and tst_usually(batch_has_room(batch)):
+    while batch.next_event < batch.n_events and tst_usually(batch_has_room(batch)):
         event = &batch.events[batch.next_event]
         batch.next_event += 1
         collect_event(engine, worker, shard, batch, event.data.u64, event.events, now)
@@ -507,8 +510,8 @@ cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shar
 
 cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                uint64_t now) noexcept nogil:
-    """Makes entries of requests and events, until there are no more, the batch is full (the rest waits for the next
-    turn) or the shard was taken over (worker.lost: then it is not ours to touch).
+    """Makes entries of requests and events, until there are no more or the batch is full (the rest waits for the next
+    turn). Then runs compiled handlers; worker.lost: the shard was taken over meanwhile, and is not ours to touch.
 
     They take turns in going first, so that neither a flood of events nor connections that ask for themselves again and
     again (S14) can keep the others out.
@@ -518,8 +521,12 @@ cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard
         collect_requests(engine, worker, shard, batch, now)
     collect_events(engine, worker, shard, batch, now)
     collect_requests(engine, worker, shard, batch, now)
+    if batch.n_compiled:
+        batch_run_compiled(engine, worker, shard, batch)
 
 
 cdef inline bint batch_has_room(tst_batch *batch) noexcept nogil:
+    """There is, and what was received is still in the processor's cache when it is run, and when its reply is sent."""
     return (batch.n_entries + ENTRIES_SPARE <= BATCH_ENTRIES
-            and batch.scratch_used + batch.received_elsewhere < batch.scratch_size // SCRATCH_FULL)
+            and batch.scratch_used + batch.for_compiled + 2 * batch.received_elsewhere
+            < batch.scratch_size // SCRATCH_FULL)

@@ -19,14 +19,15 @@ from tstpool._conn cimport (
     tst_connection)
 from tstpool._data cimport data_hold, data_unpin, input_consume, tst_data
 from tstpool._entry cimport (
-    STAT_RECONNECTED, STAT_RUN, connection_apply, connection_awaits_transfer, connection_cut, connection_due,
-    connection_keep_input, entry_finish)
+    STAT_RECONNECTED, STAT_RUN, batch_finish, connection_apply, connection_awaits_transfer, connection_cut,
+    connection_due, connection_keep_input)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely)
+    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely,
+    tst_usually)
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_WRITABLE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RUNNING, shard_enter_running, shard_leave_running,
-    tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    DO_DISCONNECT, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, entry_detach, entry_move, shard_enter_running,
+    shard_leave_running, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport QUICK_CALL, count, stats_job, tick_now
 
 cdef enum:
@@ -207,29 +208,62 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
     return False
 
 
+cdef inline bint entry_pass_on(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
+                               tst_entry *entry) noexcept nogil:
+    """Has Python go on with an entry that is RUNNING. False: the shard was taken over meanwhile."""
+    cdef bint kept = shard_leave_running(worker, shard)
+    if kept:
+        batch.n_python += 1
+    else:
+        # Who has taken the shard over has looked at this entry while it was RUNNING: we must see to it ourselves.
+        worker.left = entry
+    store32(&entry.state, ENTRY_QUEUED, RELEASE)
+    if kept:
+        shard_enter_running(engine, worker, shard)
+    return kept
+
+
 cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                     tst_entry *entry) noexcept nogil:
-    """Runs the compiled handler of the entry that was just made. True: it is finished, and Python has nothing to do.
-
-    The shard may be taken over only while the handler runs; then worker.lost says so, and the shard is not to be
-    touched any more.
-    """
+    """Runs an entry's compiled handler, unless another thread does. False: the shard was taken over meanwhile."""
     cdef bint python
-    store32(&entry.state, ENTRY_RUNNING, RELEASE)
+    if tst_rarely(not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING)):
+        return True
+    if tst_rarely(not token_held(shard, worker.no)):
+        # Who took the shard over may have looked at the entry before it was RUNNING.
+        entry_detach(entry, &worker.stats)
     worker.current = entry.connection
-    shard_enter_running(engine, worker, shard)
-    worker.clock = tick_now(&worker.ticks)
     worker_enter(worker)
     python = run_compiled(engine, worker, entry)
     worker_leave(worker)
     worker.current = NULL
-    worker.lost = not shard_leave_running(worker, shard)
     if tst_rarely(python):
-        # Who has taken the shard over has looked at this entry while it was RUNNING: we must see to it ourselves.
-        worker.left = entry if worker.lost else NULL
-        batch.n_python += 1
-        store32(&entry.state, ENTRY_QUEUED, RELEASE)
-        return False
-    store32(&entry.state, ENTRY_DONE, RELEASE)
-    entry_finish(worker, entry, worker.clock)
-    return True
+        return entry_pass_on(engine, worker, shard, batch, entry)
+    store32(&entry.state, ENTRY_RAN, RELEASE)
+    return token_held(shard, worker.no)
+
+
+cdef inline void batch_run_compiled(tst_engine *engine, tst_worker *worker, tst_shard *shard,
+                                    tst_batch *batch) noexcept nogil:
+    """Runs the compiled handlers of all that was collected, then sends their replies, the first ones earlier if that
+    takes long. worker.lost: the shard was taken over meanwhile, and is not to be touched any more.
+
+    Receiving from all, running all, sending to all is faster than all three for one after the other. Each system call
+    leaves little of our code in the processor's first cache, so that what is done between two of them should be short.
+    """
+    cdef int i
+    cdef uint64_t flushed
+    shard_enter_running(engine, worker, shard)
+    worker.clock = flushed = tick_now(&worker.ticks)
+    for i in range(batch.n_entries):
+        if tst_rarely(not batch.entries[i].compiled):
+            continue
+        if tst_rarely(not entry_run_compiled(engine, worker, shard, batch, &batch.entries[i])):
+            worker.lost = True
+            return
+        if tst_rarely(worker.clock - flushed >= RUN_TIME):
+            batch_finish(worker, batch, worker.clock)
+            worker.clock = flushed = tick_now(&worker.ticks)
+    worker.lost = not shard_leave_running(worker, shard)
+    if tst_usually(not worker.lost):
+        batch_finish(worker, batch, worker.clock)

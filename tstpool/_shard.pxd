@@ -102,8 +102,10 @@ cdef struct tst_batch:
     int next_event             # the first that has no entry yet
     int n_entries
     int n_python               # entries that need the interpreter
+    int n_compiled             # entries whose handlers are compiled
     size_t scratch_size        # bytes received into in one turn
     size_t scratch_used
+    size_t for_compiled        # of it, what compiled handlers are to get
     size_t received_elsewhere  # bytes: into objects or transfers, or to be dropped
     epoll_event events[BATCH_EVENTS]
     tst_entry entries[BATCH_ENTRIES]
@@ -283,8 +285,8 @@ cdef inline tst_batch *batch_get(tst_engine *engine) noexcept nogil:
 
 cdef inline int batch_empty(tst_batch *batch) noexcept nogil:
     """Makes it ready for the next turn. -ENOMEM: it has nothing to receive into."""
-    batch.n_entries = batch.n_python = 0
-    batch.scratch_used = batch.received_elsewhere = 0
+    batch.n_entries = batch.n_python = batch.n_compiled = 0
+    batch.scratch_used = batch.for_compiled = batch.received_elsewhere = 0
     if batch.scratch != NULL and load32(&batch.scratch.users, ACQUIRE) > 1:
         scratch_leave(batch.scratch)       # somebody still looks at what was received last
         batch.scratch = NULL

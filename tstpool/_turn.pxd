@@ -5,7 +5,7 @@
     2  drain     after stop(): close what is open, then abort it                              shard_drain
     3  poll      requests of other threads, then epoll_wait                                   shard_poll
     4  collect   per event: accept, or acquire, receive, cut; an entry for each connection.   shard_collect
-                 Compiled handlers run here
+                 Then compiled handlers run
     5  return    when an entry needs the interpreter; else go back to 1                       shard_turn
 
 Between 5 and 1 `_worker.pxi` attaches to the interpreter once and runs the remaining entries' handlers.

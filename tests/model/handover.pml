@@ -1,6 +1,6 @@
 /* One shard, its batches and their entries: what becomes of each event when workers take the shard from one another.
  *
- * Models the token and the batches of _shard.pxd, shard_turn of _turn.pxd, entry_run_compiled of _run.pxd, and
+ * Models the token and the batches of _shard.pxd, shard_turn of _turn.pxd, batch_run_compiled of _run.pxd, and
  * Worker.serve, resume, run_batch, run_one of _worker.pxi. Each inline bears the name of its function.
  *
  * Each event is the only one of its connection, so that running it is running the connection's handler. A handler may
@@ -218,49 +218,87 @@ inline resume() {
 }
 
 #ifdef COMPILED
-inline entry_run_compiled(b, number) {
-    batch[b].state[number] = RUNNING;
-    token = TOKEN_RUNNING(me);             /* shard_enter_running */
+/* A handler that passes its message on; it may block before it does, too. */
+inline run_in_vain(c) {
     atomic {
-        if
-        :: true -> python = true           /* passes it on at once */
-        :: true -> python = false
-        fi
+        assert(owned[c] && in_handler[c] == 0);
+        in_handler[c]++; in_call[me] = true;
+        if :: true -> skip :: stuck < WORKERS - 1 -> stuck++; blocks = true fi
+    };
+end_stuck_compiled:
+    !blocks;
+    atomic { in_handler[c]--; in_call[me] = false }
+}
+
+inline entry_pass_on(b, number) {
+    shard_leave_running(kept);
+    if
+    :: kept -> n_python++
+    :: else ->
+#ifndef BUG_LEFT_TO_NOBODY
+        left = number
+#else
+        skip
+#endif
+    fi;
+    batch[b].state[number] = QUEUED;
+    if :: kept -> token = TOKEN_RUNNING(me) :: else -> lost = true fi      /* shard_enter_running */
+}
+
+inline entry_run_compiled(b, number) {
+    atomic {                               /* entry_move */
+        mine = (batch[b].state[number] == QUEUED);
+        if :: mine -> batch[b].state[number] = RUNNING :: else fi
     };
     if
-    :: python ->                           /* it may block before it passes it on, too */
-        atomic {
-            c = batch[b].connection[number];
-            assert(owned[c] && in_handler[c] == 0);
-            in_handler[c]++; in_call[me] = true;
-            if :: true -> skip :: stuck < WORKERS - 1 -> stuck++; blocks = true fi
-        };
-end_stuck_compiled:
-        !blocks;
-        atomic { in_handler[c]--; in_call[me] = false }
-    :: else -> c = batch[b].connection[number]; run_handler(c)
-    fi;
-    shard_leave_running(kept);
-    lost = !kept;
-    if
-    :: python ->
-#ifndef BUG_LEFT_TO_NOBODY
-        if :: lost -> left = number :: else fi;
-#endif
-        n_python++;
-        batch[b].state[number] = QUEUED
-    :: else ->
-        batch[b].state[number] = DONE;
+    :: mine ->
         c = batch[b].connection[number];
-        entry_finish(c)
+#ifndef BUG_NO_LOOK_AFTER_THE_MOVE
+        if :: !token_held -> detached[c] = true :: else fi;
+#endif
+        if
+        :: run_in_vain(c);
+#ifdef BUG_PASSED_ON_WHILE_RUNNING
+            n_python++; batch[b].state[number] = QUEUED; lost = !token_held
+#else
+            entry_pass_on(b, number)
+#endif
+        :: run_handler(c);
+            batch[b].state[number] = RAN;
+            lost = !token_held
+        fi
+    :: else
     fi;
-    python = false
+    mine = false
+}
+
+inline batch_run_compiled(b) {
+    token = TOKEN_RUNNING(me);             /* shard_enter_running */
+    number = 0;
+    do
+    :: !lost && number < batch[b].n_entries ->
+        entry_run_compiled(b, number);
+        if
+        :: !lost -> batch_finish(b)        /* after RUN_TIME */
+        :: true -> skip
+        fi;
+        number++
+    :: else -> break
+    od;
+    number = 0;
+    if
+    :: !lost ->
+        shard_leave_running(kept);
+        lost = !kept;
+        if :: kept -> batch_finish(b) :: else fi
+    :: else
+    fi
 }
 #endif
 
 inline shard_collect(b) {
     do
-    :: !lost && batch[b].next_event < batch[b].n_events ->
+    :: batch[b].next_event < batch[b].n_events ->
         number = batch[b].n_entries;
         atomic {
             i = batch[b].event[batch[b].next_event];
@@ -272,14 +310,15 @@ inline shard_collect(b) {
         };
         batch[b].state[number] = QUEUED;   /* batch_add */
         batch[b].n_entries++;
-#ifdef COMPILED
-        entry_run_compiled(b, number)
-#else
+#ifndef COMPILED
         n_python++
 #endif
-    :: else -> break
+    :: true -> break                       /* there are no more, or the batch is full */
     od;
-    number = 0
+    number = 0;
+#ifdef COMPILED
+    batch_run_compiled(b)
+#endif
 }
 
 proctype worker(byte me) {
