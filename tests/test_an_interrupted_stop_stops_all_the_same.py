@@ -22,6 +22,8 @@ def interrupted(address):
 with socket.socket(socket.AF_UNIX) as client:
     client.settimeout(patience)
     client.connect(path)
+    while len(pool) == 0:  # a client that is not accepted yet is reset
+        time.sleep(0.001)
     _net.file_of = interrupted
     try:
         pool.stop(0)

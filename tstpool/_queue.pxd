@@ -308,6 +308,8 @@ cdef inline int queue_pieces(tst_queue *queue, iovec *pieces, size_t *total) noe
             total[0] += chunk.end - chunk.begin
             n += 1
         chunk = chunk.next
+        if tst_usually(chunk == NULL):
+            break
     return n
 
 
@@ -324,9 +326,10 @@ cdef inline void queue_consume(tst_queue *queue, size_t size) noexcept nogil:
             return
         size -= piece
         queue.head = chunk.next
+        chunk_free(queue, chunk)
         if tst_usually(queue.head == NULL):
             queue.tail = NULL
-        chunk_free(queue, chunk)
+            return
 
 
 cdef inline void queue_drop(tst_queue *queue) noexcept nogil:

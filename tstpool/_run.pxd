@@ -67,9 +67,9 @@ cdef inline void worker_job(tst_engine *engine, tst_worker *worker, tst_connecti
         connection.report = elapsed
     elif tst_rarely(longest != 0) and engine.call_longest:
         connection.report = longest
-    if elapsed >= calls * QUICK_CALL:
+    if tst_rarely(elapsed >= calls * QUICK_CALL):
         worker.group = 1
-    elif worker.group < worker.group_most:
+    elif tst_rarely(worker.group < worker.group_most):
         worker.group *= 2
 
 

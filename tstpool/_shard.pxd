@@ -321,8 +321,7 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
                       and tst_usually(not load32(&connection.rebind, ACQUIRE)))
     store32(&entry.state, ENTRY_QUEUED if what else ENTRY_RAN, RELEASE)
     batch.n_entries += 1
-    if what and not entry.compiled:
-        batch.n_python += 1
+    batch.n_python += what != 0 and not entry.compiled
     return entry
 
 

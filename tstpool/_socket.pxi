@@ -14,6 +14,18 @@ cdef inline ssize_t append_once(TstSocket sock, const char *bytes, size_t size, 
     return result
 
 
+cdef ssize_t append_or_flush(TstSocket sock, const char *bytes, size_t size, tst_shared *shared,
+                             bint framed) noexcept nogil:
+    """append_once, twice if need be."""
+    cdef ssize_t result = append_once(sock, bytes, size, shared, framed)
+    if tst_rarely(result == -ENOBUFS):
+        sock.flush_once()          # perhaps too much waits only because it is a long handler that sends
+        result = append_once(sock, bytes, size, shared, framed)
+        if result == -ENOBUFS:
+            return sock.overflow()
+    return result
+
+
 @cython.final
 @cython.trashcan(True)                  # a long chain of sockets in user_data must not end on the C stack
 cdef class TstSocket:
@@ -32,13 +44,12 @@ cdef class TstSocket:
 
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
         """Queues output and sees to it that somebody sends it. Returns what waits, or -errno."""
-        cdef ssize_t result = append_once(self, bytes, size, shared, framed)
-        if tst_rarely(result == -ENOBUFS):
-            self.flush_once()      # perhaps too much waits only because it is a long handler that sends
-            result = append_once(self, bytes, size, shared, framed)
-            if result == -ENOBUFS:
-                return self.overflow()
-        return result
+        cdef ssize_t result = 0
+        if framed and tst_usually(shared == NULL):
+            result = connection_append_next(self.connection, self.generation(), bytes, size)
+        if tst_usually(result > 0):
+            return result
+        return append_or_flush(self, bytes, size, shared, framed)
 
     cdef ssize_t overflow(self) noexcept nogil:
         """Too much waits: the limits say what to do. Returns -ENOBUFS, or -ENOTCONN when it was closed for that."""

@@ -391,7 +391,9 @@ cdef class Worker:
         if tst_rarely(load32(&sock.connection.rebind, RELAXED) != 0) and sock.connection.body == NULL:
             self.adopt_binding(sock)
             self.worker.clock = tick_now(&self.worker.ticks)   # the one before it may have taken long to go
-        return self.binding if sock.active is None else sock.active
+        if tst_usually(sock.active is None):
+            return self.binding
+        return sock.active
 
     cdef int make_body(self, TstSocket sock) except -1:
         """A long message has begun: from here on it is received straight into the object that the handler gets."""
@@ -491,9 +493,10 @@ cdef class Worker:
             if tst_rarely(connection.too_large) and connection.framed:
                 self.refuse(sock, binding)
                 break
-            elif binding is self.binding and self.pool.copy and is_quick(connection) and binding.on_message is not None:
+            elif tst_usually(binding is self.binding) and tst_usually(self.pool.copy) and (
+                    tst_usually(is_quick(connection)) and binding.on_message is not None):
                 n += self.quick_messages(sock, binding, began)
-                if self.worker.clock - began >= RUN_TIME or not connection.message_ready:
+                if tst_usually(not connection.message_ready) or self.worker.clock - began >= RUN_TIME:
                     break
                 continue
             elif not self.message(sock, binding):
@@ -542,6 +545,8 @@ cdef class Worker:
                                      True)
                 if tst_rarely(queued < 0):
                     self.unsent_reply(sock, binding, <object>result, queued)
+                Py_DECREF(<object>result)
+            elif tst_usually(result == <PyObject *>None) and not tst_rarely(connection_send(connection) != NULL):
                 Py_DECREF(<object>result)
             else:
                 self.other_result(sock, binding, result)
