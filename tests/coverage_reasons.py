@@ -70,6 +70,7 @@ REASONS = {
             "return True",
         ],
         "tstpool/_collect.pxd collect_event": ["count_stale(&worker.stats, connection)", "return"],
+        "tstpool/_run.pxd entry_run_compiled": ["entry_detach(entry, &worker.stats)"],
         "tstpool/_pool.pxi TstPool.close_descriptors": [
             "sched_yield()                  # between its look whether somebody sleeps and its write"
         ],

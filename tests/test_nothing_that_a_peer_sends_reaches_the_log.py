@@ -153,7 +153,9 @@ def test_no_peer_fills_the_log(make_pool, log, data):
     time.sleep(1.1)  # a window to measure in, not a wait
     provoke(1)
     wait_until(lambda: records() == logged + 1)
-    assert sum(map(int, re.findall(r"(\d+) like it were left out", log()))) + records() == 51
+    # Of these alone: on a busy machine it is also logged where a handler is, while it takes its time.
+    left_out_of_these = re.findall(r"(?:on socket|is closed).*\((\d+) like it were left out", log())
+    assert sum(map(int, left_out_of_these)) + records() == 51
 
 
 def test_what_others_cause_is_counted_by_itself(make_pool):

@@ -613,16 +613,18 @@ cdef inline bint connection_is_over(tst_connection *connection, bint takes) noex
     return takes or not (connection.message_ready or connection.input.size)
 
 
-cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
-    """What is left to be done for a connection that has received and sent what it can. Owner only."""
+cdef inline bint connection_has_nothing_due(tst_connection *connection) noexcept nogil:
+    """All input was handed out, and more may come: that it is so costs most messages no call. Owner only."""
     if connection_is_empty(connection) and tst_usually(not (connection.closing | connection.end_of_input)):
         connection.message_ready = False
+        return True
+    return False
+
+
+cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
+    """What is left to be done for a connection that has received and sent what it can. Owner only."""
+    if connection_has_nothing_due(connection):
         return 0
-    return connection_due_to_input(connection)
-
-
-cdef inline uint32_t connection_due_to_input(tst_connection *connection) noexcept nogil:
-    """connection_due for one that input is left of, or that is at its end."""
     # One look decides both: another thread may pause it, resume it or relieve it in between.
     cdef bint takes = connection_takes_messages(connection)
     if takes and connection_cut_next(connection):

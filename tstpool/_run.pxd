@@ -20,7 +20,7 @@ from tstpool._conn cimport (
 from tstpool._data cimport data_hold, data_unpin, input_consume, tst_data
 from tstpool._entry cimport (
     STAT_RECONNECTED, STAT_RUN, batch_finish, connection_apply, connection_awaits_transfer, connection_cut,
-    connection_due, connection_keep_input)
+    connection_due, connection_has_nothing_due, connection_keep_input)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
     EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely,
@@ -202,7 +202,7 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
     if (tst_rarely(connection.passed_on & PASSED_MESSAGE != 0) or tst_rarely(run_messages(engine, worker, connection))
             or tst_rarely(connection.report != 0)):
         return True
-    if tst_rarely(connection_due(connection) & DO_DISCONNECT != 0):
+    if tst_rarely(not connection_has_nothing_due(connection)) and connection_due(connection) & DO_DISCONNECT:
         return True
     connection_keep_input(connection)
     return False

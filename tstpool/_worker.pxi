@@ -139,6 +139,7 @@ cdef class Worker:
     cdef tst_engine *engine                # borrowed from the pool
     cdef tst_worker *worker                # borrowed from the engine
     cdef tst_batch *batch                  # borrowed: the one whose entries it runs
+    cdef bytes used                        # the last small message of that batch, for the next one, see tst_refill
 
     cdef int run(self) except -1:
         cdef tst_shard *shard = NULL
@@ -286,7 +287,14 @@ cdef class Worker:
         return own
 
     cdef int run_batch(self, tst_shard *shard, tst_batch *batch) except -1:
-        """Runs the handlers of the entries that nobody else runs. Replies that wait for long are sent in between."""
+        """Runs the handlers of the entries that nobody else runs."""
+        try:
+            return self.run_entries(shard, batch)
+        finally:
+            self.used = None
+
+    cdef int run_entries(self, tst_shard *shard, tst_batch *batch) except -1:
+        """run_batch. Replies that wait for long are sent in between."""
         cdef int i
         cdef tst_entry *left = self.worker.left
         cdef uint64_t flushed = tick_now(&self.worker.ticks)
@@ -375,7 +383,7 @@ cdef class Worker:
             self.read_messages(sock, connection.events)
             if tst_rarely(connection.owes_relief):
                 self.binding_of(sock)          # the one that was assigned is to be told now, if that message is through
-            due = connection_due(connection)
+            due = 0 if tst_usually(connection_has_nothing_due(connection)) else connection_due(connection)
         elif connection.closing:
             due = connection_due(connection)
         if self.pool.dead:
@@ -519,7 +527,8 @@ cdef class Worker:
         cdef size_t size
         cdef ssize_t queued
         cdef uint64_t n = 0, untimed = 0
-        cdef bytes data = b""
+        cdef bytes data = b"" if self.used is None else self.used
+        self.used = None
         while True:
             if tst_rarely(connection.body != NULL):
                 data = take_body(connection)
@@ -557,6 +566,8 @@ cdef class Worker:
             if not connection_cut(connection) or tst_rarely(load32(&connection.rebind, RELAXED) != 0) or tst_rarely(
                     not is_quick(connection)):
                 break
+        if PyBytes_GET_SIZE(data) < SHARE_LEAST:
+            self.used = data
         if untimed:
             worker_job(self.engine, worker, connection, untimed)
             if connection.report:
