@@ -24,7 +24,7 @@ class Echo(TstHandler):
 
 class Other(TstPool):
     def stop(self):
-        return super().stop(0.2)
+        return super().stop(patience / 4)
 
 class Raising(TstPool):
     def stop(self, drain=5.0):
