@@ -24,7 +24,7 @@ class Echo(TstHandler):
 
 class Other(TstPool):
     def stop(self):
-        return super().stop(patience / 4)
+        return super().stop(0.2)
 
 class Raising(TstPool):
     def stop(self, drain=5.0):
