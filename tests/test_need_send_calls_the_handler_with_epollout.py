@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from compiled_helpers import socket_of
 from contract_helpers import (
     Gate,
     echo,
@@ -144,11 +145,10 @@ def test_it_never_lets_a_second_worker_in(make_pool, make_client, style, trigger
         client, other = make_client(pool), make_client(pool)
         client.sendall(b"x")
         wait_until(lambda: gate.inside)
-        (sock,) = (sock for sock in pool.sockets() if sock.peer == client.getsockname())
+        sock, idle = socket_of(pool, client), socket_of(pool, other)
         assert in_threads(*[lambda: pool.need_send(sock)] * 4) == [True] * 4
         client.sendall(b"more input")
         # Another connection is served four times: if a second worker were to enter, it would have by now.
-        (idle,) = (sock for sock in pool.sockets() if sock.peer == other.getsockname())
         for i in range(4):
             pool.need_send(idle)
             wait_until(lambda i=i: events.count("writable") == i + 1)

@@ -175,6 +175,9 @@ pool.addsocket(theirs)
 pool.start()
 print(port)
 sys.stdin.read()
+deadline = time.monotonic() + 10
+while not pool.stats().accept_errors and time.monotonic() < deadline:  # the worker may have been held up all the time
+    time.sleep(0.001)
 print(pool.stats().accept_errors)
 pool.stop()
 """
@@ -188,7 +191,7 @@ def test_a_full_pool_that_can_not_even_accept_to_close_does_not_spin(make_client
         cpu = server.cpu_seconds()
         time.sleep(0.5)  # a window to measure in
         assert server.cpu_seconds() - cpu < (0.3 if SANITIZER else 0.1)
-        assert 0 < int(server.finish()) < 500
+        assert 0 < int(server.finish()) < patient(500)
 
 
 # ----------------------------------------------------------------------------------------------------- churn
@@ -247,7 +250,7 @@ def test_a_full_pool_to_which_nothing_happens_is_idle(make_pool, make_client):
     wait_until(lambda: pool.stats().accept_pauses)
     before = len(numbers), pool.stats().workers[0].idle_count
     wait_until(lambda: len(numbers) >= before[0] + 3)
-    assert pool.stats().workers[0].idle_count >= before[1] + 3
+    wait_until(lambda: pool.stats().workers[0].idle_count >= before[1] + 3)  # it may count before it calls, or after
     assert waits(late, 0.01)
 
 
@@ -330,16 +333,17 @@ def test_a_refusal_by_on_connect_is_counted_and_takes_no_place(make_pool, make_c
 
 def test_the_log_says_so_at_most_once_a_second(make_pool, make_client, caplog):
     """B31, B33: however often the limit is reached."""
-    pool = make_pool(ECHO, max_connections=1, workers=1)
-    begin = time.monotonic()
+    pool = make_pool(ECHO, max_connections=1, workers=1, slow_handler=60)  # which would be logged, too
+    begin, rounds = time.monotonic(), 0
     with caplog.at_level(logging.WARNING, "tstpool"):
         one = served_clients(pool, make_client, 1)[0]
-        while time.monotonic() - begin < 1.3:
+        while time.monotonic() - begin < 1.3 or rounds < 5:  # each may take long
             late = asks(make_client(pool))
             time.sleep(0.01)
             one.close()
             assert is_served(late)
             one = late
+            rounds += 1
         took = time.monotonic() - begin
     lines = [record.getMessage() for record in caplog.records]
     assert pool.stats().accept_pauses > 3

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from contract_helpers import ServerProcess, echo, faults, handler, round_trip
-from helpers import connect, reset, wait_until
+from helpers import connect, patient, reset, wait_until
 
 from tstpool import Delimited, LengthPrefixed, MessageTooLarge, TstStat
 from tstpool._log import _allowances, escape_traceback, left_out
@@ -76,9 +76,9 @@ def test_exceptions_and_slow_handlers(make_pool, make_client, log):
     assert round_trip(client, b"4" + EVIL) == b"4" + EVIL
     reset(client)
     wait_until(lambda: len(pool) == 0)
-    wait_until(lambda: log().count("tstpool") >= 3)
+    # Not any three records: on a busy machine others may have been slow, too.
+    wait_until(lambda: all(words in log() for words in ("ZeroDivisionError", "a handler took", "TypeError")))
     check_lines(log(), 3)
-    assert "ZeroDivisionError" in log() and "a handler took" in log() and "TypeError" in log()
 
 
 @pytest.mark.parametrize("kind", [ValueError, MessageTooLarge])
@@ -92,7 +92,7 @@ def test_what_a_handlers_exception_says_forges_no_line(make_pool, make_client, l
         except KeyError:
             raise kind(f"unknown command: {text}") from LookupError(text)
 
-    pool = make_pool(handler(on_message=fail))
+    pool = make_pool(handler(on_message=fail), slow_handler=60)  # that would be a record of its own
     client = make_client(pool)
     client.sendall(EVIL)
     assert client.recv(1) == b""
@@ -148,9 +148,10 @@ def test_no_peer_fills_the_log(make_pool, log, data):
     begin = time.monotonic()
     provoke(50)
     seconds = time.monotonic() - begin
-    assert 10 <= records() <= 10 * (seconds + 1)
-    logged = records()
+    wait_until(lambda: records() >= 10)  # the peer may see its end before the record is written
+    assert records() <= 10 * (seconds + 1)
     time.sleep(1.1)  # a window to measure in, not a wait
+    logged = records()
     provoke(1)
     wait_until(lambda: records() == logged + 1)
     # Of these alone: on a busy machine it is also logged where a handler is, while it takes its time.
@@ -180,7 +181,7 @@ def test_the_name_of_a_peers_socket(make_pool, tmp_path, log):
         client.bind(os.fsencode(tmp_path) + b"/\nCRITICAL forged \x1b[31m")
         client.connect(f"{tmp_path}/listener")
         client.sendall(b"hello")
-        client.settimeout(10)
+        client.settimeout(patient(10))
         assert client.recv(1) == b""
     wait_until(lambda: "ZeroDivisionError" in log())
     check_lines(log(), 1)
@@ -195,6 +196,9 @@ port = pool.listen("127.0.0.1", 0)[1]
 pool.start()
 print(port)
 sys.stdin.read()
+deadline = time.monotonic() + 10
+while pool.stats().accept_errors <= 50 and time.monotonic() < deadline:  # the workers may have been held up
+    time.sleep(0.001)
 print(pool.stats().accept_errors)
 pool.stop()
 print(chr(10).join(records))

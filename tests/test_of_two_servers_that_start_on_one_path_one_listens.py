@@ -61,8 +61,9 @@ def test_while_the_first_does_not_listen_yet(monkeypatch, tmp_path, path):
         wait_until(lambda: outcome or times_open(tmp_path) == 2)
 
     Between(monkeypatch, meanwhile)
+    monkeypatch.setattr("tstpool._net.FOLDER_PATIENCE", patient(10))  # the first one may be held up for a second
     first.listen(f"unix:{path}")
-    rival.join(patient(10))
+    rival.join(patient(20))
     monkeypatch.undo()
     assert outcome == [errno.EADDRINUSE]
     with first, connect(f"unix:{path}") as client:

@@ -195,6 +195,7 @@ def test_close_ends_the_connection(make_pool, make_client):
             sock.send(PIECE)
     wait_until(lambda: reasons)
     assert [reason.errno for reason in reasons] == [errno.ENOBUFS]
+    wait_until(lambda: len(pool) == 1)
     stats = pool.stats()
     assert (stats.overflow_closed, stats.bytes_queued) == (1, 0)
     with pytest.raises(ConnectionResetError):
@@ -337,6 +338,7 @@ def test_block_sleeps_while_others_have_too_much(make_pool):
             done.set()
 
         def read():
+            wait_until(lambda: pool.stats().overflow_refused)  # the other thread waits
             before = time.process_time()
             assert not done.wait(1)  # a window to measure in, not a wait
             assert time.process_time() - before < (0.6 if SANITIZER else 0.3)

@@ -4,7 +4,7 @@ import contextlib
 import threading
 
 from contract_helpers import Gate, round_trip
-from helpers import connect, recv_exact, wait_until
+from helpers import connect, patient, recv_exact, wait_until
 
 from tstpool import LengthPrefixed, TstHandler
 
@@ -79,10 +79,11 @@ def test_an_idle_connection_is_closed_though_another_thread_sent_its_last_output
                 sock.send(bytes(20_000_000))
 
     def flush():
-        sockets[0].flush(30)
+        sockets[0].flush(patient(30))
         flushed.set()
 
-    pool = make_pool(Handler(), workers=1, idle_timeout=0.5, write_timeout=None, high_water=1 << 26, max_queued=1 << 27)
+    limits = {"idle_timeout": patient(0.5), "write_timeout": None, "high_water": 1 << 26, "max_queued": 1 << 27}
+    pool = make_pool(Handler(), workers=1, **limits)
     with gate, connect(pool) as client, connect(pool) as other:
         client.sendall(b"much")
         wait_until(lambda: sockets)
@@ -92,7 +93,7 @@ def test_an_idle_connection_is_closed_though_another_thread_sent_its_last_output
         thread = threading.Thread(target=flush)
         thread.start()
         recv_exact(client, 19_900_000)
-        thread.join(30)
+        thread.join(patient(30))
         assert flushed.is_set()
         gate.open()
         assert client.recv(1) == b""  # within the time-out that connect() has set

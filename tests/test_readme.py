@@ -4,13 +4,12 @@ import importlib.util
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
 
 import pytest
-from contract_helpers import ServerProcess, round_trip
+from contract_helpers import ServerProcess, free_port, round_trip
 from helpers import ROOT, connect, patient
 
 import tstpool
@@ -24,8 +23,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="not th
 
 def test_the_thirty_second_server_runs():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     assert "port=20001" in code
     tell = (
         "def tell():\n"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from contract_helpers import as_function, echo, every_style, every_trigger, handler, open_sockets, round_trip, serve
-from helpers import recv_exact, scaled, wait_until
+from helpers import patient, recv_exact, scaled, wait_until
 
 from tstpool import EPOLLIN, EPOLLOUT, TstData, TstError, TstStat
 
@@ -261,9 +261,9 @@ def test_no_more_than_a_limit_is_read_ahead_for_a_handler_that_does_not_read(mak
         wait_until(lambda: pool.stats().spins > spins + 100)
     finally:
         reading.set()
-        sender.join(10)
+        sender.join(patient(10))
     wait_until(lambda: total[0] == size)
-    assert sent.is_set()
+    wait_until(sent.is_set)
     assert waiting[0] <= (256 + 64) << 10
 
 

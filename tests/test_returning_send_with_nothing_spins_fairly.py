@@ -51,7 +51,7 @@ def test_others_are_served_beside_a_busy_loop(make_pool, make_client, style, tri
     wait_until(lambda: len(spins) > 10)
     for i in range(30):
         assert round_trip(other, b"%d" % i) == b"%d" % i
-    assert len(spins) > 30
+    wait_until(lambda: len(spins) > 30)  # its worker may have been held up
     over.set()
     assert spinner.recv(1) == b""
 

@@ -20,7 +20,7 @@ from contract_helpers import (
     round_trip,
     serve,
 )
-from helpers import connect, recv_exact, scaled, wait_until
+from helpers import connect, patient, recv_exact, scaled, wait_until
 
 from tstpool import LengthPrefixed, MessageTooLarge, SendQueueFull, TstStat
 
@@ -325,7 +325,7 @@ def test_two_handlers_send_to_each_other_at_once(make_pool, make_client):
 
     def talk(client):
         for _ in range(rounds):
-            barrier.wait(10)
+            barrier.wait(patient(10))
             client.sendall(b"0123456789")
             assert recv_exact(client, 10) == b"0123456789"
 

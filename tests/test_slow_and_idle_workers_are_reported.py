@@ -9,7 +9,7 @@ import pytest
 from compiled_helpers import FRAMING, pack, receive
 from contract_helpers import Gate, as_function, echo, every_style, handler, round_trip, serve
 from downstream_handlers import Commands
-from helpers import FREE_THREADED, quick_switches, recv_exact, recv_until_eof, wait_until
+from helpers import FREE_THREADED, PATIENCE, patient, quick_switches, recv_exact, recv_until_eof, wait_until
 
 from tstpool import PoolStats, WorkerStats
 
@@ -39,12 +39,23 @@ def test_most_elapsed_is_called_for_each_new_record_of_a_worker(make_pool, make_
     pool.setEventMostElapsed(one if arguments == 1 else two)
     pool.start()
     client = make_client(pool)
-    for milliseconds in (20, 60, 1, 100):
+
+    def ask(milliseconds):
         round_trip(client, b"x" * milliseconds)
+        wait_until(lambda: pool.stats().workers[0].exec_count == len(jobs))
+
+    def longer():
+        # On a busy machine a job takes longer than it sleeps: a record is what is longer than all before have been.
+        return int(pool.stats().workers[0].most_elapsed * 1000) + 40
+
+    ask(longer())
+    ask(longer())
+    ask(1)
+    ask(longer())
     wait_until(lambda: len(records) >= 3)
-    round_trip(client, b"x")
+    ask(1)
     assert len(records) >= 3
-    assert jobs[-1] == jobs[-2] + 1  # the hundred was a record, and nothing has been since
+    assert jobs[-1] == jobs[-2] + 1  # the last long one was a record, and nothing has been since
     if arguments == 2:
         assert records == sorted(records)
         assert 0.09 < records[-1] < 10
@@ -53,16 +64,18 @@ def test_most_elapsed_is_called_for_each_new_record_of_a_worker(make_pool, make_
 def test_on_slow_is_called_for_each_job_over_the_limit(make_pool, make_client):
     """S24: with the seconds; quick jobs don't count."""
     slow = []
+    limit = 0.04 if PATIENCE == 1 else patient(0.25)  # a quick job may be held up for a second where others run
     pool = make_pool(
         handler(on_message=slow_echo, on_slow=lambda sock, seconds: slow.append((sock.peer, seconds))),
-        slow_handler=0.04,
+        slow_handler=limit,
     )
     client = make_client(pool)
-    for milliseconds in (1, 60, 1, 60, 1):
+    long = int(limit * 1000) + 20
+    for milliseconds in (1, long, 1, long, 1):
         round_trip(client, b"x" * milliseconds)
     wait_until(lambda: len(slow) >= 2)
     assert len(slow) == 2
-    assert all(peer == client.getsockname() and 0.04 <= seconds < 10 for peer, seconds in slow)
+    assert all(peer == client.getsockname() and limit <= seconds < limit + 10 for peer, seconds in slow)
 
 
 @pytest.mark.parametrize("told", ["log", "on_slow", "most_elapsed"])
@@ -116,15 +129,21 @@ def test_a_handler_that_is_stuck_is_logged_with_its_stack_while_it_runs(make_poo
     """B14: by a worker that is free, once for each call, whether or not others come meanwhile."""
     caplog.set_level(logging.WARNING, "tstpool")
 
+    stuck = set()
+
     def reports():
-        return [record.getMessage() for record in caplog.records if "has been in a handler" in record.getMessage()]
+        # Of the stuck ones: on a busy machine another handler may be as slow.
+        lines = [record.getMessage() for record in caplog.records]
+        return [line for line in lines if "has been in a handler" in line and line.partition(" ")[0] in stuck]
 
     for quiet in (True, False):
         caplog.clear()
+        stuck.clear()
         with Gate() as gate:
 
             def stuck_in_here(sock, data, gate=gate):
                 if data == b"block":
+                    stuck.add(threading.current_thread().name)
                     gate.wait()
                 sock.send(data)
 
@@ -156,6 +175,7 @@ def test_what_the_log_says_of_a_stuck_handlers_time_is_true(make_pool, make_clie
     def on_message(sock, data):
         began[threading.current_thread().name] = time.monotonic()
         time.sleep(float(data))
+        wait_until(lambda: len(claims) >= 2)  # who is to look may be held up
         ends.append(data)
 
     class Listening(logging.Filter):
@@ -254,7 +274,7 @@ def test_an_idle_worker_says_so(make_pool, style):
         pool = make_pool(handler(on_message=echo, on_idle=numbers.append), workers=2, idle_time=0.05)
     begin = time.monotonic()
     wait_until(lambda: len(numbers) >= 4)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < patient(3)
     assert set(numbers) <= {0, 1}
     assert sum(worker.idle_count for worker in pool.stats().workers) >= 4
 
@@ -293,10 +313,10 @@ def test_a_report_that_raises_harms_nobody(make_pool, make_client, caplog, hook)
 
 def test_a_busy_worker_is_not_idle(make_pool, make_client):
     """S37: the time counts from the last job."""
-    calls = []
-    client = make_client(make_pool(handler(on_message=echo, on_idle=calls.append), workers=1, idle_time=0.5))
+    calls, idle_time = [], patient(0.5)
+    client = make_client(make_pool(handler(on_message=echo, on_idle=calls.append), workers=1, idle_time=idle_time))
     begin = time.monotonic()
-    while time.monotonic() - begin < 0.8:
+    while time.monotonic() - begin < 1.6 * idle_time:
         round_trip(client, b"x")
     assert len(calls) <= 1
 
@@ -336,6 +356,8 @@ def test_stats_of_the_pool(make_pool, make_client, style):
     second.close()
     wait_until(lambda: pool.stats().closed == 1)
     wait_until(lambda: pool.stats().bytes_out == 101)
+    wait_until(lambda: pool.stats().messages == 11)  # counted when the handler has returned
+    wait_until(lambda: pool.stats().connections == 1)
     stats = pool.stats()
     assert isinstance(stats, PoolStats)
     assert (stats.connections, stats.accepted, stats.closed, stats.listeners) == (1, 2, 1, 1)

@@ -20,7 +20,7 @@ class Echo(tstpool.TstHandler):
     def on_message(self, sock, data):
         sock.send(data)
 
-pool = tstpool.TstPool(Echo(), workers=4)
+pool = tstpool.TstPool(Echo(), workers=4, slow_handler=60)  # or one that is held up says so on stderr
 address = pool.listen("127.0.0.1", 0)
 pool.start()
 client = socket.create_connection(address, 10)

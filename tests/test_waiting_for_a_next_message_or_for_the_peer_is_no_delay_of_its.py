@@ -81,7 +81,7 @@ def test_the_first_byte_may_come_late_while_a_greeting_is_on_its_way(make_pool, 
             greeted.append(sock)
             sock.send(bytes(GREETING))
 
-    pool = make_pool(handler(on_connect=on_connect, on_message=echo), workers=2, first_byte_timeout=patient(0.5))
+    pool = make_pool(handler(on_connect=on_connect, on_message=echo), workers=2, first_byte_timeout=patient(1))
     client = make_client(pool)
     wait_until(lambda: pool.stats().bytes_queued)
     silent = make_client(pool)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from contract_helpers import every_trigger, handler
-from helpers import connect, wait_until
+from helpers import connect, patient, wait_until
 
 from tstpool import Delimited, Fixed, LengthPrefixed, TstStat
 
@@ -64,7 +64,7 @@ def test_a_connection_that_is_made_anew_begins_anew(make_pool, begun, trigger):
             first.sendall(begun)
         second, _ = server.accept()
         with second:
-            assert reconnected.wait(10)
+            assert reconnected.wait(patient(10))
             second.sendall(b"hello")
             wait_until(lambda: pool.stats().bytes_in >= len(begun) + 5 or sock.closed)
             second.sendall(b" again\nand so on\n")

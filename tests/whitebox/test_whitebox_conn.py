@@ -26,7 +26,7 @@ from _whitebox import (
     Hammer,
     clear,
 )
-from helpers import scaled
+from helpers import patient, scaled
 
 ACQUIRED, BUSY, GONE = 1, 0, -1
 
@@ -36,7 +36,7 @@ def in_parallel(*functions):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(patient(60))
         assert not thread.is_alive()
 
 
