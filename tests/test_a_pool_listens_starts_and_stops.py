@@ -454,9 +454,9 @@ def test_a_peer_that_never_reads_does_not_outlive_the_drain_of_a_stop_that_nobod
         sock.send(b"z" * (32 << 20))
         pool.stop(0.2)
 
-    pool = make_pool(handler(on_message=reply), workers=2, name="draining")
+    pool = make_pool(handler(on_message=reply), workers=2, name="draining", linger_timeout=patient(5))
     make_client(pool).sendall(b"x")
-    # An ordinary close would give the peer 5 s.
+    # An ordinary close would give the peer as long as that.
     wait_until(lambda: not any(thread.name.startswith("draining") for thread in threading.enumerate()), timeout=3)
 
 
