@@ -11,7 +11,7 @@ from helpers import patient, recv_exact, recv_until_eof, wait_until
 
 from tstpool import Delimited, TstStat
 
-LINGER = 5.0
+LINGER = patient(5.0)  # more than any time-out below
 LONG = 1 << 20
 
 framed_or_not = pytest.mark.parametrize("framing", [None, Delimited()], ids=["raw", "framed"])

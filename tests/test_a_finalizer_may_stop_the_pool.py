@@ -70,7 +70,7 @@ class Keeping(Echo):
 pool = TstPool(Keeping(), workers=1)
 address = pool.listen("127.0.0.1", 0)
 pool.start()
-print(ask(address), pool.stop(1))
+print(ask(address), pool.stop(patience / 2))
 print(len(stops), stops[0] == stops[1][0], pool.running, threading.active_count(), flush=True)
 """
 

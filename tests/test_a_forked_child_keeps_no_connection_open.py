@@ -126,12 +126,19 @@ with socket.create_connection(address, patience) as client:
     client.sendall(b"x")
     assert client.recv(9) == b"x" and client.recv(9) == b""
 
+while len(pool):  # its close is not the one that is to rest
+    time.sleep(0.001)
+
+reading, writing = os.pipe()
 peer = os.fork()
 if peer == 0:  # before there is a client: it has none of the server's descriptors
+    os.close(writing)
+    os.read(reading, 1)
     with socket.create_connection(address, patience) as client:
         client.sendall(b"x")
         os._exit((client.recv(9), client.recv(9)) != (b"x", b""))
 rest.value = int(sys.argv[2])
+os.write(writing, b"x")  # not before: all would be over by then
 """
 
 FORK = """

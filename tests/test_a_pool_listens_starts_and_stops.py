@@ -26,6 +26,7 @@ from contract_helpers import (
 )
 from downstream_handlers import Echo
 from helpers import (
+    PATIENCE,
     SANITIZER,
     connect,
     native_threads,
@@ -184,15 +185,15 @@ def test_stop_inside_a_handler_starts_the_stop_and_returns_at_once(make_pool, ma
 
     def stop_it(sock, data):
         begin = time.monotonic()
-        pool.stop()
+        pool.stop(patient(5))
         took.append(time.monotonic() - begin)
         started.set()
 
     pool = make_pool(handler(on_message=stop_it), workers=2)
     client = make_client(pool)
     client.sendall(b"x")
-    assert started.wait(10)
-    assert took[0] < 1
+    assert started.wait(patient(10))
+    assert took[0] < patient(1)
     assert client.recv(1) == b""
     wait_until(lambda: not pool.running)
     assert pool.stop() is True
@@ -228,12 +229,12 @@ def test_stop_waits_for_a_running_handler(make_pool, make_client, style):
         client = make_client(address)
         client.sendall(b"x")
         wait_until(lambda: gate.inside)
-        stopper = threading.Thread(target=lambda: finished.append(pool.destroy(10.0)))
+        stopper = threading.Thread(target=lambda: finished.append(pool.destroy(patient(10))))
         stopper.start()
         wait_until(lambda: refuses(address))
         assert finished == []
         gate.open()
-        stopper.join(10)
+        stopper.join(patient(10))
     assert finished == [True, True]
     assert client.recv(100) == b"answer"
     assert client.recv(1) == b""
@@ -263,7 +264,7 @@ def test_stop_gives_up_waiting_after_its_time_and_kills_nobody(make_pool, make_c
         wait_until(lambda: gate.inside)
         begin = time.monotonic()
         assert pool.stop(drain=0.1) is False
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < (3 if PATIENCE == 1 else patient(1.5))
         gate.open()
         wait_until(lambda: after)
         wait_until(lambda: not after[0].is_alive())
@@ -442,7 +443,7 @@ def test_a_peer_that_never_reads_does_not_hold_stop_longer_than_its_time(make_po
     assert queued.wait(10)
     begin = time.monotonic()
     pool.stop(drain=0.2)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < (3 if PATIENCE == 1 else patient(1.5))
     assert not pool.running
 
 
@@ -453,9 +454,9 @@ def test_a_peer_that_never_reads_does_not_outlive_the_drain_of_a_stop_that_nobod
         sock.send(b"z" * (32 << 20))
         pool.stop(0.2)
 
-    pool = make_pool(handler(on_message=reply), workers=2, name="draining")
+    pool = make_pool(handler(on_message=reply), workers=2, name="draining", linger_timeout=patient(5))
     make_client(pool).sendall(b"x")
-    # An ordinary close would give the peer 5 s.
+    # An ordinary close would give the peer as long as that.
     wait_until(lambda: not any(thread.name.startswith("draining") for thread in threading.enumerate()), timeout=3)
 
 
@@ -492,7 +493,8 @@ def test_while_it_drains_it_still_counts_whose_handlers_run(make_pool, make_clie
     thread.start()
     try:
         wait_until(lambda: refuses(client.getpeername()))
-        assert len(pool) == pool.stats().connections == 1
+        # One that refuses() has made before may still be among them.
+        wait_until(lambda: len(pool) == pool.stats().connections == 1)
     finally:
         gate.open()
         thread.join()

@@ -51,29 +51,27 @@ def test_a_restart_with_fewer_workers_in_the_middle_of_stats():
 
 
 def beside(pool, change, *looks):
-    """Does `change` again and again, for two seconds, and meanwhile each look on a thread of its own."""
+    """Does `change` again and again, for two seconds, and until each look has begun, on a thread of its own, too."""
     over = threading.Event()
-    looked = []
+    looked = [0] * len(looks)
 
     def changing():
         until = time.monotonic() + 2
         try:
             for number in itertools.count():
                 change(number)
-                if time.monotonic() > until:
+                if time.monotonic() > until and all(looked):
                     break
         finally:
             over.set()
 
-    def looking(look):
-        n = 0
+    def looking(number):
         while not over.is_set():
-            look()
-            n += 1
-        looked.append(n)
+            looked[number] += 1
+            looks[number]()
 
     with quick_switches():
-        in_threads(changing, *[functools.partial(looking, look) for look in looks])
+        in_threads(changing, *[functools.partial(looking, number) for number in range(len(looks))])
     assert all(looked)
 
 

@@ -4,11 +4,11 @@ import time
 
 import pytest
 from contract_helpers import handler, round_trip
-from helpers import patient, wait_until
+from helpers import PATIENCE, patient, wait_until
 
 from tstpool import LengthPrefixed, TstStat
 
-LIMIT = patient(0.1)
+LIMIT = patient(0.1 if PATIENCE == 1 else 0.4)  # on a busy machine a quick handler is not to take so long
 
 
 def raises(sock):

@@ -10,14 +10,14 @@ import time
 
 import pytest
 from contract_helpers import echo, handler, in_threads, round_trip
-from helpers import RunningPool, connect, patient, run_python, scaled, wait_until
+from helpers import PATIENCE, RunningPool, connect, patient, run_python, scaled, wait_until
 
 from tstpool import TstError, TstPool, TstSockType, TstStat
 
-PRELUDE = """
+PRELUDE = f"""
 import faulthandler, gc, os, signal, socket, sys, threading, time
 from tstpool import *
-faulthandler.dump_traceback_later(20, exit=True)
+faulthandler.dump_traceback_later({patient(20)}, exit=True)
 pool = TstPool(lambda sock: None, workers=8)
 """
 
@@ -72,9 +72,12 @@ def test_by_a_signal_while_the_same_thread_waits_for_the_end():
     """B49: the signal comes inside serve_forever's wait, and its handler waits too."""
     out = in_a_process("""
 answers = []
+class Pool(TstPool):
+    def start(self):  # serve_forever() calls it: a signal before that would only stop what it starts then
+        super().start()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+pool = Pool(lambda sock: None, workers=8)
 signal.signal(signal.SIGALRM, lambda *args: answers.append(pool.stop(1.0)))
-pool.start()
-signal.setitimer(signal.ITIMER_REAL, 0.05)
 pool.serve_forever()
 print(answers, threading.active_count())
 """)
@@ -113,7 +116,7 @@ print(times[1] - times[0])
 """)
     how, took = out.split()
     assert how == ("returned" if stops else "interrupted")
-    assert float(took) < patient(0.25)
+    assert float(took) < (0.25 if PATIENCE == 1 else patient(1))
 
 
 def test_by_a_finalizer_that_the_collector_runs_in_listen():
@@ -185,7 +188,7 @@ def test_when_a_handler_makes_the_connection_anew_at_its_end(make_pool):
         pool.connect(*server.getsockname())
         assert there.wait(10)
         begin = time.monotonic()
-        assert pool.stop(1.0) is True
+        assert pool.stop(patient(1)) is True
         assert time.monotonic() - begin < patient(1)
     assert len(calls) == 1
     assert len(pool) == 0
