@@ -43,7 +43,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for source in SOURCES.glob("*.c"):
         command = ["cc", "-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread"]
         command += ["-o", str(where / source.stem), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=patient(60))
         assert done.returncode == 0, done.stderr
     return {path.name: path for path in where.iterdir()}
 
@@ -241,7 +241,7 @@ def test_neglected_connection_shows(programs: dict[str, Path]) -> None:
 def in_benchmarks(code: str, **variables: str) -> Any:
     """What `code` prints as JSON, in a process of its own: the package is not on the tests' path."""
     command, environment = [sys.executable, "-c", "import json\n" + code], ENVIRONMENT | variables
-    return json.loads(subprocess.check_output(command, cwd=REPOSITORY, text=True, env=environment, timeout=60))
+    return json.loads(subprocess.check_output(command, cwd=REPOSITORY, text=True, env=environment, timeout=patient(60)))
 
 
 def test_runner_refuses_what_was_not_in_flight() -> None:
@@ -320,7 +320,7 @@ def test_generator_reports_that_nobody_listens(programs: dict[str, Path]) -> Non
 @pytest.mark.parametrize("wrong", ["-p 0", "-p 1 -c 0", "-p 1 -s 0", "-p 1 --framing lines", "-p 1 -t 0", "-p 1 extra"])
 def test_generator_refuses_nonsense(programs: dict[str, Path], wrong: str) -> None:
     done = subprocess.run(
-        [programs["loadgen"], *wrong.split()], capture_output=True, text=True, env=ENVIRONMENT, timeout=10
+        [programs["loadgen"], *wrong.split()], capture_output=True, text=True, env=ENVIRONMENT, timeout=patient(10)
     )
     assert done.returncode == 2
     assert "usage" in done.stderr
@@ -453,7 +453,7 @@ def has_the_agreed_backlog(port: int) -> bool:
     if shutil.which("ss") is None:
         return True
     limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
-    fields = subprocess.check_output(["ss", "-Hltn", f"sport = :{port}"], text=True, timeout=10).split()
+    fields = subprocess.check_output(["ss", "-Hltn", f"sport = :{port}"], text=True, timeout=patient(10)).split()
     return int(fields[2]) == min(4096, limit)
 
 
@@ -515,7 +515,7 @@ def checked_file(path: Path, **cases: list[float]) -> Path:
 def check(tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.check", "--baseline", str(tmp_path / "baseline.json")]
     done = [*command, *map(str, arguments)]
-    return subprocess.run(done, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    return subprocess.run(done, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=patient(60))
 
 
 def test_check_says_that_there_is_no_baseline(tmp_path: Path) -> None:
@@ -619,7 +619,7 @@ def test_generator_polls_where_the_workload_says_so() -> None:
 def test_runner_refuses_nonsense(tmp_path: Path, wrong: str) -> None:
     pytest.importorskip("rich")
     command = [sys.executable, "-m", "benchmarks", "--only", "c-level", "--output", str(tmp_path), *wrong.split()]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=patient(60))
     assert done.returncode == 2
     assert "--rounds must be 1 or more" in done.stderr
 
@@ -731,7 +731,7 @@ def test_cases_carry_the_rates_of_the_generator(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=60,
+        timeout=patient(60),
     )
     assert done.returncode == 0, done.stdout
     [case] = json.loads(file.read_text())["benchmarks"]
@@ -747,7 +747,9 @@ def test_runner_measures_special_workloads(tmp_path: Path, workload: str) -> Non
     pytest.importorskip("rich")
     command = [sys.executable, "-m", "benchmarks", "--only", workload, "sleep-4", "tstpool", "--rounds", "1"]
     command += ["--seconds", "0.2", "--warm-up", "0.1", "--patience", "0", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=patient(120)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "results.json").read_text())
     [(name, figures)] = document["summary"].items()
@@ -761,7 +763,9 @@ def test_runner_measures_reports_and_leaves_no_process(tmp_path: Path) -> None:
     pytest.importorskip("rich")
     command = [sys.executable, "-m", "benchmarks", "--only", "c-oneshot", "echo-64B-c50", "--rounds", "1"]
     command += ["--seconds", "0.2", "--warm-up", "0.1", "--patience", "0", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, timeout=patient(120)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "results.json").read_text())
     figures = document["summary"]["echo-64B-c50"]
