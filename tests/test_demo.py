@@ -34,13 +34,18 @@ sys.exit(tstpool.__main__.main(["demo", "--seconds", "0.5"]))
 """
 
 
-def run_with(fault):
-    """Run the demo with a fault planted; return what it complained of, one line each."""
+LATE = "  ping-pong: one round trip in "
+
+
+def run_with(fault, latency=False):
+    """Run the demo with a fault planted; return what it complained of, one line each. On a busy machine it may also
+    complain of late replies, which is another scene's business: without `latency` that is left out."""
     done = run_python("-c", PLANT.format(fault=fault), check=False, timeout=90)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WRONG:" in done.stdout, done.stdout + done.stderr
     assert "OK: " not in done.stdout
-    return done.stdout.partition("WRONG:\n")[2].splitlines()
+    complaints = done.stdout.partition("WRONG:\n")[2].splitlines()
+    return [line for line in complaints if latency or not line.startswith(LATE)]
 
 
 @pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
@@ -98,7 +103,6 @@ class TalksTooMuch(services.LargeReply):
 services.SERVICES[Kind.SLOW_READER] = Service(TalksTooMuch(), first_request=8)
 """
     )
-    complaints = [line for line in complaints if "ping-pong" not in line]  # a slow machine: another scene's business
     assert len(complaints) == 3
     assert all("slow reader: connection" in line and "1 bytes too many" in line for line in complaints)
 
@@ -118,7 +122,8 @@ class Holds(services.Echo):
         sock.send(data)
 
 services.SERVICES[Kind.PING_PONG] = Service(Holds())
-"""
+""",
+        latency=True,
     )
     assert len(complaints) == 1
     assert re.match(
