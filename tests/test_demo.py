@@ -8,7 +8,7 @@ import re
 import signal
 
 import pytest
-from helpers import patient, run_python, wait_until
+from helpers import PATIENCE, patient, run_python, wait_until
 from test_cli import Command
 
 KINDS = [
@@ -48,10 +48,21 @@ def run_with(fault, latency=False):
     return [line for line in complaints if latency or not line.startswith(LATE)]
 
 
+def run_without(*arguments):
+    """Run the demo without a fault. Beside other suites all of a process may be held up for as long as the handlers
+    that block sleep, and the demo can't tell that from a fault: then once more."""
+    for _ in range(1 if PATIENCE == 1 else 4):
+        done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", *arguments, check=False)
+        complaints = done.stdout.partition("WRONG:\n")[2].splitlines()
+        if not complaints or not all(line.startswith(LATE) for line in complaints):
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 @pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
 def test_the_demo_serves_every_kind_and_exits_with_0(trigger):
-    done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", "--trigger", trigger, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_without("--trigger", trigger)
     assert done.stderr == ""
     for kind in KINDS:
         row = re.search(rf"^{kind} +([\d,]+) +([\d,]+) +\S+ [kMG]?B .*OK", done.stdout, re.MULTILINE)
@@ -62,8 +73,7 @@ def test_the_demo_serves_every_kind_and_exits_with_0(trigger):
 
 
 def test_two_workers_suffice_for_the_demo():
-    done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", "--workers", "2", check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_without("--workers", "2")
     assert re.search(r"^blocking handler +1 ", done.stdout, re.MULTILINE)
 
 
