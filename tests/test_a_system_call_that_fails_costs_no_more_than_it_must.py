@@ -439,7 +439,7 @@ thread = threading.Thread(target=wake)
 thread.start()
 while not held.value:
     time.sleep(0.001)
-stopped = pool.stop(0)
+stopped = pool.stop(0) or pool.stop(0.5)  # it does not wait for a worker that is held up in a call
 ours, theirs = os.pipe()
 os.dup2(theirs, number)
 thread.join()
