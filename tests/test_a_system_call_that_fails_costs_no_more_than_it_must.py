@@ -9,7 +9,7 @@ import time
 
 import pytest
 from contract_helpers import ServerProcess, every_trigger, exchange, faults, round_trip, shim
-from helpers import SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled
+from helpers import PATIENCE, SANITIZER, connect, patient, recv_exact, recv_until_eof, scaled
 
 SERVER = """
 import ctypes
@@ -263,17 +263,21 @@ def test_input_that_comes_before_the_descriptor_is_armed_is_not_lost():
     rounds = scaled(200, minimum=20)
     with ServerProcess(SERVER, env={"DELAY_MOD": "5", "TRIGGER": "oneshot"}, preload=faults()) as server:
         with connect(server.addr) as client:
-            worst = 0.0
+            times = []
             dice = random.Random(1)
             for i in range(rounds):
                 begin = time.monotonic()
                 client.sendall(b"%06d" % i)
                 assert recv_exact(client, 6) == b"%06d" % i  # the reply is out before the descriptor is armed
-                worst = max(worst, time.monotonic() - begin)
+                times.append(time.monotonic() - begin)
                 time.sleep(dice.choice((0, 0.001, 0.004, 0.0055)))  # to come at different places of the delay
         server.finish()
-    print(f"slowest round trip {worst * 1e3:.1f} ms")
-    assert worst < 0.005 + patient(0.2)  # one that only a later deadline rescues would take a second
+    times.sort()
+    # One that only a later deadline rescues would take a second, and most of them come while it is being armed. Beside
+    # other suites a few may wait for a processor as long.
+    worst = times[-1] if PATIENCE == 1 else times[rounds * 9 // 10]
+    print(f"slowest round trip {times[-1] * 1e3:.1f} ms")
+    assert worst < 0.005 + patient(0.2 if PATIENCE == 1 else 0.1)
 
 
 @pytest.mark.parametrize("name", ["EINTR", "EAGAIN"])
@@ -425,13 +429,17 @@ while not pool.stats().messages:
 (sock,) = pool.sockets()
 (number,) = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")
              and os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"]
-time.sleep(0.1)  # the worker sleeps: it is to be woken
+def wake():
+    while not held.value:  # a worker that does not sleep yet needs no write
+        pool.need_send(sock)
+        time.sleep(0.001)
+
 hold.value = 1
-thread = threading.Thread(target=sock.close)
+thread = threading.Thread(target=wake)
 thread.start()
 while not held.value:
     time.sleep(0.001)
-stopped = pool.stop(0)
+stopped = pool.stop(0) or pool.stop(0.5)  # it does not wait for a worker that is held up in a call
 ours, theirs = os.pipe()
 os.dup2(theirs, number)
 thread.join()

@@ -283,7 +283,7 @@ class Blocks(TstHandler):
             gate.wait(10 * PATIENCE)
         sock.send(data)
 
-pool = serve(Blocks(), workers=3, first_byte_timeout=0.3)
+pool = serve(Blocks(), workers=3, first_byte_timeout=0.5 * PATIENCE)  # not so short that it strikes one that speaks
 clients = [dial(pool) for _ in range(4)]
 for client in clients[:2]:
     client.sendall(b"block")

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 from contract_helpers import echo, every_style, handler, ignore, in_threads, open_sockets, round_trip, serve
-from helpers import recv_until_eof, wait_until
+from helpers import patient, recv_until_eof, wait_until
 
 from tstpool import TstHandler, TstStat
 
@@ -78,7 +78,8 @@ def test_on_error_is_called_once_instead_of_the_log(make_pool, make_client, capl
             on_message=failing(kind),
             on_error=lambda sock, exc: calls.append(("error", sock, exc)),
             on_disconnect=lambda sock, reason: calls.append(("disconnect", sock, reason)),
-        )
+        ),
+        slow_handler=30,  # which would be logged
     )
     client = make_client(pool)
     (sock,) = wait_until(pool.sockets)
@@ -141,10 +142,11 @@ def test_all_errors_are_counted_however_few_are_logged(make_pool, make_client, c
     twice = handler(on_message=fail, on_error=lambda sock, exc: TstStat.SUSPEND, on_slow=failing(KeyError))
     pool = make_pool(twice, slow_handler=1e-9, workers=1)
     client = make_client(pool)
-    for i in range(1, 31):
+    rounds = round(patient(30))  # there is a number of records for each second, which a busy machine has more of
+    for i in range(1, rounds + 1):
         client.sendall(b"x")
         wait_until(lambda i=i: pool.stats().handler_errors == 2 * i)
-    assert len(caplog.records) < 30
+    assert len(caplog.records) < rounds
     idle = make_pool(handler(on_message=echo, on_idle=failing(ValueError)), idle_time=0.001, workers=1)
     wait_until(lambda: idle.stats().handler_errors >= 2)
     pool.stop()

@@ -77,7 +77,7 @@ def test_echo_serves_until_ctrl_c_and_says_how_it_went(trigger):
             for size in (1, 1000, 100_000):
                 talk(client, bytes(range(250)) * (size // 250 + 1))
             command.wait_for(r"^connections +messages/s +MB/s in +MB/s out +slowest job +jobs/s of each worker")
-            command.wait_for(r"^ +1 +\S+ +\d+\.\d\d +\d+\.\d\d +[\d.]+ ms  \S")
+            command.wait_for(r"^ +1 +\S+ +\d+\.\d\d +\d+\.\d\d +[\d.]+ m?s  \S")
             command.signal(signal.SIGINT)  # with a connection that is still open
             assert command.result(timeout=5) == 0
         assert f"2 workers, trigger {trigger}" in command.lines[0]
@@ -128,7 +128,7 @@ def refuses(address):
 
 def stop_with_output_waiting(command, client, address):
     """The client sends until the server waits for it to read. Returns when the server has begun to stop."""
-    while select.select([], [client], [], 0.5)[1]:
+    while select.select([], [client], [], patient(0.5))[1]:
         client.send(bytes(4096), socket.MSG_DONTWAIT)
     command.signal(signal.SIGINT)
     wait_until(lambda: refuses(address))

@@ -148,7 +148,7 @@ def test_a_second_close_does_not_wait_for_a_deaf_peer(make_pool, make_client):
     begin = time.monotonic()
     assert sock.close() is True
     assert sock.close() is False
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < patient(1)
 
 
 def test_a_deaf_peer_is_dropped_after_five_seconds(make_pool, make_client):
@@ -163,7 +163,7 @@ def test_a_deaf_peer_is_dropped_after_five_seconds(make_pool, make_client):
     round_trip(other, b"hello")
     while len(pool) == 2:
         assert round_trip(other, b"hello") == b"hello"
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < 10 + patient(5)
         time.sleep(0.02)
     assert time.monotonic() - begin > 4
 

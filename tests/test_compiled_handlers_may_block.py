@@ -10,7 +10,7 @@ import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
 from contract_helpers import every_trigger, in_threads, round_trip
 from downstream_handlers import Commands, FramedEcho, Meeting
-from helpers import connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
+from helpers import PATIENCE, connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
 
 from tstpool import TstStat
 
@@ -77,15 +77,15 @@ def test_a_second_of_it_is_felt_by_nobody_else(make_pool, make_client, gated, sh
     for client in others:
         say(client, b"e")
     (stuck,) = block(pool, gated, make_client, 1)
-    begin, slowest, rounds = time.monotonic(), 0.0, 0
-    while time.monotonic() - begin < 1.0:
+    begin, times = time.monotonic(), []
+    while time.monotonic() - begin < patient(1.0):
         for client in others:
             sent = time.monotonic()
             say(client, b"e")
-            slowest = max(slowest, time.monotonic() - sent)
-            rounds += 1
-    assert rounds > 8
-    assert slowest < patient(0.3)
+            times.append(time.monotonic() - sent)
+    assert len(times) > 8
+    # All of them on a machine of its own. Beside other suites one may take longer, but not as long as it is blocked.
+    assert max(times) < (0.3 if PATIENCE == 1 else patient(0.75))
     gated.open_gate()
     assert receive(stuck) == [b"b"]
 
@@ -122,7 +122,7 @@ def test_one_of_fifty_that_speak_at_once(make_pool, make_client, gated, shards):
     for i, client in enumerate(clients):
         if i != 20:
             assert receive(client) == [b"r%d" % i if i % 3 == 0 else b"e%d" % i]
-    assert gated.waiting == 1
+    wait_until(lambda: gated.waiting == 1)  # it need not be the first of its batch
     gated.open_gate()
     assert receive(clients[20]) == [b"b"]
     wait_until(lambda: pool.stats().messages == 50)
@@ -274,9 +274,13 @@ def test_on_slow_hears_of_a_slow_hook(make_pool, make_client):
     for _ in range(scaled(50)):
         say(other, b"e")
     assert say(client, b"e0", b"z1", b"e2", b"r3") == [b"e0", b"z1", b"e2", b"r3"]
-    wait_until(lambda: slow)
-    (seconds,) = [seconds for peer, seconds in slow if seconds >= 0.15 and peer == client.getsockname()]
-    assert seconds < patient(1)
+
+    def its_own():
+        return [seconds for peer, seconds in slow if seconds >= 0.15 and peer == client.getsockname()]
+
+    wait_until(its_own)
+    assert min(its_own()) < patient(1)
+    assert len(its_own()) == 1 or PATIENCE > 1  # beside other suites any hook may take as long
 
 
 def test_on_most_elapsed_hears_of_the_slowest_job(make_pool, make_client):
@@ -293,13 +297,13 @@ def test_on_most_elapsed_hears_of_the_slowest_job(make_pool, make_client):
 def test_stats_count_compiled_hooks(make_pool, make_client):
     """Messages exactly; jobs and their time, those of the connection's beginning and end included."""
     pool = make_pool(Mixed(), framing=FRAMING, workers=2, slow_handler=10)
-    client = make_client(pool)
     bodies = [b"e%d" % i for i in range(200)] + [b"z"] + [b"r%d" % i for i in range(50)]
     begin = time.monotonic()
+    client = make_client(pool)
     assert say(client, *bodies) == bodies
-    lasted = time.monotonic() - begin
     client.close()
     wait_until(lambda: len(pool) == 0)
+    lasted = time.monotonic() - begin  # any of the hooks, the first and the last too, may be held up
     stats = pool.stats()
     assert stats.messages == len(bodies)
     assert stats.bytes_in == stats.bytes_out == len(pack(*bodies))
@@ -373,7 +377,8 @@ def test_stop_under_load(make_pool, make_client, shards):
 
     def stop():
         begun.wait(patient(20))
-        return pool.stop(1)  # all of which it takes: they never pause
+        # All of the first second is taken: they never pause. A worker that is held up in a hook then is not waited for.
+        return pool.stop(1) or pool.stop(patient(10))
 
     clients = [make_client(pool) for _ in range(4)]
     *_, stopped = in_threads(*(lambda client=client: talk(client) for client in clients), stop, timeout=60)

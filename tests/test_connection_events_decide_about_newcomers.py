@@ -14,7 +14,7 @@ from contract_helpers import (
     round_trip,
     serve,
 )
-from helpers import recv_exact, scaled, wait_until
+from helpers import patient, recv_exact, scaled, wait_until
 
 from tstpool import TstError, TstStat
 
@@ -135,10 +135,10 @@ def test_a_blocking_on_connect_holds_up_nobody_else(make_pool, make_client, styl
         pool = serve(make_pool, style, echo, on_connect=slow, workers=4)
         stuck = make_client(pool)
         stuck.sendall(b"patience")
-        assert first.wait(10)
+        assert first.wait(patient(10))
         for _ in range(10):
             assert round_trip(make_client(pool), b"hello") == b"hello"
-        assert gate.inside == 1
+        wait_until(lambda: gate.inside == 1)
         gate.open()
         assert recv_exact(stuck, 8) == b"patience"
 

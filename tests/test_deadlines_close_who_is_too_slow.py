@@ -13,13 +13,26 @@ import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
 from contract_helpers import Gate, ServerProcess, every_trigger, handler, is_open, open_sockets, round_trip, shim
 from downstream_handlers import Commands, Counting
-from helpers import ROOT, SANITIZER, RunningPool, connect, patient, recv_exact, recv_until_eof, scaled, wait_until
+from helpers import (
+    PATIENCE,
+    ROOT,
+    SANITIZER,
+    RunningPool,
+    connect,
+    patient,
+    recv_exact,
+    recv_until_eof,
+    scaled,
+    wait_until,
+)
 
 import tstpool
 from tstpool import Delimited, LengthPrefixed, TstHandler
 
 FRAMES = LengthPrefixed(4, max_message=64 << 20)
 MUCH = 16 << 20  # more than the socket buffers of a loopback connection hold
+
+LATE = patient(0.3 if PATIENCE == 1 else 0.75)  # seconds by which a busy machine may be late
 
 limits = pytest.mark.parametrize("limit", [0.2, 0.5])
 
@@ -48,7 +61,7 @@ def check_took(took, limit):
     """Never early, and late by no more than a busy machine makes it."""
     print(f"limit {limit} s, took {took:.4f} s")
     assert took >= limit
-    assert took < limit * 1.1 + patient(0.3)
+    assert took < limit * 1.1 + LATE
 
 
 def check_end(watch, begin, limit):
@@ -141,6 +154,7 @@ def test_a_header_without_its_body(make_pool, make_client, limit):
 @limits
 def test_idle_between_messages(make_pool, make_client, limit):
     """B38: silence since the last message."""
+    limit = patient(limit)  # between two messages this thread may be held up
     watch = Watch()
     pool = make_pool(watch, idle_timeout=limit, first_byte_timeout=10 * limit)
     client = make_client(pool)
@@ -180,7 +194,7 @@ def test_closing_with_a_peer_that_reads_nothing(make_pool, make_client, limit):
 def test_a_reply_that_was_cut_short_does_not_end_like_a_whole_one(make_pool, make_client, trigger):
     """B24, B38: a peer that reads too late, and that still sends, gets a reset after what it has: not a clean end."""
     watch = Watch()
-    pool = make_pool(watch, linger_timeout=0.3, trigger=trigger)
+    pool = make_pool(watch, linger_timeout=patient(0.3), trigger=trigger)  # time enough to send the rest
     client = make_client(pool)
     client.sendall(b"go")
     wait_until(lambda: pool.stats().bytes_queued)
@@ -194,23 +208,18 @@ def test_a_reply_that_was_cut_short_does_not_end_like_a_whole_one(make_pool, mak
 
 def test_never_early_wherever_in_a_tick_it_begins(make_pool, make_client):
     """B38: connections that begin at any phase of the wheel's tick each get all of their time."""
-    accepted, took = {}, []
-
-    def on_connect(sock):
-        accepted[sock.id] = time.monotonic()
+    sent, took = {}, []
 
     def on_disconnect(sock, reason):
-        took.append(time.monotonic() - accepted[sock.id])
+        took.append(time.monotonic() - sent[sock.peer])
 
-    # on_connect is called after the acceptance that counts, so each one seems shorter by that: much less than a tick.
-    pool = make_pool(handler(on_connect=on_connect, on_disconnect=on_disconnect), idle_timeout=0.2, workers=1)
-    begins = []
+    pool = make_pool(handler(on_disconnect=on_disconnect), idle_timeout=0.2, workers=1)
     for _ in range(scaled(60, 20)):
         client = make_client(pool)
+        sent[client.getsockname()] = time.monotonic()
         client.sendall(b"x")
-        begins.append(client)
         time.sleep(0.0013)  # another phase
-    wait_until(lambda: len(took) == len(begins))
+    wait_until(lambda: len(took) == len(sent))
     print(f"{min(took):.4f} to {max(took):.4f} s")
     assert min(took) >= 0.2
 
@@ -218,18 +227,18 @@ def test_never_early_wherever_in_a_tick_it_begins(make_pool, make_client):
 @every_trigger
 def test_with_every_trigger(make_pool, make_client, trigger):
     """B38: all five, one after the other, in one pool."""
-    watch = Watch()
+    watch, first = Watch(), patient(0.35)  # before it speaks this thread may be held up
     pool = make_pool(
         watch,
         trigger=trigger,
         framing=FRAMES,
-        first_byte_timeout=0.35,
+        first_byte_timeout=first,
         message_timeout=0.2,
         idle_timeout=0.3,
         write_timeout=0.4,
         linger_timeout=0.5,
     )
-    for limit, data in [(0.35, b""), (0.2, b"\0\0"), (0.3, pack(b"hi")), (0.4, pack(b"much")), (0.5, pack(b"go"))]:
+    for limit, data in [(first, b""), (0.2, b"\0\0"), (0.3, pack(b"hi")), (0.4, pack(b"much")), (0.5, pack(b"go"))]:
         watch.ends.clear()
         begin = time.monotonic()
         with connect(pool) as client:
@@ -244,12 +253,12 @@ def test_with_every_trigger(make_pool, make_client, trigger):
 def test_activity_in_either_direction_keeps_it_open(make_pool, make_client):
     """B38: what is sent counts as much as what is received."""
     watch = Watch()
-    pool = make_pool(watch, idle_timeout=0.8)
+    pool = make_pool(watch, idle_timeout=patient(0.8))
     speaks, listens = make_client(pool), make_client(pool)
     for client in (speaks, listens):
         round_trip(client, b"hello")
     ours = socket_of(pool, listens)
-    until = time.monotonic() + 1.5
+    until = time.monotonic() + patient(1.5)
     while time.monotonic() < until:
         round_trip(speaks, b"hello")
         ours.send(b"news")
@@ -259,7 +268,7 @@ def test_activity_in_either_direction_keeps_it_open(make_pool, make_client):
     begin = time.monotonic()
     ours.send(b"last")
     wait_until(lambda: len(watch.ends) == 2)
-    assert watch.ends[-1][0] - begin >= 0.4
+    assert watch.ends[-1][0] - begin >= patient(0.4)
     assert settled(pool) == (2, 0)
 
 
@@ -303,7 +312,7 @@ class Server(TstHandler):
     def on_message(self, sock, data):
         sock.send(b"x" * (16 << 20))
 
-pool = TstPool(Server(), workers=1, write_timeout=0.4, idle_timeout=None)
+pool = TstPool(Server(), workers=1, write_timeout=float(os.environ["LIMIT"]), idle_timeout=None)
 print(pool.listen("127.0.0.1", 0)[1])
 pool.start()
 sys.stdin.read()
@@ -313,14 +322,14 @@ pool.stop(0)
 
 def test_who_has_read_while_the_server_was_held_up_is_not_cut_off():
     """B38: a whole process may be stopped, or a machine busy, for longer than the limit: the peer is not to blame."""
-    with ServerProcess(HELD_UP) as server, connect(server.addr) as client:
+    with ServerProcess(HELD_UP, env={"LIMIT": str(patient(0.4))}) as server, connect(server.addr) as client:
         client.sendall(b"much")
         got = 0
         for _ in range(3):
             got += len(recv_exact(client, 1 << 18))
             server.process.send_signal(signal.SIGSTOP)
             try:
-                select.select([], [], [], 0.6)  # its limit passes ...
+                select.select([], [], [], patient(0.6))  # its limit passes ...
                 client.settimeout(0.05)
                 with contextlib.suppress(TimeoutError):
                     while True:  # ... while the kernel gives away all that it has
@@ -335,13 +344,13 @@ def test_who_has_read_while_the_server_was_held_up_is_not_cut_off():
 
 def test_message_after_message_without_a_pause(make_pool, make_client):
     """B38: each message begins its own time, also when the kernel never has just one of them."""
-    pool = make_pool(Watch(), framing=FRAMES, message_timeout=0.5, idle_timeout=0.5)
+    pool = make_pool(Watch(), framing=FRAMES, message_timeout=patient(0.5), idle_timeout=patient(0.5))
     client = make_client(pool)
     data = pack(*[b"x" * 8] * 150)
     # Each piece but the last ends inside a message. There are three of a message at most, so that it has its time also
     # where a pause takes ten times as long.
     client.sendall(data[:1])
-    with Trickle(client, 0.005, data[1:], step=6):
+    with Trickle(client, patient(0.005), data[1:], step=6):
         assert receive(client, 150) == [b"x" * 8] * 150
     assert counters(pool) == (0, 0)
 
@@ -350,14 +359,14 @@ def test_message_after_message_without_a_pause(make_pool, make_client):
 @every_trigger
 def test_a_paused_socket_is_not_closed_and_gets_its_time_anew(make_pool, make_client, begun, trigger):
     """B38: while we do not read, the peer is not to blame."""
-    watch = Watch()
+    watch, limit = Watch(), patient(0.2)  # before it pauses this thread may be held up
     pool = make_pool(
         watch,
         trigger=trigger,
         framing=FRAMES,
-        first_byte_timeout=0.2,
-        message_timeout=0.2,
-        idle_timeout=0.2,
+        first_byte_timeout=limit,
+        message_timeout=limit,
+        idle_timeout=limit,
     )
     client = make_client(pool)
     client.sendall(begun)
@@ -367,17 +376,17 @@ def test_a_paused_socket_is_not_closed_and_gets_its_time_anew(make_pool, make_cl
     if begun == b"\0\0":
         wait_until(lambda: pool.stats().bytes_in == 2)
     ours.pause()
-    assert stays_open(client, 0.45)
+    assert stays_open(client, 2.25 * limit)
     begin = time.monotonic()
     ours.resume()
-    check_end(watch, begin, 0.2)
+    check_end(watch, begin, limit)
 
 
 @pytest.mark.parametrize("begun", [b"", b"\0\0", pack(b"hello")], ids=["nothing", "half", "message"])
 def test_a_pause_shorter_than_the_deadline_counts_as_much(make_pool, make_client, begun):
     """B38: the time anew, also when no timer fired meanwhile."""
-    watch = Watch()
-    pool = make_pool(watch, framing=FRAMES, first_byte_timeout=0.5, message_timeout=0.5, idle_timeout=0.5)
+    watch, limit = Watch(), patient(0.5)  # before it pauses this thread may be held up
+    pool = make_pool(watch, framing=FRAMES, first_byte_timeout=limit, message_timeout=limit, idle_timeout=limit)
     client = make_client(pool)
     client.sendall(begun)
     if begun == pack(b"hello"):
@@ -385,10 +394,10 @@ def test_a_pause_shorter_than_the_deadline_counts_as_much(make_pool, make_client
     ours = socket_of(pool, client)
     wait_until(lambda: pool.stats().bytes_in == len(begun))
     ours.pause()
-    assert stays_open(client, 0.3)
+    assert stays_open(client, 0.6 * limit)
     begin = time.monotonic()
     ours.resume()
-    check_end(watch, begin, 0.5)
+    check_end(watch, begin, limit)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -412,12 +421,12 @@ def test_a_handler_that_still_runs_is_not_interrupted(make_pool, make_client, wo
             slow_handler=30,
             idle_timeout=0.2,
             message_timeout=0.2,
-            first_byte_timeout=0.2,
+            first_byte_timeout=patient(0.2),  # before it speaks this thread may be held up
         )
         client = make_client(pool)
         client.sendall(pack(b"hello") + b"\0")
         wait_until(lambda: gate.inside)
-        assert stays_open(client, 0.5)
+        assert stays_open(client, patient(0.5))
         begin = time.monotonic()
         gate.open()
         assert recv_exact(client, 5)
@@ -435,13 +444,13 @@ def test_what_had_come_in_time_is_served_although_every_worker_was_busy(make_poo
                 gate.wait()
             sock.send(data)
 
-        pool = make_pool(handler(on_message=on_message), workers=1, slow_handler=30, idle_timeout=0.3)
+        pool = make_pool(handler(on_message=on_message), workers=1, slow_handler=30, idle_timeout=patient(0.3))
         blocks, other = make_client(pool), make_client(pool)
         round_trip(other, b"hello")
         blocks.sendall(b"block")
         wait_until(lambda: gate.inside)
         other.sendall(b"in time")
-        time.sleep(0.6)  # a window: the deadline passes
+        time.sleep(patient(0.6))  # a window: the deadline passes
         gate.open()
         assert recv_exact(other, 7) == b"in time"
         assert recv_exact(blocks, 5) == b"block"
@@ -504,14 +513,14 @@ def test_a_first_byte_that_on_connect_reads_is_one(make_pool, make_client):
 
 def test_a_listener_may_have_its_own(make_pool, make_client):
     """B38: listen() overrides the pool, for its connections alone; what it leaves out is the pool's."""
-    watch = Watch()
-    pool = make_pool(watch, first_byte_timeout=0.3, idle_timeout=20)
+    watch, first = Watch(), patient(0.3)  # before it speaks this thread may be held up
+    pool = make_pool(watch, first_byte_timeout=first, idle_timeout=patient(20))
     short = pool.listen("127.0.0.1", 0, idle_timeout=0.2)
     never = pool.listen("127.0.0.1", 0, first_byte_timeout=None)
     silent = make_client(never)
     begin = time.monotonic()
     client = make_client(short)
-    check_end(watch, begin, 0.3)  # the pool's
+    check_end(watch, begin, first)  # the pool's
     assert recv_until_eof(client) == b""
     watch.ends.clear()
     client = make_client(short)
@@ -521,7 +530,7 @@ def test_a_listener_may_have_its_own(make_pool, make_client):
     watch.ends.clear()
     begin = time.monotonic()
     make_client(pool)
-    check_end(watch, begin, 0.3)
+    check_end(watch, begin, first)
     assert is_open(silent)
     assert settled_but(pool, 1) == (1, 2)
 
@@ -544,7 +553,8 @@ def test_none_turns_one_off(make_pool, make_client, name, data):
     """B38: the others stay as they are."""
     names = ["first_byte_timeout", "message_timeout", "idle_timeout", "write_timeout"]
     watch = Watch()
-    pool = make_pool(watch, framing=FRAMES, **{each: None if each == name else 0.15 for each in names})
+    times = dict.fromkeys(names, 0.15) | {"first_byte_timeout": patient(0.5)}  # who speaks may be held up before
+    pool = make_pool(watch, framing=FRAMES, **times | {name: None})
     client = make_client(pool)
     client.sendall(data)
     if name == "write_timeout":
@@ -604,9 +614,9 @@ def test_compiled_handlers_on_several_shards(make_pool, make_client, trigger):
         workers=3,
         shards=2,
         trigger=trigger,
-        first_byte_timeout=0.4,
-        message_timeout=0.5,
-        idle_timeout=0.6,
+        first_byte_timeout=patient(0.4),  # before they speak this thread may be held up
+        message_timeout=patient(0.5),
+        idle_timeout=patient(0.6),
     )
     begin = time.monotonic()
     clients = [make_client(pool) for _ in range(12)]
@@ -617,7 +627,7 @@ def test_compiled_handlers_on_several_shards(make_pool, make_client, trigger):
     for limit, some in ((0.4, clients[:4]), (0.5, clients[4:8]), (0.6, clients[8:])):
         for client in some:
             assert recv_until_eof(client) == b""
-            check_took(time.monotonic() - begin, limit)
+            check_took(time.monotonic() - begin, patient(limit))
     wait_counts(counting, connected=12, disconnected=12)
     assert settled(pool) == (4, 8)
 
@@ -655,8 +665,8 @@ def test_many_slow_peers_do_not_disturb_a_good_one(make_pool):
         watch,
         framing=FRAMES,
         message_timeout=limit,
-        first_byte_timeout=limit,
-        idle_timeout=10,
+        first_byte_timeout=patient(limit),  # it takes a while until all of them have said something
+        idle_timeout=patient(10),
         max_connections=2 * number,
     )
     with contextlib.ExitStack() as stack:
@@ -679,12 +689,14 @@ def test_many_slow_peers_do_not_disturb_a_good_one(make_pool):
             time.sleep(0.001)
         took.sort()
         p99 = took[len(took) * 99 // 100]
+        # Beside other suites this thread or the worker may be held up, and there are few round trips in this time.
+        slowest = p99 if PATIENCE == 1 else took[len(took) * 9 // 10]
         print(f"{number} slow ones: p50 {took[len(took) // 2] * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms")
         assert len(watch.ends) == number
         assert {type(reason) for _, reason in watch.ends} == {TimeoutError}
         assert watch.ends[0][0] - begin >= limit
         assert watch.ends[-1][0] - first_ones_sent < limit * 1.1 + patient(1.0)
-        assert p99 < patient(0.1)
+        assert slowest < patient(0.1)
         assert say(good, b"still here") == [b"still here"]
         assert counters(pool) == (0, number)
 
@@ -811,7 +823,7 @@ def test_who_trickles_while_others_keep_the_worker_busy_gets_twice_the_time_at_m
         over.set()
         thread.join(10)
     print(f"limit {limit} s, took {took:.3f} s")
-    assert limit <= took < 2 * limit + patient(0.5)
+    assert limit <= took < 2 * limit + patient(0.2) + LATE
     wait_until(lambda: counters(pool) == (0, 1))
 
 
@@ -855,7 +867,8 @@ time_t time(time_t *place) {
 """
 
 JUMPING = """
-pool = TstPool(Echo(), workers=2, first_byte_timeout=0.3, idle_timeout=0.6)
+patience = float(os.environ.get("TSTPOOL_TEST_PATIENCE", 1))
+pool = TstPool(Echo(), workers=2, first_byte_timeout=0.3 * patience, idle_timeout=0.6 * patience)
 port = pool.listen("127.0.0.1", 0)[1]
 pool.start()
 print(port)
@@ -875,9 +888,9 @@ def test_a_step_of_the_wall_clock_moves_no_deadline():
         with connect(server.addr) as silent, connect(server.addr) as idle:
             assert round_trip(idle, b"hello") == b"hello"
             assert recv_until_eof(silent) == b""
-            check_took(time.monotonic() - begin, 0.3)
+            check_took(time.monotonic() - begin, patient(0.3))
             assert recv_until_eof(idle) == b""
-            check_took(time.monotonic() - begin, 0.6)
+            check_took(time.monotonic() - begin, patient(0.6))
         jumps, deadline_closed, idle_closed = map(int, server.finish().split())
     assert jumps == 100
     assert (deadline_closed, idle_closed) == (1, 1)
@@ -926,7 +939,7 @@ def test_however_long_the_machine_runs(days):
         pytest.skip("a time namespace needs privileges")
     reason, ended, took, idle_closed = words
     assert (reason, ended, idle_closed) == ("TimeoutError", "True", "1")
-    assert 0.2 <= float(took) < 0.22 + patient(0.3)
+    assert 0.2 <= float(took) < 0.22 + LATE
 
 
 def test_while_ticks_wrap():
@@ -937,4 +950,4 @@ def test_while_ticks_wrap():
         pytest.skip("a time namespace needs privileges")
     reason, ended, took, idle_closed = words
     assert (reason, ended, idle_closed) == ("TimeoutError", "True", "1")
-    assert 4 <= float(took) < 4.4 + patient(0.3)
+    assert 4 <= float(took) < 4.4 + LATE

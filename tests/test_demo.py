@@ -8,7 +8,7 @@ import re
 import signal
 
 import pytest
-from helpers import patient, run_python, wait_until
+from helpers import PATIENCE, patient, run_python, wait_until
 from test_cli import Command
 
 KINDS = [
@@ -34,19 +34,35 @@ sys.exit(tstpool.__main__.main(["demo", "--seconds", "0.5"]))
 """
 
 
-def run_with(fault):
-    """Run the demo with a fault planted; return what it complained of, one line each."""
+LATE = "  ping-pong: one round trip in "
+
+
+def run_with(fault, latency=False):
+    """Run the demo with a fault planted; return what it complained of, one line each. On a busy machine it may also
+    complain of late replies, which is another scene's business: without `latency` that is left out."""
     done = run_python("-c", PLANT.format(fault=fault), check=False, timeout=90)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WRONG:" in done.stdout, done.stdout + done.stderr
     assert "OK: " not in done.stdout
-    return done.stdout.partition("WRONG:\n")[2].splitlines()
+    complaints = done.stdout.partition("WRONG:\n")[2].splitlines()
+    return [line for line in complaints if latency or not line.startswith(LATE)]
+
+
+def run_without(*arguments):
+    """Run the demo without a fault. Beside other suites all of a process may be held up for as long as the handlers
+    that block sleep, and the demo can't tell that from a fault: then once more."""
+    for _ in range(1 if PATIENCE == 1 else 4):
+        done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", *arguments, check=False)
+        complaints = done.stdout.partition("WRONG:\n")[2].splitlines()
+        if not complaints or not all(line.startswith(LATE) for line in complaints):
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 @pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])
 def test_the_demo_serves_every_kind_and_exits_with_0(trigger):
-    done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", "--trigger", trigger, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_without("--trigger", trigger)
     assert done.stderr == ""
     for kind in KINDS:
         row = re.search(rf"^{kind} +([\d,]+) +([\d,]+) +\S+ [kMG]?B .*OK", done.stdout, re.MULTILINE)
@@ -57,8 +73,7 @@ def test_the_demo_serves_every_kind_and_exits_with_0(trigger):
 
 
 def test_two_workers_suffice_for_the_demo():
-    done = run_python("-m", "tstpool", "demo", "--seconds", "0.5", "--workers", "2", check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_without("--workers", "2")
     assert re.search(r"^blocking handler +1 ", done.stdout, re.MULTILINE)
 
 
@@ -98,7 +113,6 @@ class TalksTooMuch(services.LargeReply):
 services.SERVICES[Kind.SLOW_READER] = Service(TalksTooMuch(), first_request=8)
 """
     )
-    complaints = [line for line in complaints if "ping-pong" not in line]  # a slow machine: another scene's business
     assert len(complaints) == 3
     assert all("slow reader: connection" in line and "1 bytes too many" in line for line in complaints)
 
@@ -118,7 +132,8 @@ class Holds(services.Echo):
         sock.send(data)
 
 services.SERVICES[Kind.PING_PONG] = Service(Holds())
-"""
+""",
+        latency=True,
     )
     assert len(complaints) == 1
     assert re.match(

@@ -16,7 +16,7 @@ import threading
 import time
 
 import pytest
-from helpers import ROOT, connect, patient, recv_exact, recv_until_eof, reset, run_python, scaled, wait_until
+from helpers import PATIENCE, ROOT, connect, patient, recv_exact, recv_until_eof, reset, run_python, scaled, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_example import (
@@ -805,7 +805,8 @@ def test_the_redis_client_raises_what_the_server_says(kv):
 
 def test_a_key_is_gone_when_its_time_is_over(kv):
     with connect(kv) as client:
-        client.sendall(array(b"SET", b"soon", b"x", b"PX", b"50") + array(b"GET", b"soon"))
+        # So long that it is not over between the two, where the server is held up.
+        client.sendall(array(b"SET", b"soon", b"x", b"PX", b"%d" % patient(500)) + array(b"GET", b"soon"))
         assert recv_exact(client, 12) == b"+OK\r\n$1\r\nx\r\n"
 
         def is_gone():
@@ -904,12 +905,12 @@ def reply(client, last):
 def ask():
     global longest_call
     while not ended:
-        begin = time.monotonic()
+        begin, turns_before = time.monotonic(), turns
         handler.stats()
-        longest_call = max(longest_call, time.monotonic() - begin)
+        longest_call = max(longest_call, (time.monotonic() - begin, turns - turns_before))
         time.sleep(0.001)
 
-handler, ended, longest_call, longest_gap = KeyValueHandler(), False, 0.0, 0.0
+handler, ended, longest_call, longest_gap, turns = KeyValueHandler(), False, (0.0, 0), 0.0, 0
 with tstpool.TstPool(handler, workers=1, shards=1, idle_timeout=None) as pool:
     with socket.create_connection(pool.listen("127.0.0.1", 0)) as client:
         for begin in range(0, 300000, 2500):
@@ -925,17 +926,20 @@ with tstpool.TstPool(handler, workers=1, shards=1, idle_timeout=None) as pool:
             begin = time.monotonic()
             time.sleep(0.001)
             longest_gap = max(longest_gap, time.monotonic() - begin)
+            turns += 1
         ended = True
         asker.join()
-print(longest_call, longest_gap)
+print(*longest_call, longest_gap)
 """
 
 
 def test_who_asks_for_stats_during_a_long_command_waits_without_stopping_the_interpreter():
     done = run_python("-c", STANDSTILL, env={"PYTHONPATH": f"{built_site()}:{ROOT}"})
-    longest_call, longest_gap = map(float, done.stdout.split())
+    longest_call, turns, longest_gap = map(float, done.stdout.split())
     assert longest_call > 0.03  # it did wait
-    assert longest_gap < longest_call / 2
+    assert turns > 3  # and another thread went on meanwhile
+    if PATIENCE == 1:  # beside other suites any thread may be held up
+        assert longest_gap < longest_call / 2
 
 
 def test_requests_of_who_does_not_read_wait_and_all_are_answered_once_it_reads(kv):
@@ -983,7 +987,7 @@ def test_who_reads_may_send_faster_than_it_can_be_answered():
 
 
 def test_others_are_served_while_a_client_has_sent_much_work(kv):
-    n = 1000
+    n = round(patient(1000))  # so much that the other one is served also where it is held up
     with connect(kv, timeout=30) as busy, connect(kv) as other:
         words = (word for i in range(40_000) for word in (b"%d" % i, b""))
         busy.sendall(array(b"MSET", *words))

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from contract_helpers import every_trigger, handler
-from helpers import connect, recv_until_eof, wait_until
+from helpers import connect, patient, recv_until_eof, wait_until
 
 from tstpool import ConnectionClosed
 
@@ -92,7 +92,7 @@ def test_whatever_they_do(make_pool, trigger, where, what):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(3 * patient(10) + 10)  # each client's time-out: see visitor() in test_chaos_*
         assert not thread.is_alive()
     wait_until(lambda: len(pool) == 0)
     assert pool.stop() is True

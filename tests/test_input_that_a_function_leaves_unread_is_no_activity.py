@@ -5,7 +5,7 @@ import time
 
 import pytest
 from contract_helpers import every_trigger, round_trip
-from helpers import patient, recv_exact, recv_until_eof, wait_until
+from helpers import PATIENCE, patient, recv_exact, recv_until_eof, wait_until
 
 from tstpool import TstStat
 
@@ -48,7 +48,7 @@ def test_a_peer_that_sends_a_part_and_is_silent_is_closed(make_pool, make_client
     client.sendall(b"x")
     took = closed_after(client, begin)
     print(f"limit {LIMIT} s, took {took:.3f} s, {function.calls} calls")
-    assert LIMIT <= took < LIMIT * 1.1 + patient(0.3)
+    assert LIMIT <= took < LIMIT * 1.1 + patient(0.3 if PATIENCE == 1 else 0.75)
     wait_until(lambda: len(pool) == 0)
     assert pool.stats().idle_closed == 1
 
@@ -74,11 +74,11 @@ def test_many_of_them(make_pool, make_client):
 @every_trigger
 def test_the_rest_comes_in_time(make_pool, make_client, trigger):
     """S14: what was left is there then; this was so before, too."""
-    pool = make_pool(Four(), trigger=trigger, workers=2, idle_timeout=LIMIT)
+    pool = make_pool(Four(), trigger=trigger, workers=2, idle_timeout=2 * LIMIT)
     client = make_client(pool)
     for _ in range(3):
         client.sendall(b"12")
-        time.sleep(LIMIT / 2)  # what makes the peer slow
+        time.sleep(LIMIT / 2)  # what makes the peer slow, and this thread may be held up besides
         client.sendall(b"34")
         assert recv_exact(client, 4) == b"1234"
     assert pool.stats().idle_closed == 0

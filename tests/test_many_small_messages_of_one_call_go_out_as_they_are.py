@@ -75,9 +75,9 @@ def test_up_to_the_limit_and_no_further(make_pool, make_client, size):
                 taken.append(None)
         taken.append(pool.stats().bytes_queued)
 
-    pool = make_pool(
-        handler(on_message=on_message), framing=LengthPrefixed(4), low_water=2000, high_water=5000, max_queued=20000
-    )
+    # One worker: of a handler that is held up another would send what waits.
+    sizes = {"low_water": 2000, "high_water": 5000, "max_queued": 20000}
+    pool = make_pool(handler(on_message=on_message), framing=LengthPrefixed(4), workers=1, **sizes)
     client = make_client(pool)
     client.sendall(b"\0\0\0\1x")
     wait_until(lambda: taken and taken[-1] is not None, 30)

@@ -45,6 +45,8 @@ import ctypes, gc, logging, os, socket, sys, threading, time
 import tstpool
 from tstpool import LengthPrefixed, TstHandler, TstPool, TstStat
 
+PATIENCE = float(os.environ.get("TSTPOOL_TEST_PATIENCE", "1"))
+
 logging.disable(logging.CRITICAL)
 shim = ctypes.CDLL(None)
 fail, calls, failed = (ctypes.c_int.in_dll(shim, name) for name in ("tst_fail", "tst_calls", "tst_failed"))
@@ -86,10 +88,13 @@ def expect(client, data):
         got += piece
     assert got == data, (got[:20], len(got), data[:20])
 
+def dial(address):
+    return socket.create_connection(address, 10 * PATIENCE)
+
 def talk(address, whole):
     # Nobody may wait for ever: an answer or the end.
     try:
-        with socket.create_connection(address, 10) as client:
+        with dial(address) as client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for message in MESSAGES * 2:
                 client.sendall(len(message).to_bytes(4, "big"))
@@ -123,7 +128,7 @@ def play(number):
                 sock.send(b"y" * 100000)
         finally:
             running = pool.running
-            assert pool.stop(5) is True
+            assert pool.stop(5 * PATIENCE) is True
     except (MemoryError, OSError, tstpool.TstError) as error:
         note(error)
     pool_of[0] = None
@@ -172,7 +177,7 @@ def held(number):
     address = pool.listen("127.0.0.1", 0)
     pool.start()
     try:
-        with socket.create_connection(address, 10) as client, socket.create_connection(address, 10) as other:
+        with dial(address) as client, dial(address) as other:
             for guest in (client, other):
                 guest.sendall(framed(b"hello"))
                 expect(guest, framed(b"hello"))
@@ -193,7 +198,7 @@ def held(number):
                 mine = got.get(client.getsockname()[1])
                 assert mine == [b"hello", b"first", b"second"][: len(mine)], (number, mine)
     finally:
-        assert pool.stop(5) is True
+        assert pool.stop(5 * PATIENCE) is True
     return failed.value
 
 got, paused = {}, []
@@ -220,7 +225,7 @@ class Careless(Server):
     ready = threading.Event()
 
     def on_message(self, sock, data):
-        if data == b"strike" and self.ready.wait(10):
+        if data == b"strike" and self.ready.wait(10 * PATIENCE):
             _testcapi.set_nomemory(self.n, self.n + 1)  # here, or in what the worker does behind this call
         return data
 
@@ -234,7 +239,7 @@ def visit(address):
     buffer, ends, clients = bytearray(10), 0, []
     try:
         for text in [b"strike"] + [b"number"] * 30:
-            clients.append(socket.create_connection(address, 10))
+            clients.append(dial(address))
             clients[-1].sendall(b"\\0\\0\\0\\6" + text)
         server.ready.set()
         for client in clients:
@@ -276,7 +281,7 @@ for n in range(1, 60):
     Careless.n = 10**9
     assert visit(address) == 0  # the worker lives
     _testcapi.remove_mem_hooks()
-    assert pool.stop(5) is True
+    assert pool.stop(5 * PATIENCE) is True
     ours.close()
     theirs.close()
 errors.clear()
@@ -308,7 +313,7 @@ for copy in (True, False):
         pool = TstPool(Server(), workers=1, framing=LengthPrefixed(4), copy=copy)
         address = pool.listen("127.0.0.1", 0)
         pool.start()
-        with socket.create_connection(address, 10) as client:
+        with dial(address) as client:
             while not pool.sockets():
                 time.sleep(0.001)
             (sock,) = pool.sockets()
@@ -322,7 +327,7 @@ for copy in (True, False):
             except (ConnectionError, MemoryError):
                 pass
             _testcapi.remove_mem_hooks()
-        assert pool.stop(5) is True
+        assert pool.stop(5 * PATIENCE) is True
 assert smuggled == [], len(smuggled)
 print(2 * 29 - len(got))
 """
@@ -339,20 +344,22 @@ logging.getLogger("tstpool").addFilter(lambda record: records.append(record.getM
 pool = TstPool(Keeper(), workers=1, copy=False)
 address = pool.listen("127.0.0.1", 0)
 pool.start()
-with socket.create_connection(address, 10) as client:
+with dial(address) as client:
     client.sendall(b"first")
     expect(client, b"first")
     fail.value, calls.value, failed.value = -1, 0, 0  # each from here on
+    begin = time.monotonic()
     client.sendall(b"second")
     while failed.value < 20:
         time.sleep(0.001)
     fail.value = 0
+    lasted = time.monotonic() - begin
     expect(client, b"second")
     client.sendall(b"third")
     expect(client, b"third")
     assert pool.running
-assert pool.stop(5) is True
-assert 1 <= len(records) <= 20, records
+assert pool.stop(5 * PATIENCE) is True
+assert 1 <= len(records) <= 10 * (2 + int(lasted)), records  # ten a second
 print(records[0])
 """
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from contract_helpers import ServerProcess, echo, every_style, every_trigger, faults, handler, ignore, serve
-from helpers import ROOT, connect, scaled, wait_until
+from helpers import ROOT, connect, patient, scaled, wait_until
 
 import tstpool
 from tstpool import TstData, TstHandler, TstPool, TstSocket, TstSockType, TstStat
@@ -118,7 +118,7 @@ def run_with_faults(code, env):
         env={**os.environ, **env, "LD_PRELOAD": preload},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
     )
 
 
@@ -168,18 +168,19 @@ pool.stop()
 """
 
 
-@pytest.mark.parametrize(("trigger", "least", "most"), [("level", 0, 10), ("edge", 0, 10), ("oneshot", 199, 220)])
-def test_each_trigger_rearms_as_often_as_it_must(make_client, trigger, least, most):
+@pytest.mark.parametrize(("trigger", "least", "more"), [("level", 0, 10), ("edge", 0, 10), ("oneshot", 199, 21)])
+def test_each_trigger_rearms_as_often_as_it_must(make_client, trigger, least, more):
     """S29, B04: oneshot is one EPOLL_CTL_MOD per event, level and edge need none for an echo.
 
-    The last of the 200 may still be due: the reply goes out before it.
+    The last of the 200 may still be due: the reply goes out before it. A take-over silences and arms some more, and a
+    busy machine has more of them.
     """
     with ServerProcess(COUNT_MODS, env={"TRIGGER": trigger}, preload=faults()) as server:
         client = make_client(server.addr)
         for _ in range(200):
             client.sendall(b"hello")
             assert client.recv(5) == b"hello"
-        assert least <= int(server.finish()) <= most
+        assert least <= int(server.finish()) <= least + patient(more)
 
 
 EXCEPTIONS = """
@@ -199,7 +200,10 @@ class Server(TstHandler):
 pool = TstPool(Server(), workers=2, trigger=os.environ["TRIGGER"])
 print(pool.listen("127.0.0.1", 0)[1])
 pool.start()
-sys.stdin.read()
+expected = int(sys.stdin.read())
+until = time.monotonic() + 10 * float(os.environ.get("TSTPOOL_TEST_PATIENCE", 1))
+while pool.stats().messages < expected and time.monotonic() < until:  # a reply may be out before it is counted
+    time.sleep(0.001)
 print(mods.value, pool.stats().messages, pool.stats().stale_events, len(pool))
 pool.stop()
 """
@@ -220,6 +224,7 @@ def test_no_socket_goes_deaf_and_none_is_armed_too_often(trigger, events):
                 sock.send(b"hello" if (i + k) % 3 else b"raise")
             for k, sock in enumerate(socks):
                 assert sock.recv(5) == (b"hello" if (i + k) % 3 else b"sorry"), f"round {i}"
+        server.process.stdin.write(str(rounds * clients))
         mods, messages, stale, connected = map(int, server.finish().split())
     print(f"{trigger}: {messages} messages, {mods} EPOLL_CTL_MODs")
     assert (messages, stale, connected) == (rounds * clients, 0, clients)
