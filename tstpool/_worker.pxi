@@ -139,7 +139,6 @@ cdef class Worker:
     cdef tst_engine *engine                # borrowed from the pool
     cdef tst_worker *worker                # borrowed from the engine
     cdef tst_batch *batch                  # borrowed: the one whose entries it runs
-    cdef bytes used                        # the last small message of that batch, for the next one, see tst_refill
 
     cdef int run(self) except -1:
         cdef tst_shard *shard = NULL
@@ -287,14 +286,7 @@ cdef class Worker:
         return own
 
     cdef int run_batch(self, tst_shard *shard, tst_batch *batch) except -1:
-        """Runs the handlers of the entries that nobody else runs."""
-        try:
-            return self.run_entries(shard, batch)
-        finally:
-            self.used = None
-
-    cdef int run_entries(self, tst_shard *shard, tst_batch *batch) except -1:
-        """run_batch. Replies that wait for long are sent in between."""
+        """Runs the handlers of the entries that nobody else runs. Replies that wait for long are sent in between."""
         cdef int i
         cdef tst_entry *left = self.worker.left
         cdef uint64_t flushed = tick_now(&self.worker.ticks)
@@ -383,7 +375,7 @@ cdef class Worker:
             self.read_messages(sock, connection.events)
             if tst_rarely(connection.owes_relief):
                 self.binding_of(sock)          # the one that was assigned is to be told now, if that message is through
-            due = 0 if tst_usually(connection_has_nothing_due(connection)) else connection_due(connection)
+            due = connection_due(connection)
         elif connection.closing:
             due = connection_due(connection)
         if self.pool.dead:
@@ -399,9 +391,7 @@ cdef class Worker:
         if tst_rarely(load32(&sock.connection.rebind, RELAXED) != 0) and sock.connection.body == NULL:
             self.adopt_binding(sock)
             self.worker.clock = tick_now(&self.worker.ticks)   # the one before it may have taken long to go
-        if tst_usually(sock.active is None):
-            return self.binding
-        return sock.active
+        return self.binding if sock.active is None else sock.active
 
     cdef int make_body(self, TstSocket sock) except -1:
         """A long message has begun: from here on it is received straight into the object that the handler gets."""
@@ -501,10 +491,9 @@ cdef class Worker:
             if tst_rarely(connection.too_large) and connection.framed:
                 self.refuse(sock, binding)
                 break
-            elif tst_usually(binding is self.binding) and tst_usually(self.pool.copy) and (
-                    tst_usually(is_quick(connection)) and binding.on_message is not None):
+            elif binding is self.binding and self.pool.copy and is_quick(connection) and binding.on_message is not None:
                 n += self.quick_messages(sock, binding, began)
-                if tst_usually(not connection.message_ready) or self.worker.clock - began >= RUN_TIME:
+                if self.worker.clock - began >= RUN_TIME or not connection.message_ready:
                     break
                 continue
             elif not self.message(sock, binding):
@@ -527,8 +516,7 @@ cdef class Worker:
         cdef size_t size
         cdef ssize_t queued
         cdef uint64_t n = 0, untimed = 0
-        cdef bytes data = b"" if self.used is None else self.used
-        self.used = None
+        cdef bytes data = b""
         while True:
             if tst_rarely(connection.body != NULL):
                 data = take_body(connection)
@@ -555,8 +543,6 @@ cdef class Worker:
                 if tst_rarely(queued < 0):
                     self.unsent_reply(sock, binding, <object>result, queued)
                 Py_DECREF(<object>result)
-            elif tst_usually(result == <PyObject *>None) and not tst_rarely(connection_send(connection) != NULL):
-                Py_DECREF(<object>result)
             else:
                 self.other_result(sock, binding, result)
             if tst_rarely(connection.report != 0):     # not before: hooks that run while an exception waits lose it
@@ -566,8 +552,6 @@ cdef class Worker:
             if not connection_cut(connection) or tst_rarely(load32(&connection.rebind, RELAXED) != 0) or tst_rarely(
                     not is_quick(connection)):
                 break
-        if PyBytes_GET_SIZE(data) < SHARE_LEAST:
-            self.used = data
         if untimed:
             worker_job(self.engine, worker, connection, untimed)
             if connection.report:
