@@ -50,8 +50,8 @@ from tstpool._libc cimport (
     load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, tst_usually, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
-    queue_append, queue_commit, queue_drop, queue_held, queue_room, queue_share, queue_size, tst_chunk,
-    tst_queue, tst_shared)
+    queue_append, queue_commit, queue_drop, queue_held, queue_room, queue_share, queue_size, tst_chunk, tst_queue,
+    tst_shared)
 from tstpool._stats cimport clock_now
 
 cdef enum:
@@ -550,10 +550,40 @@ cdef inline ssize_t output_take(tst_connection *connection, uint64_t word, const
     return result
 
 
+cdef inline ssize_t output_take_next(tst_connection *connection, uint32_t generation, const char *bytes,
+                                     size_t size) noexcept nogil:
+    """output_take for what most messages of a handler are: a small one, whose framing puts its length before it, behind
+    another one, while no limit is near. Lock held. Returns the bytes that wait now; 0: it is another case, and nothing
+    was done.
+
+    All that output_take and what it calls ask one by one is asked at once here.
+    """
+    cdef uint64_t owned = <uint64_t>generation << 32 | STATE_OPEN | STATE_OWNED
+    cdef tst_queue *queue = &connection.out
+    cdef const tst_framing *framing = connection.framing
+    cdef tst_chunk *last = queue.tail
+    cdef char *room
+    cdef size_t whole
+    if (tst_rarely(load64(&connection.state, ACQUIRE) & ~<uint64_t>(PEND_ANY | STATE_PAUSED | STATE_QUEUED) != owned)
+            or tst_rarely(connection.out_closed | connection.want_out)
+            or tst_rarely(framing == NULL) or tst_rarely(last == NULL) or tst_rarely(connection.limits == NULL)
+            or tst_rarely(size >= framing.one_piece)):
+        return 0
+    whole = size + framing.header
+    if (tst_rarely(last.capacity - last.end < whole)
+            or tst_rarely(queue_size(queue) + whole >= connection.limits.high_water)):
+        return 0
+    room = last.bytes + last.end
+    queue_commit(queue, whole)
+    frame_put_length(framing, <unsigned char *>room, size - <uint64_t>framing.adjust)
+    memcpy(room + framing.header, bytes, size)
+    return <ssize_t>queue_size(queue)
+
+
 cdef inline ssize_t connection_append(tst_connection *connection, uint32_t generation, const char *bytes, size_t size,
                                       tst_shared *shared, bint framed, bint *flush) noexcept nogil:
     """Queues output, from any thread: bytes as they are or, `framed`, as one message of the connection's framing. Bytes
-    that are `shared` are not copied.
+    that are `shared` are not copied. Lock held, and let go of.
 
     Returns the bytes that wait now, -ENOTCONN when it is closed, -ENOBUFS when too much waits already, -EMSGSIZE or
     -EINVAL when the framing has no frame for them, or -ENOMEM. `flush` becomes True when nobody is on the way to send
@@ -561,45 +591,9 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     the peer could make nothing of the rest.
     """
     cdef ssize_t result = -ENOTCONN
-    cdef uint64_t word
-    spin_lock(&connection.lock)
-    word = load64(&connection.state, ACQUIRE)
+    cdef uint64_t word = load64(&connection.state, ACQUIRE)
     if tst_usually(word_is(word, generation)) and tst_usually(not connection.out_closed):
         result = output_take(connection, word, bytes, size, shared, framed, flush)
-    spin_unlock(&connection.lock)
-    return result
-
-
-cdef inline ssize_t connection_append_next(tst_connection *connection, uint32_t generation, const char *bytes,
-                                           size_t size) noexcept nogil:
-    """connection_append for what most messages of a handler are: a small one, whose framing puts its length before it,
-    behind another one, while no limit is near. Returns the bytes that wait now; 0: it is another case, and nothing was
-    done.
-
-    All that connection_append and what it calls ask one by one is asked at once here.
-    """
-    cdef uint64_t owned = <uint64_t>generation << 32 | STATE_OPEN | STATE_OWNED
-    cdef tst_queue *queue = &connection.out
-    cdef const tst_framing *framing
-    cdef tst_chunk *last
-    cdef char *room
-    cdef size_t whole
-    cdef ssize_t result = 0
-    spin_lock(&connection.lock)
-    framing = connection.framing
-    last = queue.tail
-    if (tst_usually(load64(&connection.state, ACQUIRE) & ~<uint64_t>(PEND_ANY | STATE_PAUSED | STATE_QUEUED) == owned)
-            and tst_usually(not (connection.out_closed | connection.want_out))
-            and tst_usually(framing != NULL) and tst_usually(last != NULL) and tst_usually(connection.limits != NULL)
-            and tst_usually(size < framing.one_piece)):
-        whole = size + framing.header
-        if (tst_usually(last.capacity - last.end >= whole)
-                and tst_usually(queue_size(queue) + whole < connection.limits.high_water)):
-            room = last.bytes + last.end
-            queue_commit(queue, whole)
-            result = <ssize_t>queue_size(queue)
-            frame_put_length(framing, <unsigned char *>room, size - <uint64_t>framing.adjust)
-            memcpy(room + framing.header, bytes, size)
     spin_unlock(&connection.lock)
     return result
 

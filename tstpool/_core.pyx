@@ -22,8 +22,8 @@ from tstpool._collect cimport connection_settle_in, keep_peer
 from tstpool._conn cimport (
     GONE, OVERFLOW_BLOCK, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE,
     PEND_CONNECT, PEND_IN, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN,
-    connection_append, connection_append_next, connection_close_output, connection_id, connection_is, connection_mark,
-    connection_owe_relief, connection_recv, connection_send, connection_takes_messages, generation_of, output_drop,
+    connection_append, connection_close_output, connection_id, connection_is, connection_mark, connection_owe_relief,
+    connection_recv, connection_send, connection_takes_messages, generation_of, output_drop, output_take_next,
     table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified, word_is)
 from tstpool._data cimport (
     data_hold, data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, data_unpin,

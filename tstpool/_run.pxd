@@ -23,7 +23,7 @@ from tstpool._entry cimport (
     connection_due, connection_has_nothing_due, connection_keep_input)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
-    EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load64, store32, store64, tst_rarely,
+    ACQUIRE, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load32, load64, store32, store64, tst_rarely,
     tst_usually)
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, entry_detach, entry_move, shard_enter_running,
@@ -193,6 +193,8 @@ cdef inline bint run_writable(tst_engine *engine, tst_worker *worker, tst_connec
 cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry *entry) noexcept nogil:
     """All that a compiled handler can do for one connection. True: the entry needs Python too."""
     cdef tst_connection *connection = entry.connection
+    if tst_rarely(load32(&connection.rebind, ACQUIRE) != 0):       # assigned by a handler that ran before
+        return True
     store32(<uint32_t *>&connection.thread_no, <uint32_t>worker.no, RELAXED)
     if tst_rarely(entry.what & DO_WRITABLE != 0) and not connection.closing and (
             not connection.passed_on & PASSED_WRITABLE):
@@ -215,7 +217,7 @@ cdef inline bint entry_pass_on(tst_engine *engine, tst_worker *worker, tst_shard
     if kept:
         batch.n_python += 1
     else:
-        # Who has taken the shard over has looked at this entry while it was RUNNING: we must see to it ourselves.
+        # Who has taken the shard over may have looked at this entry while it was RUNNING: we try it ourselves.
         worker.left = entry
     store32(&entry.state, ENTRY_QUEUED, RELEASE)
     if kept:
@@ -225,7 +227,7 @@ cdef inline bint entry_pass_on(tst_engine *engine, tst_worker *worker, tst_shard
 
 cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                     tst_entry *entry) noexcept nogil:
-    """Runs an entry's compiled handler, unless another thread does. False: the shard was taken over meanwhile."""
+    """Runs an entry's compiled handler, unless another thread does. False: the shard was taken over while it ran."""
     cdef bint python
     if tst_rarely(not entry_move(entry, ENTRY_QUEUED, ENTRY_RUNNING)):
         return True
@@ -238,6 +240,7 @@ cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_
     worker_leave(worker)
     worker.current = NULL
     if tst_rarely(python):
+        worker.clock = tick_now(&worker.ticks)     # what it took is not the next one's time
         return entry_pass_on(engine, worker, shard, batch, entry)
     store32(&entry.state, ENTRY_RAN, RELEASE)
     return token_held(shard, worker.no)

@@ -18,6 +18,8 @@ that each is run once and finished once, whoever does it:
 
         QUEUED ----> RUNNING ----> RAN ----> DONE
                runner         runner    whoever finishes: the runner after its handlers, or the thread that took over
+           ^            |
+           +------------+   a compiled handler passes it on to Python
 
 An entry owns its connection (OWNED) from the moment it is made until it is DONE. A thread that takes a shard over runs
 the QUEUED entries, finishes the RAN ones, and leaves the RUNNING one to the stuck thread, which finishes it when it

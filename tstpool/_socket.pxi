@@ -6,7 +6,7 @@ cdef enum:
 
 cdef inline ssize_t append_once(TstSocket sock, const char *bytes, size_t size, tst_shared *shared,
                                 bint framed) noexcept nogil:
-    """Queues output, and asks for somebody to send it if nobody is on the way."""
+    """Queues output, and asks for somebody to send it if nobody is on the way. Lock held, and let go of."""
     cdef bint flush = False
     cdef ssize_t result = connection_append(sock.connection, sock.generation(), bytes, size, shared, framed, &flush)
     if tst_rarely(flush):
@@ -16,10 +16,11 @@ cdef inline ssize_t append_once(TstSocket sock, const char *bytes, size_t size, 
 
 cdef ssize_t append_or_flush(TstSocket sock, const char *bytes, size_t size, tst_shared *shared,
                              bint framed) noexcept nogil:
-    """append_once, twice if need be."""
+    """append_once, twice if need be. Lock held, and let go of."""
     cdef ssize_t result = append_once(sock, bytes, size, shared, framed)
     if tst_rarely(result == -ENOBUFS):
         sock.flush_once()          # perhaps too much waits only because it is a long handler that sends
+        spin_lock(&sock.connection.lock)
         result = append_once(sock, bytes, size, shared, framed)
         if result == -ENOBUFS:
             return sock.overflow()
@@ -45,9 +46,11 @@ cdef class TstSocket:
     cdef ssize_t append(self, const char *bytes, size_t size, tst_shared *shared, bint framed) noexcept nogil:
         """Queues output and sees to it that somebody sends it. Returns what waits, or -errno."""
         cdef ssize_t result = 0
+        spin_lock(&self.connection.lock)
         if framed and tst_usually(shared == NULL):
-            result = connection_append_next(self.connection, self.generation(), bytes, size)
+            result = output_take_next(self.connection, self.generation(), bytes, size)
         if tst_usually(result > 0):
+            spin_unlock(&self.connection.lock)
             return result
         return append_or_flush(self, bytes, size, shared, framed)
 

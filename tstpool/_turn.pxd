@@ -377,6 +377,7 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
         if worker.lost:                # a compiled handler was stuck: its entry may be left, the rest is another's
             worker.lost = False
             ran = True
+            now = tick_base(&worker.ticks)     # that handler took its time
             if worker.left != NULL:
                 return TURN_RUN
         elif batch.n_python:

@@ -102,8 +102,8 @@ cdef int join_all(list threads) except -1:
 
 
 cdef bint wait_ended(TstPool pool, object ended, double drain) except -1:
-    """Waits for the workers of that run: through the drain, then for as long as they make progress. One that is merely
-    kept from running, by others on a busy machine, moves within a few looks."""
+    """Waits for the workers of that run: through the drain, then for as long as they make progress, but for 5 seconds
+    at most. One that is merely kept from running, by others on a busy machine, moves within a few looks."""
     cdef int still = 0
     if ended.wait(drain + 0.05):
         return True

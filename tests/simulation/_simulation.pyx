@@ -320,7 +320,9 @@ cdef void check_pieces(sock_t *sock, const char *data, size_t size) noexcept nog
 
 cdef ssize_t try_append(sock_t *sock, const char *bytes, size_t size, tst_shared *shared) noexcept nogil:
     cdef bint flush = False
-    cdef ssize_t result = connection_append(sock.connection, generation_of(sock.id), bytes, size, shared, False, &flush)
+    cdef ssize_t result
+    spin_lock(&sock.connection.lock)
+    result = connection_append(sock.connection, generation_of(sock.id), bytes, size, shared, False, &flush)
     check_bound(sock, result, size)
     if flush:
         shard_ask(sock.connection, generation_of(sock.id), 0)

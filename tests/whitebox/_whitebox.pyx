@@ -702,8 +702,9 @@ cdef class Connection:
     def append(self, bytes data):
         """(bytes that wait or -errno, whether somebody must be asked to flush)"""
         cdef bint flush = False
-        cdef ssize_t n = connection_append(self.connection, self.generation(), data, <size_t>len(data), NULL, False,
-                                           &flush)
+        cdef ssize_t n
+        spin_lock(&self.connection.lock)
+        n = connection_append(self.connection, self.generation(), data, <size_t>len(data), NULL, False, &flush)
         return n, bool(flush)
 
     def close_output(self):
