@@ -56,6 +56,19 @@ def test_others_are_served_meanwhile(make_pool, make_client, gated, trigger, sha
     assert counts["received"] == 6 + 10 * 10 + blocked  # each was run once, whoever ran it
 
 
+def test_its_peer_has_all_of_its_time_afterwards(make_pool, make_client, gated):
+    """Also where a handler that takes long is none that Python hears of: its end is what idle_timeout counts from."""
+    limit = patient(1)
+    pool = make_pool(gated, framing=FRAMING, workers=2, idle_timeout=limit, slow_handler=60 * limit)
+    (client,) = block(pool, gated, make_client, 1)
+    time.sleep(1.5 * limit)  # how long it blocks, not a wait
+    gated.open_gate()
+    assert receive(client) == [b"b"]
+    began = time.monotonic()
+    assert client.recv(1) == b""
+    assert time.monotonic() - began > 0.7 * limit
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_handler_that_computes_holds_up_nobody_either(make_pool, make_client, gated, shards):
     pool = make_pool(gated, framing=FRAMING, workers=4, shards=shards)
