@@ -71,6 +71,9 @@ REASONS = {
         ],
         "tstpool/_collect.pxd collect_event": ["count_stale(&worker.stats, connection)", "return"],
         "tstpool/_run.pxd entry_run_compiled": ["entry_detach(entry, &worker.stats)"],
+        "tstpool/_run.pxd run_compiled": [
+            "return True                        # since it was collected another handler was assigned"
+        ],
         "tstpool/_pool.pxi TstPool.close_descriptors": [
             "sched_yield()                  # between its look whether somebody sleeps and its write"
         ],

@@ -193,8 +193,8 @@ cdef inline bint run_writable(tst_engine *engine, tst_worker *worker, tst_connec
 cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry *entry) noexcept nogil:
     """All that a compiled handler can do for one connection. True: the entry needs Python too."""
     cdef tst_connection *connection = entry.connection
-    if tst_rarely(load32(&connection.rebind, ACQUIRE) != 0):       # assigned by a handler that ran before
-        return True
+    if tst_rarely(load32(&connection.rebind, ACQUIRE) != 0):
+        return True                        # since it was collected another handler was assigned
     store32(<uint32_t *>&connection.thread_no, <uint32_t>worker.no, RELAXED)
     if tst_rarely(entry.what & DO_WRITABLE != 0) and not connection.closing and (
             not connection.passed_on & PASSED_WRITABLE):
