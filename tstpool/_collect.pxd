@@ -1,8 +1,8 @@
 # cython: language_level=3
 """Events and requests become entries of a batch: accept, or acquire, receive, cut.
 
-When all are there, those whose handlers are compiled are run and finished here; the others wait for one attachment to
-the interpreter.
+All are collected before any is run: see _run.pxd for those whose handlers are compiled; the others wait for one
+attachment to the interpreter.
 """
 from libc.errno cimport EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EUSERS
 from libc.stdint cimport uint32_t, uint64_t
@@ -25,7 +25,6 @@ from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_arm, connection_fired, connection_flush, connection_free,
     connection_retire, connection_silence, flush_arm, input_mask, sys_accept, sys_drain, sys_holds, sys_prepare)
-from tstpool._run cimport batch_run_compiled
 from tstpool._shard cimport (
     BATCH_ENTRIES, BATCH_EVENTS, DO_BODY, DO_CONNECT, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ID_ALARM, PHASE_RUNNING,
     SCRATCH_FULL, batch_add, connection_ask_relief, shard_ask, shard_push, tst_batch, tst_engine, tst_entry, tst_shard,
@@ -511,7 +510,7 @@ cdef inline void collect_events(tst_engine *engine, tst_worker *worker, tst_shar
 cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard *shard, tst_batch *batch,
                                uint64_t now) noexcept nogil:
     """Makes entries of requests and events, until there are no more or the batch is full (the rest waits for the next
-    turn). Then runs compiled handlers; worker.lost: the shard was taken over meanwhile, and is not ours to touch.
+    turn).
 
     They take turns in going first, so that neither a flood of events nor connections that ask for themselves again and
     again (S14) can keep the others out.
@@ -521,8 +520,6 @@ cdef inline void shard_collect(tst_engine *engine, tst_worker *worker, tst_shard
         collect_requests(engine, worker, shard, batch, now)
     collect_events(engine, worker, shard, batch, now)
     collect_requests(engine, worker, shard, batch, now)
-    if batch.n_compiled:
-        batch_run_compiled(engine, worker, shard, batch)
 
 
 cdef inline bint batch_has_room(tst_batch *batch) noexcept nogil:

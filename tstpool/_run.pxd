@@ -23,8 +23,7 @@ from tstpool._entry cimport (
     connection_due, connection_has_nothing_due, connection_keep_input)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load32, load64, store32, store64, tst_rarely,
-    tst_usually)
+    ACQUIRE, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load32, load64, store32, store64, tst_rarely)
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, entry_detach, entry_move, shard_enter_running,
     shard_leave_running, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
@@ -246,10 +245,10 @@ cdef inline bint entry_run_compiled(tst_engine *engine, tst_worker *worker, tst_
     return token_held(shard, worker.no)
 
 
-cdef inline void batch_run_compiled(tst_engine *engine, tst_worker *worker, tst_shard *shard,
+cdef inline bint batch_run_compiled(tst_engine *engine, tst_worker *worker, tst_shard *shard,
                                     tst_batch *batch) noexcept nogil:
     """Runs the compiled handlers of all that was collected, then sends their replies, the first ones earlier if that
-    takes long. worker.lost: the shard was taken over meanwhile, and is not to be touched any more.
+    takes long. False: the shard was taken over meanwhile, and is not to be touched any more.
 
     Receiving from all, running all, sending to all is faster than all three for one after the other. Each system call
     leaves little of our code in the processor's first cache, so that what is done between two of them should be short.
@@ -262,11 +261,11 @@ cdef inline void batch_run_compiled(tst_engine *engine, tst_worker *worker, tst_
         if tst_rarely(not batch.entries[i].compiled):
             continue
         if tst_rarely(not entry_run_compiled(engine, worker, shard, batch, &batch.entries[i])):
-            worker.lost = True
-            return
+            return False
         if tst_rarely(worker.clock - flushed >= RUN_TIME):
             batch_finish(worker, batch, worker.clock)
             worker.clock = flushed = tick_now(&worker.ticks)
-    worker.lost = not shard_leave_running(worker, shard)
-    if tst_usually(not worker.lost):
-        batch_finish(worker, batch, worker.clock)
+    if tst_rarely(not shard_leave_running(worker, shard)):
+        return False
+    batch_finish(worker, batch, worker.clock)
+    return True

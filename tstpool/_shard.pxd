@@ -124,7 +124,6 @@ cdef struct tst_worker:
     tst_entry *left            # borrowed: an entry that waits for Python, of a batch that is not its any more
     int last_shard             # that it held, so that it takes another one next
     uint64_t since             # when it took the shard that it holds, or last looked after the others
-    bint lost                  # a compiled handler was stuck, and the shard was taken over meanwhile
     tst_tick_clock ticks
     uint64_t group             # quick handler calls that are timed together
     uint64_t group_most

@@ -5,7 +5,7 @@
     2  drain     after stop(): close what is open, then abort it                              shard_drain
     3  poll      requests of other threads, then epoll_wait                                   shard_poll
     4  collect   per event: accept, or acquire, receive, cut; an entry for each connection.   shard_collect
-                 Then compiled handlers run
+                 Then compiled handlers run                                                   batch_run_compiled
     5  return    when an entry needs the interpreter; else go back to 1                       shard_turn
 
 Between 5 and 1 `_worker.pxi` attaches to the interpreter once and runs the remaining entries' handlers.
@@ -23,6 +23,7 @@ from tstpool._libc cimport (
     pthread_cond_broadcast, pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock, store32, store64)
 from tstpool._poll cimport sys_alarm, sys_wait
 from tstpool._queue cimport stock_has_litter
+from tstpool._run cimport batch_run_compiled
 from tstpool._shard cimport (
     BATCH_EVENTS, PHASE_DRAINING, PHASE_ENDING, SLEEPING_LONG, SLEEPING_NOT, SLEEPING_SHORT, TOKEN_RUNNING, batch_empty,
     engine_wake_looker, shard_ask, shard_enter_running, shard_leave_running, shard_take_requests, tst_batch, tst_engine,
@@ -374,9 +375,8 @@ cdef inline int shard_turn(tst_engine *engine, tst_worker *worker, tst_shard *sh
         listeners_resume(engine, shard, now)
         shard_fire_timers(shard, now)
         shard_collect(engine, worker, shard, batch, now)
-        if worker.lost:                # a compiled handler was stuck: its entry may be left, the rest is another's
-            worker.lost = False
-            ran = True
+        if batch.n_compiled and not batch_run_compiled(engine, worker, shard, batch):
+            ran = True                     # one was stuck: its entry may be left to us, the rest is another's
             now = tick_base(&worker.ticks)     # that handler took its time
             if worker.left != NULL:
                 return TURN_RUN

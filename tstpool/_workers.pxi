@@ -164,7 +164,6 @@ cdef void worker_begin(tst_worker *worker, int no) noexcept nogil:
     worker.left = NULL
     worker.since = worker.clock = worker.looked_calls = 0
     worker.tid = worker.last_shard = worker.accept_errno = worker.looks = 0
-    worker.lost = False
     worker.ticks.scale = tick_scale()
     worker.group = 1
 

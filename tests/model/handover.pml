@@ -315,10 +315,7 @@ inline shard_collect(b) {
 #endif
     :: true -> break                       /* there are no more, or the batch is full */
     od;
-    number = 0;
-#ifdef COMPILED
-    batch_run_compiled(b)
-#endif
+    number = 0
 }
 
 proctype worker(byte me) {
@@ -375,6 +372,9 @@ end_polling:
     :: else
     fi;
     shard_collect(own);
+#ifdef COMPILED
+    batch_run_compiled(own);
+#endif
     if
     :: lost -> lost = false; after = true; run_now = (left != NONE)    /* a compiled handler was stuck */
     :: !lost && n_python > 0 -> token = TOKEN_RUNNING(me); run_now = true
