@@ -200,7 +200,7 @@ cdef class TstPool:
     cdef uint64_t added                    # atomic: by addsocket
     cdef uint64_t bytes_outside            # atomic: sent by flush() on threads that are not workers
     cdef object mutex                      # PoolMutex: start, stop, listeners
-    cdef object ended                      # RunsEnd: no worker is left
+    cdef object ended                      # Latch: no worker is left
     cdef list threads
     cdef list listeners                    # (host, port, id)
     cdef object fault                      # the exception that stopped the engine by itself

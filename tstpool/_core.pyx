@@ -75,6 +75,7 @@ from tstpool._libc cimport EPOLLOUT as _EPOLLOUT
 from tstpool._libc cimport EPOLLPRI as _EPOLLPRI
 from tstpool._libc cimport EPOLLRDHUP as _EPOLLRDHUP
 
+import _thread
 import atexit
 import functools
 import inspect

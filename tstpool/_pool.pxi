@@ -47,11 +47,11 @@ cdef class PoolMutex:
         self.lock.release()
 
 
-cdef class RunsEnd:
-    """The end of one run of a pool, from start() on; it comes once.
+cdef class Latch:
+    """What comes once: the end of one run of a pool, or of making its threads.
 
     As a threading.Event, with one difference: it has no lock that a thread would hold while it waits, so that a signal
-    handler which interrupts that may wait too.
+    handler which interrupts that may wait too, or may raise.
     """
 
     cdef object lock           # held until then
@@ -181,7 +181,7 @@ messages_per_turn=32)
         self.engine.accept_pause = max(<uint64_t>1000000, nanoseconds(accept_pause, "accept_pause"))
         self.engine.receive_size = number_within(receive_size, "receive_size", 4096, 16777216)
         self.engine.messages_per_turn = positive(messages_per_turn, "messages_per_turn")
-        self.ended = RunsEnd(True)
+        self.ended = Latch(True)
         self.threads = []
         self.listeners = []
         self.files = []
@@ -548,7 +548,7 @@ messages_per_turn=32)
                 self.check_uninterrupted(interrupted)
                 self.start_locked(threads)
         except BaseException:
-            if threads:                # outside the mutex: it waits for handlers, which may want that
+            if threads and not self.dead:      # outside the mutex: it waits for handlers, which may want that
                 self.give_up(threads)
             raise
         finally:
@@ -581,7 +581,7 @@ messages_per_turn=32)
         made = [threading.Thread(target=new_life(self, no), name=f"{self.name}-{no}", daemon=False)
                 for no in range(self.n_workers)]
         threads.extend(made)
-        self.ended = RunsEnd(False)
+        self.ended = Latch(False)
         self.threads = made
         with WORKERS_END:
             late = interpreter_ends
@@ -589,9 +589,7 @@ messages_per_turn=32)
             raise TstError("the interpreter is shutting down")
         self.check_alive()             # a signal handler may have forked
         store32(&self.engine.phase, PHASE_RUNNING, RELEASE)
-        for thread in made:
-            thread.start()
-        return 0
+        return start_threads(self, made)
 
     cdef int give_up(self, list threads) except -1:
         """A thread can't be had, or Ctrl-C came in the middle: ends those that run, and lets none begin late."""
@@ -1122,6 +1120,39 @@ cdef class WorkersLife:
 
     def __call__(self):
         self.pool.work(self.no, self.launch)
+
+
+def start_each(threads, failures, over):
+    """On the thread that start_threads() makes. failures: gets what starting one has raised."""
+    try:
+        for thread in threads:
+            thread.start()
+    except BaseException as failure:
+        failures.append(failure)
+    finally:
+        over.set()
+
+
+cdef int start_threads(TstPool pool, list threads) except -1:
+    """Starts them, on a thread of its own: no handler of a signal ever runs there.
+
+    threading.Thread.start() takes locks and waits, in Python: where a handler raises in the middle of it, Ctrl-C's
+    KeyboardInterrupt, say, the lock may stay taken for ever, or RuntimeError comes instead of what was raised.
+    """
+    cdef list failures = []
+    over = Latch(False)
+    until = float("inf")
+    _thread.start_new_thread(start_each, (threads, failures, over))
+    while not over.is_set() and time.monotonic() < until:
+        try:
+            over.wait(0.1)
+        except BaseException as failure:
+            failures.append(failure)
+            until = min(until, time.monotonic() + 1.0)         # without memory a thread may fail to say that it runs
+        pool.check_alive()             # a signal handler may have forked: the thread that would end this is not there
+    if failures:
+        raise failures[0]
+    return 0
 
 
 cdef WorkersLife new_life(TstPool pool, int no):

@@ -137,19 +137,13 @@ CALLS = [
     ),
     Call("accept4", "start", {"refused": "ENOSYS", "served": "EBADF EINVAL EPERM"}, later=False),
     Call("clone3", "start", {"refused": "EAGAIN EINVAL ENOMEM EPERM EUSERS", "served": "ENOSYS"}, triggers=WATCHED),
-    # Of the starting thread only: one that finds no memory for its first steps in Python makes start() wait for ever,
-    # which is threading.Thread.start()'s own fault.
+    # Of the thread only that calls start(): where a new one has no memory for its first steps in Python, start() waits
+    # for ever, as threading.Thread.start() does.
     Call(
         "mmap", "start", {"served|refused": "ENOMEM EAGAIN EPERM"}, threads="main", triggers=("oneshot",), later=False
     ),
-    Call(
-        "mprotect",
-        "start",
-        {"served|refused": "ENOMEM EACCES EINVAL"},
-        threads="main",
-        triggers=("oneshot",),
-        later=False,
-    ),
+    # A stack for a new thread, which the thread makes that starts the workers.
+    Call("mprotect", "start", {"served|refused": "ENOMEM EACCES EINVAL"}, triggers=("oneshot",), later=False),
     # -- the pool as a client
     Call("socket", "connect", {"raised": "EACCES EAFNOSUPPORT EINVAL EMFILE ENFILE ENOBUFS ENOMEM"}, later=False),
     Call(
