@@ -15,6 +15,7 @@ SIZE = 1 << 20
 FRAMING = LengthPrefixed(4, max_message=SIZE)
 BODY = bytes(range(256)) * (SIZE // 256)
 STREAM = SIZE.to_bytes(4, "big") + BODY
+KEPT_MOST = 8 << 20  # bytes of such objects that a pool keeps for those to come
 
 
 @pytest.fixture
@@ -90,15 +91,15 @@ def test_an_end_in_the_middle_of_it_leaves_nothing_behind(make_pool, traced, end
 def test_a_peer_that_has_sent_nothing_of_it_makes_us_hold_nothing(make_pool, make_client, traced, framing):
     """A bare header, or silence: a thousand such peers must not cost a gigabyte."""
     pool = make_pool(handler(on_message=lambda sock, data: None), framing=framing)
-    clients = [make_client(pool) for _ in range(10)]
+    clients = [make_client(pool) for _ in range(20)]
     for client in clients:
         stream = BODY if isinstance(framing, Fixed) else STREAM
         client.sendall(stream)
-    wait_until(lambda: pool.stats().messages == 10)
+    wait_until(lambda: pool.stats().messages == 20)
     for client in clients:
         client.sendall(b"" if isinstance(framing, Fixed) else STREAM[:4])
-    wait_until(lambda: pool.stats().bytes_in >= 10 * SIZE + (0 if isinstance(framing, Fixed) else 80))
-    wait_until(lambda: traced() < SIZE)
+    wait_until(lambda: pool.stats().bytes_in >= 20 * SIZE + (0 if isinstance(framing, Fixed) else 160))
+    wait_until(lambda: traced() < KEPT_MOST + SIZE)
 
 
 def test_pausing_in_the_middle_of_it(make_pool, make_client):
@@ -175,7 +176,8 @@ def test_a_function_reads_it_like_any_other(make_pool, make_client):
 
 
 def test_an_echo_of_it_copies_it_nowhere(make_pool, make_client, traced):
-    """The very object that was received is what is sent: it is queued, not copied, and let go when it is sent."""
+    """The very object that was received is what is sent: it is queued, not copied. When it is sent it is let go, or
+    the next message is received into it."""
     counts = []
 
     def on_message(sock, data):
@@ -188,5 +190,49 @@ def test_an_echo_of_it_copies_it_nowhere(make_pool, make_client, traced):
     for _ in range(3):
         client.sendall(STREAM)
         assert recv_exact(client, len(STREAM)) == STREAM
-        wait_until(lambda: traced() < SIZE // 2)
+        wait_until(lambda: traced() < SIZE * 3 // 2)
     assert counts == [1, 1, 1]  # the queue holds it
+    pool.stop()
+    wait_until(lambda: traced() < SIZE // 2)
+
+
+def test_what_a_handler_keeps_of_it_stays_as_it_is(make_pool, make_client):
+    """The next one is received into the object of the last one, but only if nobody has that any more."""
+    kept, hashes = [], []
+
+    def on_message(sock, data):
+        hashes.append((hash(data), hash(bytes(bytearray(data)))))
+        n = len(hashes)
+        if n % 4 == 0:
+            kept.append((n, data))
+        elif n % 4 == 1:
+            kept.append((n, memoryview(data)[10:]))
+        elif n % 4 == 2:
+            return data
+        return n.to_bytes(4, "big")
+
+    pool = make_pool(handler(on_message=on_message), framing=FRAMING, workers=2)
+    clients = [make_client(pool) for _ in range(3)]
+    sent = [b""]
+    for n in range(1, 25):
+        sent.append(bytes([n]) * SIZE)
+        client = clients[n % 3]
+        client.sendall(STREAM[:4] + sent[n])
+        reply = sent[n] if n % 4 == 2 else n.to_bytes(4, "big")
+        assert recv_exact(client, len(reply) + 4)[4:] == reply
+    assert [n for n, _ in kept] == [n for n in range(1, 25) if n % 4 < 2]
+    assert all(data == (sent[n] if n % 4 == 0 else sent[n][10:]) for n, data in kept)
+    assert all(of_message == of_copy for of_message, of_copy in hashes)
+
+
+def test_a_pool_keeps_a_few_of_its_objects_until_it_stops(make_pool, make_client, traced):
+    """Sizes that do not come again make room for those that do; what is larger than all that may be kept is not."""
+    framing = LengthPrefixed(4, max_message=KEPT_MOST * 2)
+    pool = make_pool(handler(on_message=lambda sock, data: len(data).to_bytes(4, "big")), framing=framing)
+    client = make_client(pool)
+    for size in [*(SIZE - n for n in range(20)), KEPT_MOST + 1, SIZE - 5]:
+        client.sendall(size.to_bytes(4, "big") + bytes(size))
+        assert recv_exact(client, 8)[4:] == size.to_bytes(4, "big")
+    wait_until(lambda: traced() < KEPT_MOST + SIZE // 2)
+    pool.stop()
+    wait_until(lambda: traced() < SIZE // 2)

@@ -47,6 +47,7 @@ cdef enum:
     ROOM_LOOK = 24                         # 0.1 s between looks at what a peer has acknowledged, at the very end
     LINGER_ROUNDS = 4                      # receives in a turn from a peer that we no longer listen to
     BODY_LEAST = 131072                    # bytes in a message from which it gets its object before it has arrived
+    BODY_FIRST = 8192                      # received at once where one is likely: they have to be copied there
     SPARE_LEAST = 12288                    # bytes in a message from which one copy less is worth a dearer system call
     SPARE_MOST = 65536                     # ... and up to which it is likely to arrive in one piece
     SPARE_VOTES = 8                        # messages of one size after which there are objects for more of them
@@ -212,6 +213,9 @@ cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *ba
             n = receive_spare(connection, batch, worker)
         elif tst_usually(connection.input.size == 0):
             room = batch.scratch_size - batch.scratch_used
+            if tst_rarely(connection.large != 0):
+                connection.large = False
+                room = min(room, <size_t>BODY_FIRST)
             place = batch.scratch.bytes + batch.scratch_used
             n = sys_recv(connection.fd, place, room)
             if tst_usually(n > 0):

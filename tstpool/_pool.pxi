@@ -785,7 +785,8 @@ messages_per_turn=32)
         cdef int i
         for i in range(self.n_shards):
             if stock_has_litter(&self.engine.shards[i].stock):
-                drop_litter(&self.engine.shards[i].stock)
+                drop_litter(&self.engine.shards[i].stock, NULL)
+        drop_all_large(self.engine)
 
     cdef void free_memory(self) noexcept:
         cdef tst_batch *batch

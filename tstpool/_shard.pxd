@@ -194,6 +194,8 @@ cdef struct tst_engine:
     uint64_t complained        # monotonic nanoseconds, for whoever has set that: when it was last logged; 0: never
     uint64_t closed_unserved   # atomic: connections that the pool itself closed, when no worker was left
     tst_total total            # output that waits
+    tst_shared *large_spares   # owned, linked by next, under the GIL: objects of large messages, for those to come
+    size_t large_size          # bytes of these
     tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger
     uint32_t counters_version  # atomic: odd while start() clears the counters

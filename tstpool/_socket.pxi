@@ -490,6 +490,31 @@ cdef class TstSocket:
         tst_resume(self)
 
 
+cdef enum:
+    LARGE_SPARES_MOST = 8388608        # bytes of objects that a pool keeps for large messages to come
+
+cdef extern from *:
+    """
+    /* Nobody but the caller holds this `bytes`: it may change. */
+    static inline int tst_is_alone(PyObject *data) {
+    #ifndef Py_GIL_DISABLED
+        return Py_REFCNT(data) == 1;
+    #else
+        (void)data;
+        return 0;
+    #endif
+    }
+    static inline void tst_forget_hash(PyObject *data) {
+    #pragma GCC diagnostic push
+    #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+        ((PyBytesObject *)data)->ob_shash = -1;
+    #pragma GCC diagnostic pop
+    }
+    """
+    bint tst_is_alone(PyObject *data)
+    void tst_forget_hash(PyObject *data)
+
+
 cdef tst_shared *share_object(bytes data) except NULL:
     """Bytes of an object for queues, used once; the object lives for as long as one of them holds them."""
     cdef tst_shared *shared = <tst_shared *>malloc(sizeof(tst_shared))
@@ -510,18 +535,82 @@ cdef void unshare_object(tst_shared *shared) noexcept:
     cdef tst_stock own
     memset(&own, 0, sizeof(own))
     shared_leave(shared, &own)
-    drop_litter(&own)
+    drop_litter(&own, NULL)
 
 
-cdef void drop_litter(tst_stock *stock) noexcept:
-    """Lets objects go that were queued and are sent."""
+cdef void drop_litter(tst_stock *stock, tst_engine *engine) noexcept:
+    """Lets objects go that were queued and are sent. Large ones are kept for messages to come, if `engine` is given."""
     cdef tst_shared *shared = stock_take_litter(stock)
     cdef tst_shared *next
     while shared != NULL:
         next = shared.next
-        Py_DECREF(<object>shared.object)
-        free(shared)
+        if tst_rarely(shared.size >= BODY_LEAST) and engine != NULL and tst_is_alone(<PyObject *>shared.object):
+            keep_large(engine, shared)
+        else:
+            drop_shared(shared)
         shared = next
+
+
+cdef void drop_shared(tst_shared *shared) noexcept:
+    Py_DECREF(<object>shared.object)
+    free(shared)
+
+
+# Objects of large messages that nobody holds any more, which the next messages of the same size are received into. The
+# C library would give such a block back to the kernel and ask for it anew, page by page, for each message.
+
+cdef void keep_large(tst_engine *engine, tst_shared *shared) noexcept:
+    """Nobody else has this object. Those that were kept first go, when there are too many."""
+    cdef tst_shared **place
+    if shared.size > LARGE_SPARES_MOST:
+        drop_shared(shared)
+        return
+    shared.users = 1
+    shared.held = NULL
+    shared.next = engine.large_spares
+    engine.large_spares = shared
+    engine.large_size += shared.size
+    while engine.large_size > LARGE_SPARES_MOST:
+        place = &engine.large_spares
+        while place[0].next != NULL:
+            place = &place[0].next
+        drop_large(engine, place)
+
+
+cdef void drop_large(tst_engine *engine, tst_shared **place) noexcept:
+    cdef tst_shared *shared = unlink_large(engine, place)
+    drop_shared(shared)
+
+
+cdef void drop_all_large(tst_engine *engine) noexcept:
+    while engine.large_spares != NULL:
+        drop_large(engine, &engine.large_spares)
+
+
+cdef tst_shared *unlink_large(tst_engine *engine, tst_shared **place) noexcept:
+    cdef tst_shared *shared = place[0]
+    place[0] = shared.next
+    shared.next = NULL
+    engine.large_size -= shared.size
+    return shared
+
+
+cdef tst_shared *take_large(tst_engine *engine, size_t size) noexcept:
+    """One of exactly that size, or NULL."""
+    cdef tst_shared **place = &engine.large_spares
+    while place[0] != NULL:
+        if place[0].size == size:
+            tst_forget_hash(<PyObject *>place[0].object)
+            return unlink_large(engine, place)
+        place = &place[0].next
+    return NULL
+
+
+cdef int keep_if_large(tst_engine *engine, bytes data) except -1:
+    """A handler has returned, whose message that was. Only the caller still has it, if nobody else has."""
+    if PyBytes_GET_SIZE(data) >= BODY_LEAST and tst_is_alone(<PyObject *>data):
+        keep_large(engine, share_object(data))
+    return 0
 
 
 cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil:

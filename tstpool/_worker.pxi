@@ -11,14 +11,15 @@ cdef extern from *:
        PyObject_Vectorcall(), which is a tenth of what calling a small one costs. A new reference, or NULL with an
        exception set. */
     static inline PyObject *tst_call(PyObject *hook, PyObject *sock, PyObject *data) {
+        const size_t n = 3 | PY_VECTORCALL_ARGUMENTS_OFFSET;
         PyObject *arguments[] = {NULL, NULL, sock, data};
         if (__builtin_expect(!PyMethod_Check(hook), 0))
             return PyObject_Vectorcall(hook, arguments + 2, 2, NULL);
         arguments[1] = PyMethod_GET_SELF(hook);
         hook = PyMethod_GET_FUNCTION(hook);
         if (__builtin_expect(PyFunction_Check(hook), 1))
-            return ((PyFunctionObject *)hook)->vectorcall(hook, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-        return PyObject_Vectorcall(hook, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+            return ((PyFunctionObject *)hook)->vectorcall(hook, arguments + 1, n, NULL);
+        return PyObject_Vectorcall(hook, arguments + 1, n, NULL);
     }
     /* A `bytes` of fewer than `most` bytes; NULL is none. */
     static inline int tst_is_small_bytes(PyObject *something, Py_ssize_t most) {
@@ -34,10 +35,7 @@ cdef extern from *:
     #ifndef Py_GIL_DISABLED
         if (Py_REFCNT(data) == 1 && PyBytes_GET_SIZE(data) == size && size > 1) {
             memcpy(PyBytes_AS_STRING(data), place, (size_t)size);
-    #pragma GCC diagnostic push
-    #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-            ((PyBytesObject *)data)->ob_shash = -1;
-    #pragma GCC diagnostic pop
+            tst_forget_hash(data);
             return 1;
         }
     #else
@@ -188,7 +186,7 @@ cdef class Worker:
             ran = False
             if turn == TURN_RUN:
                 if stock_has_litter(&shard.stock):
-                    drop_litter(&shard.stock)
+                    drop_litter(&shard.stock, self.engine)
                 self.run_batch(shard, batch)
                 if self.pool.dead:
                     return NULL
@@ -228,7 +226,7 @@ cdef class Worker:
                 self.complain()
                 ran = True
             elif turn == TURN_LITTER:
-                drop_litter(&shard.stock)
+                drop_litter(&shard.stock, self.engine)
             elif turn == -ENOMEM:              # nothing to receive into: what a handler keeps has the last one
                 self.lack_memory()
             else:
@@ -310,7 +308,7 @@ cdef class Worker:
                 with nogil:
                     batch_finish(self.worker, batch, self.worker.clock)
                 if stock_has_litter(&shard.stock):     # what was sent is counted no more: it must not wait either
-                    drop_litter(&shard.stock)
+                    drop_litter(&shard.stock, self.engine)
                 self.worker.clock = flushed = tick_now(&self.worker.ticks)
         return 0
 
@@ -405,13 +403,14 @@ cdef class Worker:
         if not connection_wants_body(connection):
             return 0
         have = connection.input.size - connection.frame.begin
-        try:
-            body = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>connection.frame.size)
-            connection.body = share_object(body)
-        except MemoryError as error:
-            self.failed(sock, self.binding_of(sock), error)
-            return 0
-        memcpy(PyBytes_AS_STRING(body), connection.input.view + connection.frame.begin, have)
+        connection.body = take_large(self.engine, connection.frame.size)
+        if connection.body == NULL:
+            try:
+                connection.body = share_object(PyBytes_FromStringAndSize(NULL, <Py_ssize_t>connection.frame.size))
+            except MemoryError as error:
+                self.failed(sock, self.binding_of(sock), error)
+                return 0
+        memcpy(<char *>connection.body.bytes, connection.input.view + connection.frame.begin, have)
         connection.body_size = have
         input_consume(&connection.input, connection.input.size)
         return 0
@@ -560,6 +559,7 @@ cdef class Worker:
             worker_job(self.engine, worker, connection, untimed)
             if connection.report:
                 self.report(sock)
+        keep_if_large(self.engine, data)
         return n
 
     cdef int other_result(self, TstSocket sock, Binding binding, PyObject *result) except -1:
@@ -610,12 +610,13 @@ cdef class Worker:
     cdef bint hand_out_body(self, TstSocket sock, Binding binding) except -1:
         """A long message, which has arrived in an object of its own."""
         cdef tst_connection *connection = sock.connection
-        cdef object body = take_body(connection)
+        cdef bytes body = take_body(connection)
         if binding.function is not None:
             give_back(connection, body)
             self.function_message(sock, binding, True)
         else:
             self.hand_over(sock, binding, body, True)
+            keep_if_large(self.engine, body)
         frame_close(connection)
         return True
 
@@ -1044,6 +1045,7 @@ cdef bytes take_body(tst_connection *connection):
     cdef tst_shared *shared = connection.body
     cdef bytes body = <bytes>shared.object
     connection.body = NULL
+    connection.large = shared.size >= BODY_LEAST
     unshare_object(shared)
     connection.windowed = True
     connection.frame.begin = connection.frame.size = connection.frame.whole = 0
