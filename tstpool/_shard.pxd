@@ -196,6 +196,8 @@ cdef struct tst_engine:
     tst_total total            # output that waits
     tst_shared *large_spares   # owned, linked by next, under the GIL: objects of large messages, for those to come
     size_t large_size          # bytes of these
+    size_t large_wanted[4]     # under the GIL: sizes that the last large messages had; others are not kept
+    uint32_t next_wanted       # under the GIL: index of the oldest
     tst_limits *limits         # owned: the pool's first, then those of listeners
     uint8_t trigger
     uint32_t counters_version  # atomic: odd while start() clears the counters

@@ -495,14 +495,14 @@ cdef enum:
 
 cdef extern from *:
     """
-    /* Nobody but the caller holds this `bytes`: it may change. */
-    static inline int tst_is_alone(PyObject *data) {
-    #ifndef Py_GIL_DISABLED
-        return Py_REFCNT(data) == 1;
+    #ifdef Py_GIL_DISABLED
+    #define TST_HAS_GIL 0
     #else
-        (void)data;
-        return 0;
+    #define TST_HAS_GIL 1
     #endif
+    /* Nobody but the caller holds this `bytes`: it may change. Without a GIL another thread may be about to take it. */
+    static inline int tst_is_alone(PyObject *data) {
+        return TST_HAS_GIL && Py_REFCNT(data) == 1;
     }
     static inline void tst_forget_hash(PyObject *data) {
     #pragma GCC diagnostic push
@@ -511,22 +511,30 @@ cdef extern from *:
     #pragma GCC diagnostic pop
     }
     """
+    const bint TST_HAS_GIL
     bint tst_is_alone(PyObject *data)
     void tst_forget_hash(PyObject *data)
 
 
 cdef tst_shared *share_object(bytes data) except NULL:
     """Bytes of an object for queues, used once; the object lives for as long as one of them holds them."""
-    cdef tst_shared *shared = <tst_shared *>malloc(sizeof(tst_shared))
+    cdef tst_shared *shared = share_if_possible(data)
     if shared == NULL:
         raise MemoryError("no memory to queue output")
-    Py_INCREF(data)
-    shared.users = 1
-    shared.held = NULL
-    shared.object = <void *>data
-    shared.next = NULL
-    shared.bytes = PyBytes_AS_STRING(data)
-    shared.size = <size_t>PyBytes_GET_SIZE(data)
+    return shared
+
+
+cdef tst_shared *share_if_possible(bytes data) noexcept:
+    """The same, or NULL for want of memory."""
+    cdef tst_shared *shared = <tst_shared *>malloc(sizeof(tst_shared))
+    if shared != NULL:
+        Py_INCREF(data)
+        shared.users = 1
+        shared.held = NULL
+        shared.object = <void *>data
+        shared.next = NULL
+        shared.bytes = PyBytes_AS_STRING(data)
+        shared.size = <size_t>PyBytes_GET_SIZE(data)
     return shared
 
 
@@ -559,10 +567,25 @@ cdef void drop_shared(tst_shared *shared) noexcept:
 # Objects of large messages that nobody holds any more, which the next messages of the same size are received into. The
 # C library would give such a block back to the kernel and ask for it anew, page by page, for each message.
 
+cdef bint large_is_wanted(tst_engine *engine, size_t size) noexcept:
+    cdef int i
+    for i in range(4):
+        if engine.large_wanted[i] == size:
+            return True
+    return False
+
+
+cdef void want_large(tst_engine *engine, size_t size) noexcept:
+    """A message of that size has begun to arrive. Another one may come."""
+    if TST_HAS_GIL and not large_is_wanted(engine, size):
+        engine.large_wanted[engine.next_wanted % 4] = size
+        engine.next_wanted += 1
+
+
 cdef void keep_large(tst_engine *engine, tst_shared *shared) noexcept:
     """Nobody else has this object. Those that were kept first go, when there are too many."""
     cdef tst_shared **place
-    if shared.size > LARGE_SPARES_MOST:
+    if shared.size > LARGE_SPARES_MOST or not large_is_wanted(engine, shared.size):
         drop_shared(shared)
         return
     shared.users = 1
@@ -606,11 +629,13 @@ cdef tst_shared *take_large(tst_engine *engine, size_t size) noexcept:
     return NULL
 
 
-cdef int keep_if_large(tst_engine *engine, bytes data) except -1:
+cdef void keep_if_large(tst_engine *engine, bytes data) noexcept:
     """A handler has returned, whose message that was. Only the caller still has it, if nobody else has."""
-    if PyBytes_GET_SIZE(data) >= BODY_LEAST and tst_is_alone(<PyObject *>data):
-        keep_large(engine, share_object(data))
-    return 0
+    cdef tst_shared *shared
+    if tst_rarely(PyBytes_GET_SIZE(data) >= BODY_LEAST) and tst_is_alone(<PyObject *>data):
+        shared = share_if_possible(data)
+        if shared != NULL:                 # else it goes
+            keep_large(engine, shared)
 
 
 cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil:

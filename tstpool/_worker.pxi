@@ -403,6 +403,7 @@ cdef class Worker:
         if not connection_wants_body(connection):
             return 0
         have = connection.input.size - connection.frame.begin
+        want_large(self.engine, connection.frame.size)
         connection.body = take_large(self.engine, connection.frame.size)
         if connection.body == NULL:
             try:
