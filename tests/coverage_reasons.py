@@ -70,6 +70,7 @@ REASONS = {
             "return True",
         ],
         "tstpool/_collect.pxd collect_event": ["count_stale(&worker.stats, connection)", "return"],
+        "tstpool/_run.pxd batch_run_compiled": ["return False"],
         "tstpool/_run.pxd entry_run_compiled": ["entry_detach(entry, &worker.stats)"],
         "tstpool/_run.pxd run_compiled": [
             "return True                        # since it was collected another handler was assigned"
