@@ -133,7 +133,8 @@ def test_a_connection_that_cannot_be_armed_any_more_ends_soon(trigger, does):
                 assert len(recv_until_eof(client)) < 32 << 20
         assert time.monotonic() - begin < patient(5)
         failed, ended, distinct, accepted = map(int, server.finish().split())
-    assert failed < 20
+    # Who flushes tries it once whenever the kernel has taken some of the 32 MiB, which a fast client makes many times.
+    assert failed < (200 if does == "flushes" else 20)
     assert ended == distinct == accepted == 1
 
 
