@@ -184,7 +184,7 @@ cdef struct tst_connection:
     uint8_t passed_on          # owner: PASSED_* that the compiled handler has passed on to Python
     uint8_t heard              # owner: something has arrived
     uint8_t bulky              # owner: much arrived at once when something arrived last
-    uint8_t large              # owner: the last message was received into an object of its own
+    uint8_t large              # owner: the last message was so long that it got its object before it was there
     uint8_t unfinished         # owner: a message has begun to arrive, at since_tick
     uint8_t close_noted        # owner: since_tick is when closing began
     uint8_t lingering          # owner: it is closed, and what still arrives is dropped

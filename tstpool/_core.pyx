@@ -29,7 +29,7 @@ from tstpool._data cimport (
     data_hold, data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, data_unpin,
     input_consume, input_free, input_is_stored, input_keep, input_unread, tst_data, tst_input)
 from tstpool._entry cimport (
-    BODY_LEAST, ABORT_OPEN, SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
+    ABORT_OPEN, BODY_LEAST, SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
     connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due,
     connection_expect, connection_forget_frame, connection_is_unfinished, connection_keep_input, connection_reconnect,
     connection_sent_whole, connection_wait_for_flusher, connection_wants_body)

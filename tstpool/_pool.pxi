@@ -742,6 +742,7 @@ messages_per_turn=32)
                         add64(&self.engine.closed_unserved, 1, RELAXED)
                     gone.append(take_socket(connection))
         self.drop_all_litter()
+        drop_all_large(self.engine)
         for i in range(self.n_shards):
             close_once(&self.engine.shards[i].epoll_fd)
             while load32(&self.engine.shards[i].wakers, SEQ_CST):
@@ -786,7 +787,6 @@ messages_per_turn=32)
         for i in range(self.n_shards):
             if stock_has_litter(&self.engine.shards[i].stock):
                 drop_litter(&self.engine.shards[i].stock, NULL)
-        drop_all_large(self.engine)
 
     cdef void free_memory(self) noexcept:
         cdef tst_batch *batch

@@ -597,17 +597,12 @@ cdef void keep_large(tst_engine *engine, tst_shared *shared) noexcept:
         place = &engine.large_spares
         while place[0].next != NULL:
             place = &place[0].next
-        drop_large(engine, place)
-
-
-cdef void drop_large(tst_engine *engine, tst_shared **place) noexcept:
-    cdef tst_shared *shared = unlink_large(engine, place)
-    drop_shared(shared)
+        drop_shared(unlink_large(engine, place))
 
 
 cdef void drop_all_large(tst_engine *engine) noexcept:
     while engine.large_spares != NULL:
-        drop_large(engine, &engine.large_spares)
+        drop_shared(unlink_large(engine, &engine.large_spares))
 
 
 cdef tst_shared *unlink_large(tst_engine *engine, tst_shared **place) noexcept:

@@ -32,15 +32,11 @@ cdef extern from *:
        holds it: an object that nobody else can see may change, as it does while bytes are joined. Making and freeing
        one for each message costs a quarter of what calling a small handler does. 0: make a new one. */
     static inline int tst_refill(PyObject *data, const char *place, Py_ssize_t size) {
-    #ifndef Py_GIL_DISABLED
-        if (Py_REFCNT(data) == 1 && PyBytes_GET_SIZE(data) == size && size > 1) {
+        if (tst_is_alone(data) && PyBytes_GET_SIZE(data) == size && size > 1) {
             memcpy(PyBytes_AS_STRING(data), place, (size_t)size);
             tst_forget_hash(data);
             return 1;
         }
-    #else
-        (void)data; (void)place; (void)size;       /* there another thread may be about to take it */
-    #endif
         return 0;
     }
     """

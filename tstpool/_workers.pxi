@@ -31,7 +31,6 @@ cdef int end_run(TstPool pool) except -1:
         except MemoryError:
             wait_for_memory()
     let_sockets_go(gone)
-    drop_all_large(pool.engine)
     return 0
 
 
