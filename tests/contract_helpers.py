@@ -212,7 +212,7 @@ def needs_strace(test):
 
 
 def system_calls(log, calls, code, *arguments):
-    """Runs Python code in a new process; returns strace's lines about these system calls ("recvmsg,close") of all its
+    """Runs Python code in a new process; returns strace's lines about these system calls ("sendmsg,close") of all its
     threads, which go by way of the file `log`. Skips the test where strace may not trace."""
     command = ["strace", "-f", "-qq", "-o", str(log), "-e", f"trace={calls}"]
     allowed = subprocess.run([*command, "true"], capture_output=True, text=True)

@@ -50,8 +50,8 @@ from tstpool._libc cimport (
     load32, load64, load_pointer, recv, send, store32, store64, tst_bug, tst_rarely, tst_usually, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport (
-    queue_append, queue_commit, queue_drop, queue_held, queue_room, queue_share, queue_size, tst_chunk, tst_queue,
-    tst_shared)
+    queue_append, queue_commit, queue_drop, queue_held, queue_reserve, queue_room, queue_share, queue_size, tst_chunk,
+    tst_queue, tst_shared)
 from tstpool._stats cimport clock_now
 
 cdef enum:
@@ -506,6 +506,8 @@ cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const 
     if framing.kind == FRAME_DELIMITED and (
             find_delimiter(framing, bytes, size) != NULL or ends_in_delimiter(framing, bytes, size)):
         return -EINVAL
+    if shared == NULL and queue_reserve(queue, <size_t>n + size + framing.n_delimiter) < 0:
+        return -ENOMEM
     if n and queue_append(queue, <char *>header, <size_t>n) < 0:
         return -ENOMEM
     if queue_bytes(queue, bytes, size, shared) < 0:

@@ -32,7 +32,7 @@ from tstpool._entry cimport (
     ABORT_OPEN, BODY_LEAST, SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
     connection_awaits_transfer, connection_begin_close, connection_break, connection_cut, connection_due,
     connection_expect, connection_forget_frame, connection_is_unfinished, connection_keep_input, connection_reconnect,
-    connection_sent_whole, connection_wait_for_flusher, connection_wants_body)
+    connection_sent_whole, connection_wait_for_flusher, connection_wants_body, take_input)
 from tstpool._fork cimport descriptor_moved, descriptor_moves, fork_begins, fork_begins_anew, fork_is_over
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_PIECES, FRAME_RAW, OFFSET_MOST, framing_cuts,
@@ -50,8 +50,8 @@ from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_flush, connection_is_stuck,
     sys_control, sys_prepare, sys_recv, sys_unread, sys_wake)
 from tstpool._queue cimport (
-    SHARE_LEAST, queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared,
-    tst_stock)
+    SHARE_LEAST, queue_headed, queue_join, queue_size, shared_leave, shared_new, stock_free, stock_has_litter,
+    stock_take_litter, tst_shared, tst_stock)
 from tstpool._run cimport (
     RUN_TIME, message_at_hand, run_messages, worker_enter, worker_goes_on, worker_job, worker_leave)
 from tstpool._shard cimport (

@@ -22,13 +22,13 @@ from tstpool._data cimport (
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, framing_cuts, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EPOLLPRI, EPOLL_CTL_DEL, F_GETFL, F_SETFL, OUTQ_UNSENT, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
-    compare_exchange64, fcntl, iovec, load32, load64, sched_yield, shutdown, store32, tst_rarely, tst_usually)
+    compare_exchange64, fcntl, load32, load64, sched_yield, shutdown, store32, tst_rarely, tst_usually)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     OUTPUT_LOOKS, TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body,
     connection_flush, connection_input_mask, connection_is_stuck, connection_mutes_urgent, connection_retire,
-    connection_silence, flush_once, flush_result, sys_control, sys_holds, sys_prepare, sys_recv, sys_recv_pieces,
-    sys_reset_on_close, sys_unread, sys_writable)
+    connection_silence, flush_once, flush_result, sys_control, sys_holds, sys_prepare, sys_recv, sys_reset_on_close,
+    sys_unread, sys_writable)
 from tstpool._queue cimport queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
@@ -48,7 +48,7 @@ cdef enum:
     LINGER_ROUNDS = 4                      # receives in a turn from a peer that we no longer listen to
     BODY_LEAST = 131072                    # bytes in a message from which it gets its object before it has arrived
     BODY_FIRST = 8192                      # received at once where one is likely: they have to be copied there
-    SPARE_LEAST = 12288                    # bytes in a message from which one copy less is worth a dearer system call
+    SPARE_LEAST = 8192                     # bytes in a message from which one copy less is worth the preparations
     SPARE_MOST = 65536                     # ... and up to which it is likely to arrive in one piece
     SPARE_VOTES = 8                        # messages of one size after which there are objects for more of them
 
@@ -128,6 +128,7 @@ cdef inline bint connection_has_spare(tst_connection *connection, tst_batch *bat
     if worker.spares == NULL or worker.spares.size != connection.expects or framing == NULL:
         return False
     return (framing == connection.framed_by and framing.kind == FRAME_LENGTH and framing.dropped == framing.header
+            and framing.header <= worker.spares.front
             and batch.scratch_size - batch.scratch_used > framing.header + worker.spares.size
             and connection.compiled == NULL and connection_recv(connection) == NULL
             and not load32(&connection.rebind, RELAXED))
@@ -135,50 +136,50 @@ cdef inline bint connection_has_spare(tst_connection *connection, tst_batch *bat
 
 cdef inline ssize_t receive_spare(tst_connection *connection, tst_batch *batch, tst_worker *worker) noexcept nogil:
     """Receives what should be a message like the last one, its body straight into the bytes object that the handler is
-    to get.
+    to get, its header into the object's hash, which is not known yet.
 
-        what comes  [ header |      body      | nothing
-                        |            |             |
-        scratch     [ header |      hole      | rest
-                                     |
-        instead of the hole  [ spare object ]
+        what comes             [ header |      body      | nothing
+        the spare object    [    hash   |      bytes     | 0 ]
+                                                           ^
+                                                           a byte here: there is more
 
-    If it is anything else, the bytes in the object move into the hole, and all lies in the scratch buffer as ever.
+    If it is anything else, it moves into the scratch buffer, and all goes on as ever.
     """
     cdef tst_shared *spare = worker.spares
-    cdef size_t header = connection.framing.header
-    cdef char *place = batch.scratch.bytes + batch.scratch_used
-    cdef iovec pieces[3]
-    cdef size_t got
-    cdef ssize_t n
-    pieces[0].iov_base = place
-    pieces[0].iov_len = header
-    pieces[1].iov_base = <char *>spare.bytes
-    pieces[1].iov_len = spare.size
-    pieces[2].iov_base = place + header + spare.size
-    pieces[2].iov_len = batch.scratch_size - batch.scratch_used - header - spare.size
-    n = sys_recv_pieces(connection.fd, pieces, 3)
+    cdef size_t whole = connection.framing.header + spare.size
+    cdef char *place = <char *>spare.bytes - connection.framing.header
+    cdef ssize_t n = sys_recv(connection.fd, place, whole + 1)
     if n <= 0:
         return n
-    got = <size_t>n
-    if (got == header + spare.size
-            and frame_next(connection.framing, place, got, &connection.scanned, &connection.frame) == 1
-            and connection.frame.whole == got):
+    if (<size_t>n == whole
+            and frame_next(connection.framing, place, whole, &connection.scanned, &connection.frame) == 1
+            and connection.frame.whole == whole):
         worker.spares = spare.next
         worker.spares_left -= 1
-        batch.received_elsewhere += got
+        batch.received_elsewhere += whole
         connection.body = spare
         connection.body_size = spare.size
         connection.message_ready = connection.framed = True
         connection.too_large = False
         return n
-    if got > header:
-        memcpy(place + header, spare.bytes, min(got - header, spare.size))
     connection.expects = 0
-    batch.scratch_used += got
-    connection.input.view = place
-    connection.input.size = got
+    connection.input.view = batch.scratch.bytes + batch.scratch_used
+    memcpy(batch.scratch.bytes + batch.scratch_used, place, <size_t>n)
+    if <size_t>n > whole:
+        n += receive_rest(connection, batch, <size_t>n)
+        place[whole] = 0
+    connection.input.size = <size_t>n
+    batch.scratch_used += <size_t>n
     return n
+
+
+cdef inline ssize_t receive_rest(tst_connection *connection, tst_batch *batch, size_t have) noexcept nogil:
+    """Receives what is behind the first `have` bytes, if it is there already. Returns how many bytes that are."""
+    cdef ssize_t n = sys_recv(connection.fd, batch.scratch.bytes + batch.scratch_used + have,
+                              batch.scratch_size - batch.scratch_used - have)
+    if n < 0 and n != -EAGAIN:
+        connection_break(connection, <int>-n)
+    return max(n, 0)
 
 
 cdef inline bint connection_wants_body(tst_connection *connection) noexcept nogil:

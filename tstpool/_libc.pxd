@@ -77,7 +77,6 @@ cdef extern from "<sys/socket.h>" nogil:
     # operations more, because a thread could be cancelled there, a hundredth of a short message's time in all. But who
     # puts a network stack of their own under the program with LD_PRELOAD replaces these.
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
-    ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int setsockopt(int fd, int level, int name, const void *value, socklen_t size)

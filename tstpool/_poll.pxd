@@ -38,7 +38,7 @@ from tstpool._libc cimport (
     EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, OUTQ, POLLOUT, RELAXED, RELEASE, SEQ_CST,
     SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
     compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
-    poll, pollfd, read, recv, recvmsg, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
+    poll, pollfd, read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
     timerfd_settime, tst_rarely, tst_usually, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
@@ -81,20 +81,6 @@ cdef inline ssize_t sys_recv(int fd, void *buffer, size_t size) noexcept nogil:
     while True:
         n = recv(fd, buffer, size, MSG_DONTWAIT)
         if tst_usually(n >= 0):
-            return n
-        if errno != EINTR:
-            return -errno
-
-
-cdef inline ssize_t sys_recv_pieces(int fd, iovec *pieces, size_t n_pieces) noexcept nogil:
-    cdef msghdr message
-    cdef ssize_t n
-    memset(&message, 0, sizeof(msghdr))
-    message.msg_iov = pieces
-    message.msg_iovlen = n_pieces
-    while True:
-        n = recvmsg(fd, &message, MSG_DONTWAIT)
-        if n >= 0:
             return n
         if errno != EINTR:
             return -errno

@@ -92,13 +92,14 @@ cdef class TstSocket:
         that have too much. ConnectionClosed when it ends before."""
         cdef pollfd watched
         cdef size_t waits, enough = self.limits.high_water
-        cdef bint gone, waited = False
+        cdef bint gone, others, waited = False
         watched.fd = <int><uint32_t>self.id
         watched.events = POLLOUT
         while True:
             spin_lock(&self.connection.lock)
             gone = self.connection.out_closed or not connection_is(self.connection, self.generation())
             waits = queue_size(&self.connection.out)
+            others = self.connection.flushing
             spin_unlock(&self.connection.lock)
             if gone or self.end_if_overdue():
                 raise ConnectionClosed("the socket was closed while a send waited for room")
@@ -106,8 +107,9 @@ cdef class TstSocket:
                 return 0
             waited = True
             with nogil:
-                # Short, for the descriptor may be closed meanwhile.
-                poll(&watched, 1 if waits > enough else 0, 10)
+                # Short, for the descriptor may be closed meanwhile; shorter while another thread is sending: the
+                # descriptor is writable then, perhaps, and there is nothing for us to send.
+                poll(&watched, 1 if waits > enough and not others else 0, 1 if others else 10)
                 self.flush_once()
             self.pool.drop_all_litter()
             PyErr_CheckSignals()
@@ -504,14 +506,18 @@ cdef extern from *:
     static inline int tst_is_alone(PyObject *data) {
         return TST_HAS_GIL && Py_REFCNT(data) == 1;
     }
-    static inline void tst_forget_hash(PyObject *data) {
     #pragma GCC diagnostic push
     #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    static inline void tst_forget_hash(PyObject *data) {
         ((PyBytesObject *)data)->ob_shash = -1;
-    #pragma GCC diagnostic pop
     }
+    #define TST_HASH_SIZE sizeof(Py_hash_t)
+    _Static_assert(offsetof(PyBytesObject, ob_sval) == offsetof(PyBytesObject, ob_shash) + TST_HASH_SIZE,
+                   "the hash of a bytes object lies right before its bytes");
+    #pragma GCC diagnostic pop
     """
     const bint TST_HAS_GIL
+    const size_t TST_HASH_SIZE
     bint tst_is_alone(PyObject *data)
     void tst_forget_hash(PyObject *data)
 
@@ -535,6 +541,7 @@ cdef tst_shared *share_if_possible(bytes data) noexcept:
         shared.next = NULL
         shared.bytes = PyBytes_AS_STRING(data)
         shared.size = <size_t>PyBytes_GET_SIZE(data)
+        shared.front = TST_HASH_SIZE
     return shared
 
 
@@ -618,7 +625,6 @@ cdef tst_shared *take_large(tst_engine *engine, size_t size) noexcept:
     cdef tst_shared **place = &engine.large_spares
     while place[0] != NULL:
         if place[0].size == size:
-            tst_forget_hash(<PyObject *>place[0].object)
             return unlink_large(engine, place)
         place = &place[0].next
     return NULL

@@ -68,7 +68,7 @@ CALLS = [
     ),
     Call("recvfrom", "framed_echo", {"ended": ENDS_RECV}, later=False),
     Call(
-        "recvmsg",
+        "recvfrom",
         "alike",
         {"served": "EAGAIN EINTR", "ended": ENDS_RECV},
         edge={"late": "EAGAIN"},

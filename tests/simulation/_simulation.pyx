@@ -53,6 +53,7 @@ cdef extern from "reroute.h" nogil:
     void kernel_faults(const sim_faults *faults)
     void kernel_calm()
     void kernel_interrupt()
+    int kernel_await_send(uint64_t nanoseconds)
     int kernel_listener()
     sim_stream *kernel_stream(int i)
     int kernel_stream_of(int fd)
@@ -117,6 +118,7 @@ cdef enum:
     SPARES = 8                 # peers of connections that handlers have made
     REQUESTERS = 3
     BODY_MOST = 600            # bytes in a message
+    SPARE_FRONT = 8            # bytes before the object for the next one, as its hash would be
     FRAME_MOST = 640
     SOCKS = 64
     HEAD = 12                  # bytes before the body of each frame that the server sends: sender, number, size
@@ -350,7 +352,7 @@ cdef bint wait_for_room(sock_t *sock) noexcept nogil:
     cdef tst_connection *connection = sock.connection
     cdef pollfd watched
     cdef size_t waits
-    cdef bint gone, overdue, waited = False
+    cdef bint gone, overdue, others, waited = False
     watched.fd = <int><uint32_t>sock.id
     watched.events = POLLOUT
     while True:
@@ -360,6 +362,7 @@ cdef bint wait_for_room(sock_t *sock) noexcept nogil:
                    and connection_is_stuck(connection, load32(&connection.output_tick, RELAXED),
                                            connection.limits.write, clock_now()))
         waits = queue_size(&connection.out)
+        others = connection.flushing
         spin_unlock(&connection.lock)
         if overdue and connection_abort(connection, generation_of(sock.id), ETIMEDOUT):
             sock.closing = True
@@ -369,7 +372,7 @@ cdef bint wait_for_room(sock_t *sock) noexcept nogil:
         if waits <= world.engine.limits.high_water and waited:
             return True
         waited = True
-        poll(&watched, 1 if waits > world.engine.limits.high_water else 0, 10)
+        poll(&watched, 1 if waits > world.engine.limits.high_water and not others else 0, 1 if others else 10)
         flush_once(sock)
 
 
@@ -560,10 +563,6 @@ cdef void broadcast(int thread) noexcept nogil:
 
 
 # ------------------------------------------------------------------------------------------------- handlers
-
-cdef int some_socket() noexcept nogil:
-    return <int>sim_below(<uint32_t>world.n_socks)
-
 
 cdef void may_block() noexcept nogil:
     """A handler blocks, by chance for a while, or in a siege until that is over, if there are workers to spare."""
@@ -857,12 +856,13 @@ cdef void expect_message(tst_worker *worker, sock_t *sock) noexcept nogil:
     connection.expects = 0
     if not world.framed or world.framing.kind != FRAME_LENGTH or sim_chance(300):
         return
-    spare = <tst_shared *>malloc(sizeof(tst_shared) + size)
+    spare = <tst_shared *>malloc(sizeof(tst_shared) + SPARE_FRONT + size + 1)
     if spare == NULL:
         return
     memset(spare, 0, sizeof(tst_shared))
     spare.users = 1
-    spare.bytes = <const char *>(spare + 1)
+    spare.front = SPARE_FRONT
+    spare.bytes = <const char *>(spare + 1) + SPARE_FRONT
     spare.size = size
     worker.spares = spare
     worker.spares_left = 1
@@ -1197,18 +1197,27 @@ cdef void listen() noexcept nogil:
 
 # ------------------------------------------------------------------------------------------- other threads
 
+cdef sock_t *socket_of(int fd) noexcept nogil:
+    """The one whose descriptor that is now; any, if there is none."""
+    cdef int i
+    for i in range(world.n_socks if fd >= 0 else 0):
+        if world.socks[i].connection != NULL and not world.socks[i].forgotten and world.socks[i].connection.fd == fd:
+            return &world.socks[i]
+    return &world.socks[sim_below(<uint32_t>world.n_socks)]
+
+
 cdef void requester_main(void *argument) noexcept nogil:
     """A thread that is no worker: it sends, closes and so on, by any handle that it ever had, stale ones too."""
     cdef int no = (<int *>argument)[0]
-    cdef int _n, kind
+    cdef int _n, kind, sending
     cdef sock_t *sock
     cdef bint gone
     cdef ssize_t result
     for _n in range(world.requests):
-        sim_sleep((1 + sim_below(2000)) * MILLISECOND // 100)
+        sending = kernel_await_send((1 + sim_below(2000)) * MILLISECOND // 100)
         if world.n_socks == 0:
             continue
-        sock = &world.socks[some_socket()]
+        sock = socket_of(sending)
         if sock.connection == NULL:        # another thread is making it
             continue
         gone = sock.forgotten
@@ -1333,7 +1342,7 @@ cdef bint client_acts(int no) noexcept nogil:
     if client.done or client.until > sim_now():
         return False
     if client.stream < 0:
-        least = 40 if client.messages > 100 else 1         # or it would take a million steps
+        least = 40 if client.messages > 100 or world.requests > 20 else 1      # or it would take a million steps
         client.stream = wire_connect(least + sim_below(sim_below(2) and 60 or 2000),
                                      least + sim_below(sim_below(2) and 60 or 2000))
         if client.stream < 0:

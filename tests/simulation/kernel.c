@@ -303,9 +303,21 @@ static ssize_t k_recv(int fd, void *buffer, size_t size, int flags) {
     return receive(fd, &piece, 1);
 }
 
-static ssize_t k_recvmsg(int fd, struct msghdr *message, int flags) {
-    (void)flags;
-    return receive(fd, message->msg_iov, message->msg_iovlen);
+/* What is asked for while a connection's output is on its way to the kernel is missed most easily, so that one of those
+   who would have slept on may come just then. */
+static char send_channel;
+static int send_fd;
+
+int kernel_await_send(uint64_t nanoseconds) {
+    return sim_block(&send_channel, sim_now() + nanoseconds) ? send_fd : -1;
+}
+
+static void let_meddle(int fd) {
+    if (!sim_chance(50))
+        return;
+    send_fd = fd;
+    sim_wake(&send_channel, 0);
+    sim_switch();
 }
 
 static ssize_t transmit(int fd, const struct iovec *pieces, size_t n_pieces) {
@@ -313,6 +325,7 @@ static ssize_t transmit(int fd, const struct iovec *pieces, size_t n_pieces) {
     uint32_t room, n = 0;
     size_t total = 0;
     sim_call();
+    let_meddle(fd);
     stream = stream_of(fd, "send");
     for (size_t i = 0; i < n_pieces; i++)
         total += pieces[i].iov_len;
@@ -679,7 +692,7 @@ static void *k_realloc(void *place, size_t size) {
 }
 
 static const struct tst_kernel fake = {
-    k_epoll_create1, k_epoll_ctl, k_epoll_wait, k_eventfd, k_timerfd_create, k_timerfd_settime, k_recv, k_recvmsg, k_send, k_sendmsg,
+    k_epoll_create1, k_epoll_ctl, k_epoll_wait, k_eventfd, k_timerfd_create, k_timerfd_settime, k_recv, k_send, k_sendmsg,
     k_setsockopt, k_shutdown, k_ioctl, k_accept4, k_poll, k_fcntl, k_open, k_close, k_read, k_write, k_gettid,
     k_sched_yield, k_clock_gettime, k_init, k_mutex_destroy, k_mutex_lock, k_mutex_unlock, k_cond_init, k_cond_destroy,
     k_cond_wait, k_cond_timedwait, k_cond_signal, k_cond_broadcast, k_malloc, k_calloc, k_realloc, k_free,

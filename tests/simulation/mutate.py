@@ -92,7 +92,7 @@ FAULTS = {
     "a reply that was cut short ends cleanly": (
         "_entry",
         "for the whole\n        connection.aborted = True\n",
-        "for the whole\n",
+        "for the whole\n        pass\n",
     ),
     "accepted into a shard that has ended": (
         "_collect",
@@ -217,20 +217,25 @@ FAULTS = {
     ),
     "spare: what is no message like the last one stays in its object": (
         "_entry",
-        "        memcpy(place + header, spare.bytes, min(got - header, spare.size))\n",
-        "        pass\n",
+        "    memcpy(batch.scratch.bytes + batch.scratch_used, place, <size_t>n)\n",
+        "    pass\n",
     ),
     "spare: the header is not looked at": (
         "_entry",
-        "    if (got == header + spare.size\n"
-        "            and frame_next(connection.framing, place, got, &connection.scanned, &connection.frame) == 1\n"
-        "            and connection.frame.whole == got):\n",
-        "    if got == header + spare.size:\n",
+        "    if (<size_t>n == whole\n"
+        "            and frame_next(connection.framing, place, whole, &connection.scanned, &connection.frame) == 1\n"
+        "            and connection.frame.whole == whole):\n",
+        "    if <size_t>n == whole:\n",
     ),
-    "spare: what is behind the message is dropped": (
+    "spare: the byte behind the message is dropped": (
         "_entry",
-        "    if (got == header + spare.size\n",
-        "    if (got >= header + spare.size\n",
+        "    if (<size_t>n == whole\n",
+        "    if (<size_t>n >= whole\n",
+    ),
+    "spare: what is behind that byte goes over it": (
+        "_entry",
+        "        n += receive_rest(connection, batch, <size_t>n)\n",
+        "        n += receive_rest(connection, batch, <size_t>n - 1)\n",
     ),
     "reconnected: a close that was heard comes again": (
         "_entry",

@@ -19,7 +19,6 @@
 #define timerfd_create(...) tst_kernel->timerfd_create(__VA_ARGS__)
 #define timerfd_settime(...) tst_kernel->timerfd_settime(__VA_ARGS__)
 #define recv(...) tst_kernel->recv(__VA_ARGS__)
-#define recvmsg(...) tst_kernel->recvmsg(__VA_ARGS__)
 #define send(...) tst_kernel->send(__VA_ARGS__)
 #define sendmsg(...) tst_kernel->sendmsg(__VA_ARGS__)
 #define setsockopt(...) tst_kernel->setsockopt(__VA_ARGS__)

@@ -36,7 +36,6 @@ struct tst_kernel {
     int (*timerfd_create)(int clock, int flags);
     int (*timerfd_settime)(int fd, int flags, const struct itimerspec *value, struct itimerspec *old);
     ssize_t (*recv)(int fd, void *buffer, size_t size, int flags);
-    ssize_t (*recvmsg)(int fd, struct msghdr *message, int flags);
     ssize_t (*send)(int fd, const void *buffer, size_t size, int flags);
     ssize_t (*sendmsg)(int fd, const struct msghdr *message, int flags);
     int (*setsockopt)(int fd, int level, int name, const void *value, socklen_t size);
@@ -185,6 +184,7 @@ void kernel_begin(void);
 void kernel_faults(const struct sim_faults *faults);
 void kernel_calm(void);                   /* no more faults */
 void kernel_interrupt(void);              /* a signal: each epoll_wait that sleeps ends with EINTR */
+int kernel_await_send(uint64_t nanoseconds); /* sleeps, until a send begins: its descriptor; else -1 */
 int kernel_listener(void);                /* a descriptor that clients connect to */
 struct sim_stream *kernel_stream(int i);
 int kernel_stream_of(int fd);             /* its stream's number, -1 */

@@ -29,8 +29,9 @@ from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     connection_arm, connection_fired, connection_flush, connection_retire, connection_silence, sys_recv, sys_wait)
 from tstpool._queue cimport (
-    QUEUE_PIECES, STOCK_MOST, queue_append, queue_consume, queue_drop, queue_pieces, queue_settle, queue_share,
-    queue_size, shared_leave, shared_new, stock_free, stock_take_litter, tst_chunk, tst_queue, tst_shared, tst_stock)
+    QUEUE_PIECES, STOCK_MOST, queue_append, queue_consume, queue_drop, queue_headed, queue_join, queue_pieces,
+    queue_reserve, queue_settle, queue_share, queue_size, shared_leave, shared_new, stock_free, stock_take_litter,
+    tst_chunk, tst_queue, tst_shared, tst_stock)
 from tstpool._run cimport message_at_hand, run_messages
 from tstpool._shard cimport (
     ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, TOKEN_POLLING, TOKEN_RUNNING, entry_move,
@@ -395,17 +396,32 @@ cdef class Queue:
         stock_free(&self.stock)
         self.drop_litter()
 
-    def share(self, bytes data, bint as_object=False):
-        """Queues a shared copy, or the object itself; then gives up its own use of it."""
+    def share(self, bytes data, bint as_object=False, size_t front=0, int times=1):
+        """Queues a shared copy, or the object itself, `times` times; then gives up its own use of it. The first `front`
+        bytes are not sent: they are its front."""
         cdef tst_shared *shared = shared_new(data, <size_t>len(data))
-        cdef int result
+        cdef int result = 0
         if as_object:
             Py_INCREF(data)
             shared.object = <void *>data
             shared.bytes = data
-        result = queue_share(&self.queue, shared)
+        shared.front = front
+        shared.bytes += front
+        shared.size -= front
+        for _ in range(times):
+            result = queue_share(&self.queue, shared)
         shared_leave(shared, &self.stock)
         return result
+
+    def join(self):
+        """Has a header go in front of the shared bytes behind it. False: there is none, or it can't."""
+        if queue_headed(&self.queue) == NULL:
+            return False
+        queue_join(&self.queue)
+        return True
+
+    def reserve(self, size_t size):
+        return queue_reserve(&self.queue, size)
 
     def drop_litter(self):
         """Lets the objects go that nobody needs; how many there were."""

@@ -168,3 +168,53 @@ def test_any_sequence_agrees_with_a_model(steps):
         assert queue.size == len(model)
         assert queue.counts == (queued, sent)
         assert (queue.chunks == 0) == (not model) or amount == 0 or queue.size == 0
+
+
+def test_a_header_goes_in_front_of_shared_bytes():
+    queue = Queue()
+    queue.append(b"head")
+    queue.share(b"12345678" + b"x" * 9000, front=8)
+    queue.append(b"next")
+    assert queue.join()
+    assert queue.pieces() == ([b"head" + b"x" * 9000, b"next"], 9008)
+    assert queue.counts == (9008, 0)
+    assert not queue.join()
+    queue.consume(6)
+    assert queue.pieces() == ([b"x" * 8998, b"next"], 9002)
+    queue.consume(9002)
+    assert queue.chunks == 0
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda queue: None,
+        lambda queue: queue.append(b"head"),
+        lambda queue: queue.share(b"12345678" + b"x" * 9000, front=8),
+        lambda queue: (queue.append(b"ninebytes"), queue.share(b"12345678" + b"x" * 9000, front=8)),
+        lambda queue: (queue.append(b"head"), queue.share(b"x" * 9000)),
+        lambda queue: (queue.append(b"head"), queue.share(b"12345678" + b"x" * 9000, front=8, times=2)),
+        lambda queue: (queue.append(b"head"), queue.consume(1), queue.share(b"12345678" + b"x" * 9000, front=8)),
+        lambda queue: (queue.append(b"h" * 16300), queue.append(b"h" * 100), queue.share(bytes(9000), front=8)),
+    ],
+    ids=["nothing", "no bytes", "no header", "too long", "no front", "used twice", "partly sent", "other output"],
+)
+def test_it_stays_where_it_is_else(fill):
+    queue = Queue()
+    fill(queue)
+    before = queue.pieces()
+    assert not queue.join()
+    assert queue.pieces() == before
+
+
+def test_a_long_message_gets_one_piece_if_nothing_waits():
+    queue = Queue()
+    assert queue.reserve(20_004) == 0
+    queue.append(b"head")
+    queue.append(b"x" * 20_000)
+    assert queue.pieces() == ([b"head" + b"x" * 20_000], 20_004)
+    assert queue.reserve(50_000) == 0  # it does not go into the middle of what waits
+    assert queue.chunks == 1
+    queue.drop()
+    assert queue.reserve(1000) == 0
+    assert queue.chunks == 0
