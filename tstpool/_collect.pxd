@@ -14,8 +14,8 @@ from tstpool._conn cimport (
     connection_release, connection_take_relief, generation_of, slot_of, table_open, table_slot, tst_connection)
 from tstpool._entry cimport (
     connection_begin_close, connection_due, connection_expire, connection_has_room, connection_keep_input,
-    connection_linger, connection_may_reset, connection_sent, connection_tells_room, connection_transfer,
-    connection_wants_body, take_input)
+    connection_linger, connection_make_block, connection_may_reset, connection_sent, connection_tells_room,
+    connection_transfer, connection_wants_body, take_input)
 from tstpool._fork cimport descriptor_moved, descriptor_moves
 from tstpool._libc cimport (
     ACQUIRE, AF_INET, AF_INET6, EPOLLERR, EPOLLHUP, EPOLLOUT, OUTQ, RELAXED, RELEASE, SEQ_CST, add32, close,
@@ -295,7 +295,12 @@ cdef inline uint32_t collect_input(tst_worker *worker, tst_batch *batch, tst_con
     take_input(connection, batch, worker, arrived, now)
     what = connection_due(connection)
     if tst_rarely(what == 0) and connection_wants_body(connection):
-        what = DO_BODY
+        if connection.compiled == NULL or load32(&connection.rebind, ACQUIRE):
+            return DO_BODY
+        if connection_make_block(connection):
+            # Most of the rest is likely to be there. See make_body.
+            take_input(connection, batch, worker, True, now)
+            what = connection_due(connection)
     return what
 
 

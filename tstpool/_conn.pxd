@@ -212,7 +212,7 @@ cdef struct tst_connection:
     const tst_framing *framed_by   # owner: by which `frame` and `scanned` were made
     tst_frame frame            # owner
     size_t scanned             # owner: see frame_next
-    tst_shared *body           # owner; counted: a message that is received straight into its bytes object
+    tst_shared *body           # owner; counted: a message that is received straight into its bytes object, or block
     size_t body_size           # owner: bytes of it that have arrived
     size_t expects             # owner: bytes of the last message, if it was large and came in one piece; else 0
     tst_data *recv             # borrowed from the TstSocket; atomic pointer, NULL until the handler asks for it

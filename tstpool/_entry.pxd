@@ -29,7 +29,7 @@ from tstpool._poll cimport (
     connection_flush, connection_input_mask, connection_is_stuck, connection_mutes_urgent, connection_retire,
     connection_silence, flush_once, flush_result, sys_control, sys_holds, sys_prepare, sys_recv, sys_reset_on_close,
     sys_unread, sys_writable)
-from tstpool._queue cimport queue_append, queue_size, tst_shared
+from tstpool._queue cimport block_new, queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
     shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
@@ -94,7 +94,7 @@ cdef inline size_t connection_room(tst_connection *connection) noexcept nogil:
 
 
 cdef inline ssize_t receive_body(tst_connection *connection) noexcept nogil:
-    """Receives into the bytes object of a long message."""
+    """Receives into the bytes object, or the block, of a long message."""
     cdef tst_shared *body = connection.body
     cdef ssize_t n = sys_recv(connection.fd, <char *>body.bytes + connection.body_size,
                               body.size - connection.body_size)
@@ -187,8 +187,28 @@ cdef inline bint connection_wants_body(tst_connection *connection) noexcept nogi
     return (connection.framed_by != NULL and connection.body == NULL and not connection.message_ready
             and connection.frame.needed >= BODY_LEAST and connection.frame.needed > connection.input.size
             and connection.input.size > connection.frame.begin     # else an idle peer, or a bare header, would hold it
-            and connection.framed_by.kind != FRAME_DELIMITED and connection.compiled == NULL
-            and connection_wants_input(connection))
+            and connection.framed_by.kind != FRAME_DELIMITED and connection_wants_input(connection))
+
+
+cdef inline bint connection_make_block(tst_connection *connection) noexcept nogil:
+    """A long message for a compiled handler has begun: from here on it is received straight into a block of its own.
+    False: there is no memory for it; it goes behind what there is, as others do. Owner only."""
+    cdef size_t have = connection.input.size - connection.frame.begin
+    cdef tst_shared *block = block_new(connection.out.stock, connection.frame.size)
+    if block == NULL:
+        return False
+    memcpy(<char *>block.bytes, connection.input.view + connection.frame.begin, have)
+    connection.body = block
+    connection.body_size = have
+    input_consume(&connection.input, connection.input.size)
+    return True
+
+
+cdef inline void connection_had_body(tst_connection *connection) noexcept nogil:
+    """Its handler has, or will have, the message that arrived in an object or a block of its own. Owner only."""
+    connection.large = connection.body.size >= BODY_LEAST
+    connection.body = NULL
+    connection.frame.begin = connection.frame.size = connection.frame.whole = 0
 
 
 cdef inline ssize_t connection_receive(tst_connection *connection, tst_batch *batch, tst_worker *worker,

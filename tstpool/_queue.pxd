@@ -14,12 +14,12 @@ change, so what it has picked up stays valid whatever is appended meanwhile.
 A chunk's bytes lie behind it, or they are shared (`tst_shared`): a large bytes object of Python's, or the payload of a
 broadcast, is queued without being copied. Other chunks are of one size while a handler runs, and come from a stock that
 the connections of a shard share: malloc would give their pages back to the system after each turn and ask for them
-again in the next.
+again in the next. The same stock has blocks, for long messages that compiled handlers get.
 """
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, add32, add64, iovec, load32, load_pointer, store_pointer, sub32, tst_rarely,
@@ -32,6 +32,7 @@ cdef enum:
     SHARE_LEAST = 8192         # bytes from which sharing an object costs less than copying it
     SHARE_BEHIND = 1024        # bytes from which sharing costs little more memory than is counted
     STOCK_MOST = 256           # chunks kept in stock: 4 MiB, as many as a batch may have connections
+    BLOCKS_MOST = 8388608      # bytes of blocks kept in stock
     # Pieces given to one sendmsg. More only matter above a megabyte, where the copy dominates.
     QUEUE_PIECES = 16
 
@@ -44,6 +45,7 @@ cdef struct tst_shared:
     const char *bytes      # borrowed from the object, or behind the struct
     size_t size
     size_t front           # bytes before them, the object's hash: whoever is alone with it may use them for a header
+    size_t block           # bytes behind the struct, if it is a block of a stock's: `size` or a few more; else 0
     uint64_t *held         # borrowed, atomic: where the bytes of broadcasts are counted; NULL: nowhere, as an object's
 
 
@@ -63,6 +65,8 @@ cdef struct tst_stock:
     uint32_t n
     tst_chunk *first       # owned
     tst_shared *litter     # owned; atomic, so that a look costs nothing
+    tst_shared *blocks     # owned: what long messages lay in, the last one first
+    size_t blocks_size     # bytes in them
 
 
 cdef struct tst_queue:
@@ -84,15 +88,95 @@ cdef inline tst_shared *shared_new(const char *bytes, size_t size) noexcept nogi
     shared.held = NULL
     shared.next = NULL
     shared.size = size
-    shared.front = 0
+    shared.front = shared.block = 0
     shared.bytes = <const char *>(shared + 1)
     memcpy(<char *>(shared + 1), bytes, size)
     return shared
 
 
+cdef inline tst_shared *block_new(tst_stock *stock, size_t size) noexcept nogil:
+    """Memory for `size` bytes, used once: a block in stock that is hardly larger, or a new one. NULL: no memory.
+
+    If none fits, sizes have changed, and the one that was kept first goes."""
+    cdef tst_shared *block
+    cdef tst_shared *gone = NULL
+    spin_lock(&stock.lock)
+    block = stock_take_block(stock, size, size + size // 4)
+    if block == NULL:
+        gone = stock_take_last_block(stock)
+    spin_unlock(&stock.lock)
+    free(gone)
+    if block == NULL:
+        block = <tst_shared *>malloc(sizeof(tst_shared) + size)
+        if block == NULL:
+            return NULL
+        memset(block, 0, sizeof(tst_shared))
+        block.block = size
+        block.bytes = <const char *>(block + 1)
+    block.users = 1
+    block.size = size
+    return block
+
+
+cdef inline void block_keep(tst_stock *stock, tst_shared *block) noexcept nogil:
+    """Nobody needs it any more. Those that were kept first go, when there are too many."""
+    cdef tst_shared *gone = NULL
+    cdef tst_shared *last
+    spin_lock(&stock.lock)
+    block.next = stock.blocks
+    stock.blocks = block
+    stock.blocks_size += block.block
+    while stock.blocks_size > BLOCKS_MOST:
+        last = stock_take_last_block(stock)
+        last.next = gone
+        gone = last
+    spin_unlock(&stock.lock)
+    blocks_free(gone)
+
+
+cdef inline tst_shared *stock_unlink_block(tst_stock *stock, tst_shared **place) noexcept nogil:
+    cdef tst_shared *block = place[0]
+    place[0] = block.next
+    block.next = NULL
+    stock.blocks_size -= block.block
+    return block
+
+
+cdef inline tst_shared *stock_take_block(tst_stock *stock, size_t least, size_t most) noexcept nogil:
+    """One of such a size, or NULL. Stock locked."""
+    cdef tst_shared **place = &stock.blocks
+    while place[0] != NULL:
+        if least <= place[0].block <= most:
+            return stock_unlink_block(stock, place)
+        place = &place[0].next
+    return NULL
+
+
+cdef inline tst_shared *stock_take_last_block(tst_stock *stock) noexcept nogil:
+    """The one that was kept first, or NULL. Stock locked."""
+    cdef tst_shared **place = &stock.blocks
+    if place[0] == NULL:
+        return NULL
+    while place[0].next != NULL:
+        place = &place[0].next
+    return stock_unlink_block(stock, place)
+
+
+cdef inline void blocks_free(tst_shared *block) noexcept nogil:
+    cdef tst_shared *next
+    while block != NULL:
+        next = block.next
+        free(block)
+        block = next
+
+
 cdef inline void shared_leave(tst_shared *shared, tst_stock *stock) noexcept nogil:
-    """Gives one use back. The last one frees the bytes, or leaves their object to whoever attaches next."""
+    """Gives one use back. The last one frees the bytes, keeps the block they lie in, or leaves their object to whoever
+    attaches next."""
     if sub32(&shared.users, 1, ACQ_REL):
+        return
+    if shared.block:
+        block_keep(stock, shared)
         return
     if shared.object == NULL:
         if shared.held != NULL:
@@ -181,13 +265,16 @@ cdef inline void chunk_free(tst_queue *queue, tst_chunk *chunk) noexcept nogil:
 
 
 cdef inline void stock_free(tst_stock *stock) noexcept nogil:
-    """Gives all chunks in stock back to the system. The litter is the caller's business."""
+    """Gives all chunks and blocks in stock back to the system. The litter is the caller's business."""
     cdef tst_chunk *chunk
     while stock.first != NULL:
         chunk = stock.first
         stock.first = chunk.next
         free(chunk)
     stock.n = 0
+    blocks_free(stock.blocks)
+    stock.blocks = NULL
+    stock.blocks_size = 0
 
 
 cdef inline tst_chunk *queue_grow(tst_queue *queue, size_t size) noexcept nogil:

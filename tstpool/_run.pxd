@@ -20,10 +20,11 @@ from tstpool._conn cimport (
 from tstpool._data cimport data_hold, data_unpin, input_consume, tst_data
 from tstpool._entry cimport (
     STAT_RECONNECTED, STAT_RUN, batch_finish, connection_apply, connection_awaits_transfer, connection_cut,
-    connection_due, connection_has_nothing_due, connection_keep_input)
+    connection_due, connection_had_body, connection_has_nothing_due, connection_keep_input)
 from tstpool._frame cimport frame_next, tst_frame, tst_framing
 from tstpool._libc cimport (
     ACQUIRE, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load32, load64, store32, store64, tst_rarely)
+from tstpool._queue cimport shared_leave, tst_shared
 from tstpool._shard cimport (
     DO_DISCONNECT, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, entry_detach, entry_move, shard_enter_running,
     shard_leave_running, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
@@ -132,6 +133,24 @@ cdef inline bint run_frames(tst_worker *worker, tst_connection *connection, uint
     return found != 0
 
 
+cdef inline bint run_body(tst_worker *worker, tst_connection *connection, uint64_t *n) noexcept nogil:
+    """The same for a long message, which has arrived in memory of its own."""
+    cdef tst_shared *body = connection.body
+    cdef int stat = connection.compiled.received(connection.compiled.handler, connection.sock, body.bytes, body.size)
+    worker_goes_on(worker)
+    if tst_rarely(stat == STAT_RUN):
+        connection.passed_on |= PASSED_MESSAGE
+        return True
+    n[0] += 1
+    connection_had_body(connection)
+    connection.message_ready = connection.framed = False
+    connection.frame.needed = connection.scanned = 0
+    shared_leave(body, connection.out.stock)
+    if stat != 0 or connection_send(connection) != NULL:
+        connection_apply(connection, worker, stat)
+    return False
+
+
 cdef inline bint run_bytes(tst_worker *worker, tst_connection *connection, uint64_t *n) noexcept nogil:
     """The same for what has no framing: all that has arrived, or the transfer that was asked for."""
     cdef const char *bytes = NULL
@@ -164,7 +183,9 @@ cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connec
     cdef bint passed = False
     store32(&connection.events, (connection.events & (EPOLLPRI | EPOLLRDHUP)) | EPOLLIN, RELAXED)
     while not passed and connection_cut(connection):
-        if not connection.framed:
+        if tst_rarely(connection.body != NULL):
+            passed = run_body(worker, connection, &n)
+        elif not connection.framed:
             passed = run_bytes(worker, connection, &n)
         else:
             passed = connection.too_large or run_frames(worker, connection, &n)

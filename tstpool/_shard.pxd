@@ -45,7 +45,7 @@ from tstpool._timer cimport tick_before, tst_wheel, wheel_put, wheel_remove
 cdef enum:
     BATCH_EVENTS = 256         # events of one epoll_wait
     BATCH_ENTRIES = 512        # those, what a burst of accepts adds, and requests
-    SCRATCH_FULL = 4           # a fourth is full: run what was received before it leaves the cache
+    SCRATCH_FULL = 2           # a half is full: run what was received before it leaves the cache
 
 # What events of a shard's own descriptors carry: no connection has the generation 0.
 cdef enum:

@@ -542,6 +542,7 @@ cdef tst_shared *share_if_possible(bytes data) noexcept:
         shared.bytes = PyBytes_AS_STRING(data)
         shared.size = <size_t>PyBytes_GET_SIZE(data)
         shared.front = TST_HASH_SIZE
+        shared.block = 0
     return shared
 
 

@@ -1046,13 +1046,17 @@ cdef bint is_quick(tst_connection *connection) noexcept:
 cdef bytes take_body(tst_connection *connection):
     """The message at hand, which has arrived in an object of its own; the handler can read no more of it."""
     cdef tst_shared *shared = connection.body
-    cdef bytes body = <bytes>shared.object
-    tst_forget_hash(<PyObject *>shared.object)         # a header may lie there, or it was another message before
-    connection.body = NULL
-    connection.large = shared.size >= BODY_LEAST
-    unshare_object(shared)
+    cdef bytes body
+    if shared.object == NULL:              # a block: a compiled handler has passed the message on
+        body = PyBytes_FromStringAndSize(shared.bytes, <Py_ssize_t>shared.size)
+        connection_had_body(connection)
+        shared_leave(shared, connection.out.stock)
+    else:
+        body = <bytes>shared.object
+        tst_forget_hash(<PyObject *>shared.object)     # a header may lie there, or it was another message before
+        connection_had_body(connection)
+        unshare_object(shared)
     connection.windowed = True
-    connection.frame.begin = connection.frame.size = connection.frame.whole = 0
     return body
 
 

@@ -432,10 +432,9 @@ cdef tst_shared *share_object(const unsigned char *bytes, size_t size) noexcept 
         free(shared)
         return NULL
     memcpy(object, bytes, size)
+    memset(shared, 0, sizeof(tst_shared))
     shared.users = 1
-    shared.held = NULL
     shared.object = object
-    shared.next = NULL
     shared.bytes = <const char *>object
     shared.size = size
     return shared

@@ -29,9 +29,9 @@ from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     connection_arm, connection_fired, connection_flush, connection_retire, connection_silence, sys_recv, sys_wait)
 from tstpool._queue cimport (
-    QUEUE_PIECES, STOCK_MOST, queue_append, queue_consume, queue_drop, queue_headed, queue_join, queue_pieces,
-    queue_reserve, queue_settle, queue_share, queue_size, shared_leave, shared_new, stock_free, stock_take_litter,
-    tst_chunk, tst_queue, tst_shared, tst_stock)
+    BLOCKS_MOST, QUEUE_PIECES, STOCK_MOST, block_new, queue_append, queue_consume, queue_drop, queue_headed, queue_join,
+    queue_pieces, queue_reserve, queue_settle, queue_share, queue_size, shared_leave, shared_new, stock_free,
+    stock_take_litter, tst_chunk, tst_queue, tst_shared, tst_stock)
 from tstpool._run cimport message_at_hand, run_messages
 from tstpool._shard cimport (
     ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, TOKEN_POLLING, TOKEN_RUNNING, entry_move,
@@ -50,6 +50,7 @@ CHUNK = TABLE_CHUNK
 SLOTS = TABLE_CHUNK * TABLE_CHUNKS
 PIECES = QUEUE_PIECES
 STOCK = STOCK_MOST
+BLOCKS = BLOCKS_MOST
 WHEEL_AHEAD = WHEEL_MOST
 
 
@@ -435,6 +436,26 @@ cdef class Queue:
             shared = next
             n += 1
         return n
+
+    def block(self, size_t size):
+        """Memory for a long message: its address, and how much it is."""
+        cdef tst_shared *block = block_new(&self.stock, size)
+        memset(<char *>block.bytes, 0x55, size)            # a sanitizer sees whether it is there
+        return <size_t>block, block.block
+
+    def leave_block(self, size_t address):
+        shared_leave(<tst_shared *>address, &self.stock)
+
+    @property
+    def blocks_in_stock(self):
+        """The sizes of those that are kept, the last one first; their sum is what the stock counts."""
+        cdef tst_shared *block = self.stock.blocks
+        cdef list sizes = []
+        while block != NULL:
+            sizes.append(block.block)
+            block = block.next
+        assert sum(sizes) == self.stock.blocks_size
+        return sizes
 
     def settle(self):
         queue_settle(&self.queue)

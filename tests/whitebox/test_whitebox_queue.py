@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from _whitebox import PIECES, STOCK, Queue
+from _whitebox import BLOCKS, PIECES, STOCK, Queue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,3 +218,44 @@ def test_a_long_message_gets_one_piece_if_nothing_waits():
     queue.drop()
     assert queue.reserve(1000) == 0
     assert queue.chunks == 0
+
+
+def test_a_block_is_used_again_for_a_message_that_hardly_needs_less():
+    queue = Queue()
+    first, held = queue.block(1_000_000)
+    assert held == 1_000_000
+    queue.leave_block(first)
+    for size in (1_000_000, 900_000, 800_001):
+        again, held = queue.block(size)
+        assert (again, held) == (first, 1_000_000)
+        queue.leave_block(again)
+    assert queue.blocks_in_stock == [1_000_000]
+
+
+@pytest.mark.parametrize("size", [1_000_001, 700_000])
+def test_if_none_fits_the_one_that_was_kept_first_goes(size):
+    queue = Queue()
+    blocks = [queue.block(1_000_000)[0] for _ in range(3)]
+    for block in blocks:
+        queue.leave_block(block)
+    other, held = queue.block(size)
+    assert held == size
+    assert other not in blocks[1:]
+    assert queue.blocks_in_stock == [1_000_000] * 2
+    assert [queue.block(1_000_000)[0] for _ in range(2)] == [blocks[2], blocks[1]]
+    assert queue.blocks_in_stock == []
+    for block in (*blocks[1:], other):
+        queue.leave_block(block)
+    assert queue.blocks_in_stock == [size, 1_000_000, 1_000_000]
+
+
+def test_no_more_blocks_are_kept_than_may_be():
+    queue = Queue()
+    for size in (BLOCKS + 1, BLOCKS):
+        queue.leave_block(queue.block(size)[0])
+    assert queue.blocks_in_stock == [BLOCKS]
+    blocks = [queue.block(size)[0] for size in (BLOCKS // 2, BLOCKS // 4, BLOCKS // 4, 131_072)]
+    assert queue.blocks_in_stock == []
+    for block in blocks:
+        queue.leave_block(block)
+    assert queue.blocks_in_stock == [131_072, BLOCKS // 4, BLOCKS // 4]

@@ -1,0 +1,205 @@
+"""A message of 128 KiB or more that a compiled handler gets is received straight into a block of memory of its own, as
+soon as its header is there; blocks are used again. Nobody can tell, whatever happens in the middle of it."""
+
+import json
+import os
+
+import pytest
+from compiled_helpers import FRAMING, pack, receive, stream, wait_counts
+from contract_helpers import ServerProcess, every_trigger, handler, in_threads, shim
+from downstream_handlers import Commands, Counting, FramedEcho
+from helpers import connect, recv_exact, reset, scaled, wait_until
+
+from tstpool import Fixed, LengthPrefixed, TstNogilHandler
+
+SIZE = 1 << 20
+LEAST = 131_072  # whole, header included: from there on it gets a block
+SIZES = [LEAST - 5, LEAST - 4, LEAST, 200_000, SIZE - 1, SIZE, 300_000, 10, 262_144, SIZE]
+
+
+class Mixed(Commands):
+    """Messages that begin with r are answered in Python, those that begin with e in C."""
+
+    def on_message(self, sock, data):
+        return data
+
+
+def bodies(sizes, first=b"e"):
+    return [first + os.urandom(size - 1) for size in sizes]
+
+
+def send_slowly(pool, client, data, upto=None):
+    """In pieces, each of which the engine receives by itself."""
+    received = pool.stats().bytes_in
+    sent = 0
+    for piece in (100_000, 300_000, 1, 200_000, len(data)):
+        piece = min(piece, (upto or len(data)) - sent)
+        client.sendall(data[sent : sent + piece])
+        sent += piece
+        wait_until(lambda sent=sent: pool.stats().bytes_in == received + sent)
+
+
+@every_trigger
+@pytest.mark.parametrize("strip", [True, False])
+def test_it_arrives_whole_however_it_is_cut(make_pool, make_client, trigger, strip):
+    """Without `strip` the header is a part of the message, and comes back as such."""
+    echo = FramedEcho() if strip else EchoOfFrames()
+    pool = make_pool(echo, framing=LengthPrefixed(4, strip=strip), trigger=trigger, workers=2)
+    client = make_client(pool)
+    for body in bodies([SIZE, SIZE, 700_000]):
+        data = pack(body)
+        send_slowly(pool, client, data)
+        assert recv_exact(client, len(data)) == data
+
+
+class EchoOfFrames(TstNogilHandler):
+    """Passes each message on."""
+
+    def on_message(self, sock, data):
+        sock.send(data)
+
+
+def test_messages_of_fixed_size(make_pool, make_client):
+    client = make_client(make_pool(FramedEcho(), framing=Fixed(SIZE)))
+    body = os.urandom(SIZE)
+    for _ in range(3):
+        client.sendall(body)
+        assert recv_exact(client, SIZE) == body
+
+
+@every_trigger
+@pytest.mark.parametrize("first", [b"e", b"r"])
+def test_long_and_short_ones_keep_their_order(make_pool, make_client, trigger, first):
+    """Many connections at once, so that blocks go from one to another."""
+    pool = make_pool(Mixed(), framing=FRAMING, workers=4, shards=2, trigger=trigger)
+    clients = [make_client(pool) for _ in range(4)]
+    sizes = SIZES * scaled(4, 1)
+    each = [bodies(sizes[n:] + sizes[:n], first) for n in range(len(clients))]
+    assert all(in_threads(*(lambda c=c, b=b: stream(c, b) for c, b in zip(clients, each, strict=True)), timeout=60))
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "stop"])
+def test_an_end_in_the_middle_of_it_is_clean(make_pool, end):
+    """The build of `make asan` finds what would be left behind."""
+    counting = Counting()
+    pool = make_pool(counting, framing=FRAMING)
+    data = pack(bytes(SIZE))
+    n_clients = 1 if end == "stop" else 5
+    for n in range(n_clients):
+        client = connect(pool)
+        client.sendall(data[:200_000])
+        wait_until(lambda n=n: pool.stats().bytes_in == 200_000 * (n + 1))
+        if end == "stop":
+            pool.stop(0)
+        if end == "reset":
+            reset(client)
+        else:
+            client.close()
+        wait_counts(counting, disconnected=n + 1)
+    assert counting.counts["received"] == 0
+
+
+@pytest.mark.parametrize("kind", ["python", "compiled"])
+def test_a_handler_that_is_assigned_in_the_middle_of_it_gets_the_next_one(make_pool, make_client, kind):
+    got = []
+    pool = make_pool(Mixed(), framing=FRAMING)
+    client = make_client(pool)
+    (long,) = bodies([SIZE])
+    send_slowly(pool, client, pack(long), upto=300_000)
+    (sock,) = pool.sockets()
+    sock.handler = handler(on_message=lambda sock, data: got.append(data)) if kind == "python" else Keeps(got)
+    client.sendall(pack(long)[300_000:] + pack(b"abc", long))
+    assert receive(client) == [long]
+    wait_until(lambda: len(got) == 2)
+    assert got == [b"abc", long]
+
+
+class Keeps(TstNogilHandler):
+    def __init__(self, got):
+        self.got = got
+
+    def on_message(self, sock, data):
+        self.got.append(data)
+
+
+def test_one_that_was_assigned_before_its_rest_came_gets_it(make_pool, make_client):
+    """It was begun as nobody's: the new handler, Python's first and compiled then, has it received for itself."""
+    got = []
+    pool = make_pool(handler(on_message=lambda sock, data: got.append(data)), framing=FRAMING)
+    client = make_client(pool)
+    (long,) = bodies([SIZE])
+    client.sendall(pack(b"first"))
+    wait_until(lambda: got == [b"first"])
+    (sock,) = pool.sockets()
+    sock.handler = FramedEcho()
+    client.sendall(pack(long))
+    assert receive(client) == [long]
+    sock.handler = None
+    client.sendall(pack(long))
+    wait_until(lambda: len(got) == 2)
+    assert got[1] == long
+
+
+RECORD = r"""
+/* Where recv has put how much, for LD_PRELOAD. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdint.h>
+#include <sys/socket.h>
+
+uint64_t tst_calls, tst_places[10000], tst_sizes[10000];
+
+ssize_t recv(int fd, void *buffer, size_t size, int flags) {
+    static ssize_t (*real)(int, void *, size_t, int);
+    if (!real) real = (ssize_t (*)(int, void *, size_t, int))dlsym(RTLD_NEXT, "recv");
+    ssize_t result = real(fd, buffer, size, flags);
+    if (result > 0 && tst_calls < 10000) {
+        tst_places[tst_calls] = (uintptr_t)buffer;
+        tst_sizes[tst_calls++] = result;
+    }
+    return result;
+}
+"""
+
+SERVER = """
+import ctypes
+sys.path[:0] = ["tests", "tests/downstream"]
+from downstream_handlers import FramedEcho
+
+own = ctypes.CDLL(None)
+calls = ctypes.c_uint64.in_dll(own, "tst_calls")
+places, sizes = ((ctypes.c_uint64 * 10000).in_dll(own, name) for name in ("tst_places", "tst_sizes"))
+pool = TstPool(FramedEcho(), framing=LengthPrefixed(4), workers=1)
+print(pool.listen("127.0.0.1", 0)[1], flush=True)
+pool.start()
+sys.stdin.read()
+pool.stop(0)
+print([[places[n], sizes[n]] for n in range(calls.value)])
+"""
+
+
+def test_it_is_received_into_one_piece_and_next_to_nothing_of_it_is_copied():
+    """Of the first one what had come with its header is copied into its block, of those that follow 8 KiB. They lie
+    where the first one lay."""
+    messages = 5
+    with ServerProcess(SERVER, preload=shim("record-recv", RECORD)) as server, connect(server.addr) as client:
+        data = pack(os.urandom(SIZE))
+        for _ in range(messages):
+            client.sendall(data)
+            assert recv_exact(client, len(data)) == data
+        calls = json.loads(server.finish())
+    assert sum(size for _, size in calls) == messages * len(data)
+    blocks, n = set(), 0
+    for message in range(messages):
+        first, rest = calls[n][1], []
+        n += 1
+        while first + sum(size for _, size in rest) < len(data):
+            rest.append(calls[n])
+            n += 1
+        assert message == 0 or first <= 8192
+        place = rest[0][0]
+        blocks.add(place - (first - 4))
+        for at, size in rest:
+            assert at == place, "there is a gap"
+            place += size
+    assert len(blocks) == 1
