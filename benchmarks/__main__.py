@@ -17,7 +17,7 @@ except ImportError:
         "The benchmarks need rich, matplotlib and uvloop: pip install 'tstpool[bench]' (or: pip install -e '.[bench]')"
     )
 
-from . import calls, counting, pairs, peers, report, results, workloads
+from . import calls, counting, network, pairs, peers, report, results, workloads
 from .build import BUILD, SOURCES, program
 from .machine import QUIET, describe, wait_until_quiet
 from .measure import Failure, choose_cores, measure
@@ -153,6 +153,7 @@ def look_at_limits(options: argparse.Namespace, console: Console) -> dict[str, A
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    where = network.enter()
     chosen, skipped = leave_out(selection(options), console)
     for workload, _ in chosen:  # compiled before the clock runs
         if (SOURCES / f"{workload.driver}.c").exists():
@@ -172,7 +173,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.pairs:
         console.print("What floors and the chart compare, once more in short turns side by side: eleven minutes.")
         side_by_side = pairs.measure(skipped, options.cores, lambda title: console.print(f"  {title}", style="dim"))
-    settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")}
+    settings = {key: getattr(options, key) for key in ("rounds", "seconds", "warm_up", "cores")} | {"network": where}
     return {
         "machine": describe(),
         "settings": settings,

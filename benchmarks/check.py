@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import pairs
+from . import network, pairs
 from .build import BUILD, program
 from .machine import QUIET, describe, one_line, wait_until_quiet
 from .peers import BY_NAME as PEERS
@@ -48,6 +48,8 @@ Ratios = dict[str, list[float]]  # "workload, peer" -> speed relative to the C l
 def measure(starts: int) -> Document:
     """What the baseline holds, too."""
     found: Ratios = {}
+    where = network.enter()
+    print(f"In {where}.")
     for name, names in CASES.items():
         workload = WORKLOADS[name]
         print(f"{workload.title} ...", flush=True)
@@ -62,7 +64,7 @@ def measure(starts: int) -> Document:
         for peer in names[1:]:
             ratios = by_start({"pairs": lines}, name, peer, REFERENCE, "messages_per_s")
             found[f"{name}, {peer}"] = [round(ratio, 4) for ratio in ratios]
-    how = {"starts": starts, "rounds": pairs.ROUNDS, "seconds": pairs.TURN_SECONDS}
+    how = {"starts": starts, "rounds": pairs.ROUNDS, "seconds": pairs.TURN_SECONDS, "network": where}
     return {"machine": describe(), "turns": how, "ratios": found}
 
 
@@ -133,6 +135,10 @@ def take(options: argparse.Namespace) -> Document:
     return document
 
 
+def network_of(document: Document) -> str:
+    return str(document["turns"].get("network", network.OUTSIDE))
+
+
 def write(document: Document, path: Path) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(f"Written: {path}")
@@ -156,6 +162,8 @@ def main() -> int:
     print(f"baseline: commit {then['machine']['commit']}, {then['machine']['date']}; {one_line(then['machine'])}")
     if one_line(now["machine"]) != one_line(then["machine"]):
         print(f"! this is another machine or Python: {one_line(now['machine'])}")
+    if network_of(now) != network_of(then):
+        print(f"! measured in {network_of(now)}, the baseline in {network_of(then)}")
     print("Nothing is seen to have become slower." if good else "Something has become slower, or was not measured.")
     return 0 if good else SLOWER
 

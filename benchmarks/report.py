@@ -15,6 +15,7 @@ from rich.table import Table
 from . import counting, peers, workloads
 from .floors import Finding, findings
 from .machine import QUIET, one_line
+from .network import OUTSIDE
 from .results import Figures, disturbed, pair_rounds, side_by_side, trustworthy, turns
 
 # Heading, and whether a narrow terminal shows it.
@@ -130,8 +131,9 @@ def method(document: dict[str, Any]) -> str:
         if settings["cores"] == "split"
         else "server and generator free to use all cores"
     )
+    network = settings.get("network", OUTSIDE)
     return (
-        f"Closed-loop load over loopback, every byte verified; {where}; {settings['rounds']} round(s) of "
+        f"Closed-loop load over loopback, in {network}, every byte verified; {where}; {settings['rounds']} round(s) of "
         f"{settings['seconds']:g} s (after {settings['warm_up']:g} s of warm-up), servers taking turns, each round "
         "in another order, a fresh process each time; ratios within a round, their median, lowest and highest; "
         "latencies: percentiles are medians over the rounds, the maximum is that of all rounds"

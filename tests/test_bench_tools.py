@@ -629,7 +629,7 @@ def test_check_measures_servers_side_by_side(tmp_path: Path) -> None:
     assert in_benchmarks(code) == 0
     document = json.loads((tmp_path / "baseline.json").read_text())
     assert document == json.loads((tmp_path / "check.json").read_text())
-    assert document["turns"] == {"starts": 6, "rounds": 1, "seconds": 0.05}
+    assert document["turns"] == {"starts": 6, "rounds": 1, "seconds": 0.05, "network": document["turns"]["network"]}
     [(case, ratios)] = document["ratios"].items()
     assert case == "echo-64B-c50, asyncio"
     assert len(ratios) == 6
@@ -692,6 +692,47 @@ def test_longest_latency_is_that_of_all_rounds() -> None:
     code = f"from benchmarks.results import summarise; print(json.dumps(summarise({samples})))"
     latency = in_benchmarks(code)["echo-64B-c50"]["tstpool"]["latency_us"]
     assert (latency["p99"], latency["max"]) == (2, 9)
+
+
+def test_measurements_have_a_network_of_their_own() -> None:
+    code = """if True:
+        import socket
+        from benchmarks import network
+        said = network.enter()
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+            names = [name for _, name in socket.if_nameindex()]
+        print(json.dumps([said, names, network.CONTROL.read_text().strip()]))"""
+    said, interfaces, control = in_benchmarks(code)
+    if said.startswith("this machine's own network"):
+        pytest.skip("this process may have no network namespace of its own")
+    assert interfaces == ["lo"]
+    assert control in ("cubic", "reno")
+    assert said.startswith(f"a network namespace ({control}")
+
+
+def test_who_may_have_none_measures_in_the_machines() -> None:
+    code = """if True:
+        from benchmarks import network
+        network._unshare = lambda: False
+        print(json.dumps([network.enter(), network.CONTROL.read_text().strip()]))"""
+    said, control = in_benchmarks(code)
+    assert said == f"this machine's own network ({control})"
+
+
+def test_report_says_in_which_network(tmp_path: Path) -> None:
+    settings = {"rounds": 3, "seconds": 0.5, "warm_up": 0.1, "cores": "split"}
+    samples = [sample("c-level", number, 1e5) for number in range(3)]
+    assert "over loopback, in this machine's own network, every" in report(tmp_path, samples)
+    text = report(tmp_path, samples, settings=settings | {"network": "a network namespace (reno)"})
+    assert "over loopback, in a network namespace (reno), every byte" in text
+
+
+def test_check_says_that_the_baseline_is_of_another_network(tmp_path: Path) -> None:
+    for path, network in ((tmp_path / "baseline.json", "A"), (tmp_path / "now", "B")):
+        document = json.loads(checked_file(path, echo=BEFORE).read_text())
+        path.write_text(json.dumps(document | {"turns": {"network": network}}))
+    assert "! measured in B, the baseline in A" in check(tmp_path, "--measured", tmp_path / "now").stdout
+    assert "! measured in" not in check(tmp_path, "--measured", tmp_path / "baseline.json").stdout
 
 
 @functools.cache
