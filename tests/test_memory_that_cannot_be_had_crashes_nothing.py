@@ -45,6 +45,9 @@ import ctypes, gc, logging, os, socket, sys, threading, time
 import tstpool
 from tstpool import LengthPrefixed, TstHandler, TstPool, TstStat
 
+sys.path[:0] = ["tests/downstream"]
+from downstream_handlers import FramedEcho
+
 PATIENCE = float(os.environ.get("TSTPOOL_TEST_PATIENCE", "1"))
 
 logging.disable(logging.CRITICAL)
@@ -58,6 +61,12 @@ def note(error):
     errors[type(error).__name__] = errors.get(type(error).__name__, 0) + 1
 
 class Server(TstHandler):
+    compiled = False
+
+    def on_connect(self, sock):
+        if self.compiled:
+            sock.handler = FramedEcho()
+
     def on_message(self, sock, data):
         if data[:1] == b"t":
             sock.send_data.s[:4] = b"\\0\\0\\0\\4"
@@ -112,17 +121,18 @@ def talk(address, whole):
 
 def play(number):
     fail.value, calls.value, failed.value = number, 0, 0
-    whole = []
+    whole, server = [], Server()
     try:
-        pool = pool_of[0] = TstPool(Server(), workers=2, framing=LengthPrefixed(4))
+        pool = pool_of[0] = TstPool(server, workers=2, framing=LengthPrefixed(4))
         try:
             address = pool.listen("127.0.0.1", 0, idle_timeout=50)
             pool.start()  # a worker that gets no batch tries again
-            for _ in range(2):
+            for server.compiled in (False, True):
                 talk(address, whole)
             ours, theirs = socket.socketpair()
             with ours:
                 sock = pool.addsocket(theirs)
+                sock.send_message(bytearray(30000))
                 sock.send_message(b"x" * 2000)
                 assert len(sock.send_data.s) > 0
                 sock.send(b"y" * 100000)
