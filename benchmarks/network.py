@@ -9,6 +9,7 @@ chosen; without loss both do the same.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -26,31 +27,46 @@ OUTSIDE = "this machine's own network"
 def enter() -> str:
     """Moves the process, and those that it starts from now on, into a network of their own, if they may have one.
     Returns what to say of the network that they have. Before the process has threads."""
-    outside = CONTROL.read_text().strip()
-    if not _unshare():
+    if not CONTROL.exists():
+        return OUTSIDE
+    outside = _control()
+    if not _may_leave():
         return f"{OUTSIDE} ({outside})"
-    _up("lo")
+    _leave()
     for name in DO_NOT_PACE:
-        if CONTROL.read_text().strip() in DO_NOT_PACE:
+        if _control() in DO_NOT_PACE:
             break
-        try:
+        with contextlib.suppress(OSError):  # only this machine's administrator may choose that one
             CONTROL.write_text(name)
-        except OSError:  # only this machine's administrator may choose that one
-            continue
-    control = CONTROL.read_text().strip()
-    return f"a network namespace ({control}" + (f"; this machine's own has {outside})" if control != outside else ")")
+    inside = _control()
+    return f"a network namespace ({inside}" + (f"; this machine's own has {outside})" if inside != outside else ")")
 
 
-def _unshare() -> bool:
-    libc = ctypes.CDLL(None)
-    if libc.unshare(CLONE_NEWNET) == 0:
-        return True
-    user, group = os.getuid(), os.getgid()
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
-        return False
-    for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        Path(f"/proc/self/{name}").write_text(line)
-    return True
+def _control() -> str:
+    return CONTROL.read_text().strip()
+
+
+def _may_leave() -> bool:
+    """Tried in a child: some machines let anybody begin it, and nobody end it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(OSError):
+            _leave()
+            code = 0
+        os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _leave() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET) != 0:
+        user, group = os.getuid(), os.getgid()
+        if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "unshare")
+        for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            Path(f"/proc/self/{name}").write_text(line)
+    _up("lo")
 
 
 def _up(name: str) -> None:

@@ -9,8 +9,8 @@ import tstpool
 
 
 class Echo(tstpool.TstHandler):
-    def on_message(self, sock: tstpool.TstSocket, data: bytes) -> None:
-        sock.send(data)  # queues and returns at once; safe from any thread
+    def on_message(self, sock: tstpool.TstSocket, data: bytes) -> bytes:
+        return data  # the reply; sock.send() sends at any time, from any thread
 
 
 if __name__ == "__main__":

@@ -705,16 +705,22 @@ def test_measurements_have_a_network_of_their_own() -> None:
     said, interfaces, control = in_benchmarks(code)
     if said.startswith("this machine's own network"):
         pytest.skip("this process may have no network namespace of its own")
-    assert interfaces == ["lo"]
-    assert control in ("cubic", "reno")
+    assert "lo" in interfaces
+    assert control in ("cubic", "reno") or not os.access("/proc/sys/net/ipv4/tcp_congestion_control", os.W_OK)
     assert said.startswith(f"a network namespace ({control}")
 
 
 def test_who_may_have_none_measures_in_the_machines() -> None:
     code = """if True:
+        import os
         from benchmarks import network
-        network._unshare = lambda: False
-        print(json.dumps([network.enter(), network.CONTROL.read_text().strip()]))"""
+        def refuse(name):
+            raise PermissionError
+        network._up = refuse  # the last of what it takes
+        before = os.readlink("/proc/self/ns/net")
+        said = network.enter()
+        assert os.readlink("/proc/self/ns/net") == before
+        print(json.dumps([said, network.CONTROL.read_text().strip()]))"""
     said, control = in_benchmarks(code)
     assert said == f"this machine's own network ({control})"
 

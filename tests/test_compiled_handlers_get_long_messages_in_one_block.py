@@ -1,16 +1,20 @@
 """A message of 128 KiB or more that a compiled handler gets is received straight into a block of memory of its own, as
 soon as its header is there; blocks are used again. Nobody can tell, whatever happens in the middle of it."""
 
+import contextlib
+import ctypes
 import json
 import os
+import socket
+import threading
 
 import pytest
 from compiled_helpers import FRAMING, pack, receive, stream, wait_counts
-from contract_helpers import ServerProcess, every_trigger, handler, in_threads, shim
+from contract_helpers import ServerProcess, every_trigger, handler, in_threads, read_line, shim
 from downstream_handlers import Commands, Counting, FramedEcho
-from helpers import connect, recv_exact, reset, scaled, wait_until
+from helpers import SANITIZER, connect, recv_exact, recv_until_eof, reset, run_python, scaled, wait_until
 
-from tstpool import Fixed, LengthPrefixed, TstNogilHandler
+from tstpool import Fixed, LengthPrefixed, TstHandler, TstNogilHandler
 
 SIZE = 1 << 20
 LEAST = 131_072  # whole, header included: from there on it gets a block
@@ -100,6 +104,86 @@ def test_an_end_in_the_middle_of_it_is_clean(make_pool, end):
 
 
 @pytest.mark.parametrize("kind", ["python", "compiled"])
+@pytest.mark.parametrize("first", ["python", "compiled"])
+def test_a_handler_that_is_assigned_in_the_middle_of_it_hears_of_its_end(make_pool, make_client, first, kind):
+    heard = []
+
+    class New(TstNogilHandler if kind == "compiled" else TstHandler):
+        def on_disconnect(self, sock, reason):
+            heard.append("new")
+
+    class Old(TstNogilHandler if first == "compiled" else TstHandler):
+        def on_disconnect(self, sock, reason):
+            heard.append("old")
+
+    pool = make_pool(Old(), framing=FRAMING)
+    client = make_client(pool)
+    client.sendall(pack(bytes(SIZE))[:300_000])
+    wait_until(lambda: pool.stats().bytes_in == 300_000)
+    (sock,) = pool.sockets()
+    sock.handler = New()
+    client.close()
+    wait_until(lambda: heard)
+    assert heard == ["new"]
+
+
+@pytest.mark.parametrize("upto", [None, 300_000], ids=["behind it", "within it"])
+def test_a_peer_that_shuts_down_its_sending_side(make_pool, make_client, upto):
+    client = make_client(make_pool(FramedEcho(), framing=FRAMING))
+    data = pack(os.urandom(SIZE))
+
+    def send():
+        client.sendall(data[:upto])
+        client.shutdown(socket.SHUT_WR)
+
+    assert in_threads(send, lambda: recv_until_eof(client))[1] == (b"" if upto else data)
+
+
+@every_trigger
+def test_others_are_served_while_its_handler_blocks(make_pool, make_client, trigger):
+    """In C, then passed on to Python; what is behind it keeps its place."""
+    commands = Mixed()
+    pool = make_pool(commands, framing=FRAMING, workers=3, trigger=trigger)
+    client, other = make_client(pool), make_client(pool)
+    behind = [*bodies([600_000], b"B"), b"e2", *bodies([400_000], b"r"), b"e4"]
+    sender = threading.Thread(target=client.sendall, args=(pack(*behind),))
+    sender.start()
+    wait_until(lambda: commands.waiting)
+    assert stream(other, bodies([300_000], b"e") + bodies([500_000], b"r") + [b"e"])
+    commands.open_gate()
+    assert receive(client, len(behind)) == behind
+    sender.join()
+
+
+@every_trigger
+def test_one_that_reconnects_its_socket(make_pool, make_client, trigger):
+    commands = Mixed()
+    client = make_client(make_pool(commands, framing=FRAMING, trigger=trigger))
+    ours, theirs = socket.socketpair()
+    with ours:
+        commands.new_descriptor = theirs.fileno()
+        client.sendall(pack(*bodies([500_000], b"x"), b"this one goes"))
+        wait_counts(commands, received=1)
+        theirs.close()
+        ours.settimeout(10)
+        assert stream(ours, bodies([300_000, 10, SIZE]))
+
+
+def test_a_peer_that_sends_it_for_longer_than_it_may(make_pool, make_client):
+    """Its deadline is that of the whole message, however steadily it goes on."""
+    pool = make_pool(FramedEcho(), framing=FRAMING, message_timeout=0.5)
+    client = make_client(pool)
+    client.sendall(pack(bytes(SIZE))[:200_000])
+
+    def is_cut_off():
+        with contextlib.suppress(OSError):
+            client.send(b"x")
+        return pool.stats().message_closed == 1
+
+    wait_until(is_cut_off)
+
+
+@pytest.mark.parametrize("kind", ["python", "compiled"])
 def test_a_handler_that_is_assigned_in_the_middle_of_it_gets_the_next_one(make_pool, make_client, kind):
     got = []
     pool = make_pool(Mixed(), framing=FRAMING)
@@ -172,6 +256,9 @@ places, sizes = ((ctypes.c_uint64 * 10000).in_dll(own, name) for name in ("tst_p
 pool = TstPool(FramedEcho(), framing=LengthPrefixed(4), workers=1)
 print(pool.listen("127.0.0.1", 0)[1], flush=True)
 pool.start()
+while pool.stats().bytes_in < 4:
+    time.sleep(0.001)
+print("begun", flush=True)
 sys.stdin.read()
 pool.stop(0)
 print([[places[n], sizes[n]] for n in range(calls.value)])
@@ -187,6 +274,7 @@ def test_it_is_received_into_one_piece_and_next_to_nothing_of_it_is_copied():
         for _ in range(messages):
             client.sendall(data)
             assert recv_exact(client, len(data)) == data
+        assert read_line(server.process.stdout.fileno()) == "begun\n"
         calls = json.loads(server.finish())
     assert sum(size for _, size in calls) == messages * len(data)
     blocks, n = set(), 0
@@ -203,3 +291,70 @@ def test_it_is_received_into_one_piece_and_next_to_nothing_of_it_is_copied():
             assert at == place, "there is a gap"
             place += size
     assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("kind", ["python", "compiled"])
+def test_a_header_that_comes_alone_brings_no_copy_with_it(kind):
+    """Of the first message, too, no more than 8 KiB are copied: into a block or, in Python, into the object."""
+    code = SERVER.replace("FramedEcho()", {"python": "Echo()", "compiled": "FramedEcho()"}[kind])
+    with ServerProcess(code, preload=shim("record-recv", RECORD)) as server, connect(server.addr) as client:
+        data = pack(os.urandom(SIZE))
+        client.sendall(data[:4])
+        assert read_line(server.process.stdout.fileno()) == "begun\n"
+        client.sendall(data[4:])
+        recv_exact(client, SIZE)
+        calls = json.loads(server.finish())
+    assert sum(size for _, size in calls) == len(data)
+    assert calls[0][1] == 4
+    assert calls[1][1] <= 8192
+    place = calls[2][0]
+    for at, size in calls[2:]:
+        assert at == place, "there is a gap"
+        place += size
+
+
+MEMORY = """
+import ctypes, socket, sys
+sys.path[:0] = ["tests", "tests/downstream"]
+from compiled_helpers import pack, receive
+from downstream_handlers import FramedEcho
+from helpers import wait_until
+from tstpool import LengthPrefixed, TstPool
+
+class Mallinfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Mallinfo
+
+def held():
+    return (mallinfo().hblkhd - before) / (1 << 20)
+
+before = 0
+pool = TstPool(FramedEcho(), framing=LengthPrefixed(4), workers=2, shards=2)
+pool.listen("127.0.0.1", 0)
+pool.start()
+data = pack(bytes(1 << 20))
+before = mallinfo().hblkhd
+clients = [socket.create_connection(pool.addresses[0]) for _ in range(40)]
+for client in clients:
+    client.sendall(data[:500_000])
+wait_until(lambda: pool.stats().bytes_in == 40 * 500_000)
+wait_until(lambda: held() > 39)  # one for each
+for client in clients:
+    client.sendall(data[500_000:])
+    assert receive(client) == [data[4:]]
+    client.close()
+wait_until(lambda: len(pool.sockets()) == 0)
+wait_until(lambda: 7 < held() < 10)
+assert pool.stop(0)
+assert held() < 1, held()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+@pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer's malloc has its own accounts")
+def test_a_pool_keeps_a_few_blocks_until_it_stops():
+    """B40: 8 MiB of them, in all its shards together."""
+    run_python("-c", MEMORY, env={"MALLOC_MMAP_THRESHOLD_": "131072"}, timeout=60)

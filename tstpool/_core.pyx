@@ -50,8 +50,8 @@ from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_flush, connection_is_stuck,
     sys_control, sys_prepare, sys_recv, sys_unread, sys_wake)
 from tstpool._queue cimport (
-    SHARE_LEAST, queue_headed, queue_join, queue_size, shared_leave, shared_new, stock_free, stock_has_litter,
-    stock_take_litter, tst_shared, tst_stock)
+    BLOCKS_LEAST, BLOCKS_MOST, SHARE_LEAST, queue_headed, queue_join, queue_size, shared_leave, shared_new, stock_free,
+    stock_free_blocks, stock_has_litter, stock_take_litter, tst_shared, tst_stock)
 from tstpool._run cimport (
     RUN_TIME, message_at_hand, run_messages, worker_enter, worker_goes_on, worker_job, worker_leave)
 from tstpool._shard cimport (

@@ -87,8 +87,12 @@ cdef inline bint connection_input_full(tst_connection *connection) noexcept nogi
 
 
 cdef inline size_t connection_room(tst_connection *connection) noexcept nogil:
-    """How much to receive behind unread input: what a long message still needs, exactly, so that it gets one buffer."""
+    """How much to receive behind unread input: what a long message still needs, exactly, so that it gets one buffer; if
+    its header came alone, a few bytes of it first, as it gets an object or a block then (connection_wants_body)."""
     if connection.framed_by != NULL and connection.frame.needed > connection.input.size + READ_MORE:
+        if (connection.frame.needed >= BODY_LEAST and connection.input.size <= connection.frame.begin
+                and connection.framed_by.kind != FRAME_DELIMITED):
+            return BODY_FIRST
         return connection.frame.needed - connection.input.size
     return READ_MORE
 

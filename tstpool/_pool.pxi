@@ -519,6 +519,7 @@ messages_per_turn=32)
                 shard = &self.engine.shards[i]
                 shard.epoll_fd = shard.event_fd = shard.timer_fd = -1
                 shard.no = i
+                shard.stock.blocks_most = max(BLOCKS_MOST // n, BLOCKS_LEAST)
         store32(<uint32_t *>&self.engine.n_shards, <uint32_t>n, RELEASE)       # stats() may be looking
         for i in range(n):
             shard = &self.engine.shards[i]
@@ -744,6 +745,7 @@ messages_per_turn=32)
         self.drop_all_litter()
         drop_all_large(self.engine)
         for i in range(self.n_shards):
+            stock_free_blocks(&self.engine.shards[i].stock)
             close_once(&self.engine.shards[i].epoll_fd)
             while load32(&self.engine.shards[i].wakers, SEQ_CST):
                 sched_yield()                  # between its look whether somebody sleeps and its write

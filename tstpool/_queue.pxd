@@ -32,7 +32,8 @@ cdef enum:
     SHARE_LEAST = 8192         # bytes from which sharing an object costs less than copying it
     SHARE_BEHIND = 1024        # bytes from which sharing costs little more memory than is counted
     STOCK_MOST = 256           # chunks kept in stock: 4 MiB, as many as a batch may have connections
-    BLOCKS_MOST = 8388608      # bytes of blocks kept in stock
+    BLOCKS_MOST = 8388608      # bytes of blocks that the stocks of a pool keep, ...
+    BLOCKS_LEAST = 2097152     # ... or each of them, with many shards
     # Pieces given to one sendmsg. More only matter above a megabyte, where the copy dominates.
     QUEUE_PIECES = 16
 
@@ -66,7 +67,8 @@ cdef struct tst_stock:
     tst_chunk *first       # owned
     tst_shared *litter     # owned; atomic, so that a look costs nothing
     tst_shared *blocks     # owned: what long messages lay in, the last one first
-    size_t blocks_size     # bytes in them
+    size_t blocks_size     # bytes in them, ...
+    size_t blocks_most     # ... and how many there may be
 
 
 cdef struct tst_queue:
@@ -95,17 +97,11 @@ cdef inline tst_shared *shared_new(const char *bytes, size_t size) noexcept nogi
 
 
 cdef inline tst_shared *block_new(tst_stock *stock, size_t size) noexcept nogil:
-    """Memory for `size` bytes, used once: a block in stock that is hardly larger, or a new one. NULL: no memory.
-
-    If none fits, sizes have changed, and the one that was kept first goes."""
+    """Memory for `size` bytes, used once: a block in stock that is hardly larger, or a new one. NULL: no memory."""
     cdef tst_shared *block
-    cdef tst_shared *gone = NULL
     spin_lock(&stock.lock)
     block = stock_take_block(stock, size, size + size // 4)
-    if block == NULL:
-        gone = stock_take_last_block(stock)
     spin_unlock(&stock.lock)
-    free(gone)
     if block == NULL:
         block = <tst_shared *>malloc(sizeof(tst_shared) + size)
         if block == NULL:
@@ -118,48 +114,50 @@ cdef inline tst_shared *block_new(tst_stock *stock, size_t size) noexcept nogil:
     return block
 
 
+cdef inline tst_shared *stock_take_block(tst_stock *stock, size_t least, size_t most) noexcept nogil:
+    """One of such a size, or NULL. Stock locked."""
+    cdef tst_shared **place = &stock.blocks
+    cdef tst_shared *block
+    while place[0] != NULL:
+        block = place[0]
+        if least <= block.block <= most:
+            place[0] = block.next
+            block.next = NULL
+            stock.blocks_size -= block.block
+            return block
+        place = &block.next
+    return NULL
+
+
 cdef inline void block_keep(tst_stock *stock, tst_shared *block) noexcept nogil:
     """Nobody needs it any more. Those that were kept first go, when there are too many."""
-    cdef tst_shared *gone = NULL
-    cdef tst_shared *last
+    cdef tst_shared *gone
+    if block.block > stock.blocks_most:
+        free(block)
+        return
     spin_lock(&stock.lock)
     block.next = stock.blocks
     stock.blocks = block
     stock.blocks_size += block.block
-    while stock.blocks_size > BLOCKS_MOST:
-        last = stock_take_last_block(stock)
-        last.next = gone
-        gone = last
+    gone = stock_cut_blocks(stock, stock.blocks_most)
     spin_unlock(&stock.lock)
     blocks_free(gone)
 
 
-cdef inline tst_shared *stock_unlink_block(tst_stock *stock, tst_shared **place) noexcept nogil:
-    cdef tst_shared *block = place[0]
-    place[0] = block.next
-    block.next = NULL
-    stock.blocks_size -= block.block
-    return block
-
-
-cdef inline tst_shared *stock_take_block(tst_stock *stock, size_t least, size_t most) noexcept nogil:
-    """One of such a size, or NULL. Stock locked."""
+cdef inline tst_shared *stock_cut_blocks(tst_stock *stock, size_t most) noexcept nogil:
+    """Takes those away that were kept first, so that no more than `most` bytes are left. Stock locked."""
     cdef tst_shared **place = &stock.blocks
-    while place[0] != NULL:
-        if least <= place[0].block <= most:
-            return stock_unlink_block(stock, place)
-        place = &place[0].next
-    return NULL
-
-
-cdef inline tst_shared *stock_take_last_block(tst_stock *stock) noexcept nogil:
-    """The one that was kept first, or NULL. Stock locked."""
-    cdef tst_shared **place = &stock.blocks
-    if place[0] == NULL:
+    cdef tst_shared *gone
+    cdef size_t size = 0
+    if stock.blocks_size <= most:
         return NULL
-    while place[0].next != NULL:
+    while place[0] != NULL and size + place[0].block <= most:
+        size += place[0].block
         place = &place[0].next
-    return stock_unlink_block(stock, place)
+    stock.blocks_size = size
+    gone = place[0]
+    place[0] = NULL
+    return gone
 
 
 cdef inline void blocks_free(tst_shared *block) noexcept nogil:
@@ -168,6 +166,15 @@ cdef inline void blocks_free(tst_shared *block) noexcept nogil:
         next = block.next
         free(block)
         block = next
+
+
+cdef inline void stock_free_blocks(tst_stock *stock) noexcept nogil:
+    """Gives all blocks in stock back to the system."""
+    cdef tst_shared *gone
+    spin_lock(&stock.lock)
+    gone = stock_cut_blocks(stock, 0)
+    spin_unlock(&stock.lock)
+    blocks_free(gone)
 
 
 cdef inline void shared_leave(tst_shared *shared, tst_stock *stock) noexcept nogil:
@@ -272,9 +279,7 @@ cdef inline void stock_free(tst_stock *stock) noexcept nogil:
         stock.first = chunk.next
         free(chunk)
     stock.n = 0
-    blocks_free(stock.blocks)
-    stock.blocks = NULL
-    stock.blocks_size = 0
+    stock_free_blocks(stock)
 
 
 cdef inline tst_chunk *queue_grow(tst_queue *queue, size_t size) noexcept nogil:

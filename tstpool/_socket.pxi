@@ -547,7 +547,7 @@ cdef tst_shared *share_if_possible(bytes data) noexcept:
 
 
 cdef void unshare_object(tst_shared *shared) noexcept:
-    """Gives the first use back."""
+    """Gives the first use of an object back."""
     cdef tst_stock own
     memset(&own, 0, sizeof(own))
     shared_leave(shared, &own)

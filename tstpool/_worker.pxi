@@ -814,10 +814,13 @@ cdef class Worker:
     cdef bint disconnect(self, TstSocket sock) except -1:
         """on_disconnect, and the end of the TstSocket's life in the table. False: the handler has reconnected it."""
         cdef tst_connection *connection = sock.connection
-        cdef Binding binding = self.binding_of(sock)
-        cdef object hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
+        cdef Binding binding
+        cdef object hook
         cdef int error = connection.reason or <int>load32(&connection.out_error, RELAXED)
         cdef bint connected
+        connection_drop_body(connection)       # nobody will get it; an assigned handler need not wait for its rest
+        binding = self.binding_of(sock)
+        hook = binding.on_disconnect if binding.on_disconnect is not None else self.binding.on_disconnect
         reason, sock.reason = sock.reason, None
         if reason is None and error:
             reason = system_error(error)

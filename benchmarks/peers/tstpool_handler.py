@@ -4,8 +4,8 @@ from tstpool import TstHandler, TstPool, TstSocket
 
 
 class Echo(TstHandler):
-    def on_message(self, sock: TstSocket, data: bytes) -> None:
-        sock.send(data)
+    def on_message(self, sock: TstSocket, data: bytes) -> bytes:
+        return data
 
 
 if __name__ == "__main__":

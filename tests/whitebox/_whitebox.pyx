@@ -31,7 +31,7 @@ from tstpool._poll cimport (
 from tstpool._queue cimport (
     BLOCKS_MOST, QUEUE_PIECES, STOCK_MOST, block_new, queue_append, queue_consume, queue_drop, queue_headed, queue_join,
     queue_pieces, queue_reserve, queue_settle, queue_share, queue_size, shared_leave, shared_new, stock_free,
-    stock_take_litter, tst_chunk, tst_queue, tst_shared, tst_stock)
+    stock_free_blocks, stock_take_litter, tst_chunk, tst_queue, tst_shared, tst_stock)
 from tstpool._run cimport message_at_hand, run_messages
 from tstpool._shard cimport (
     ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, TOKEN_POLLING, TOKEN_RUNNING, entry_move,
@@ -391,6 +391,7 @@ cdef class Queue:
     def __cinit__(self, bint burst=True):
         self.queue.stock = &self.stock
         self.queue.burst = burst
+        self.stock.blocks_most = BLOCKS_MOST
 
     def __dealloc__(self):
         queue_drop(&self.queue)
@@ -440,11 +441,16 @@ cdef class Queue:
     def block(self, size_t size):
         """Memory for a long message: its address, and how much it is."""
         cdef tst_shared *block = block_new(&self.stock, size)
+        if block == NULL:
+            raise MemoryError
         memset(<char *>block.bytes, 0x55, size)            # a sanitizer sees whether it is there
         return <size_t>block, block.block
 
     def leave_block(self, size_t address):
         shared_leave(<tst_shared *>address, &self.stock)
+
+    def free_blocks(self):
+        stock_free_blocks(&self.stock)
 
     @property
     def blocks_in_stock(self):

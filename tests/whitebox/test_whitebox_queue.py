@@ -233,29 +233,40 @@ def test_a_block_is_used_again_for_a_message_that_hardly_needs_less():
 
 
 @pytest.mark.parametrize("size", [1_000_001, 700_000])
-def test_if_none_fits_the_one_that_was_kept_first_goes(size):
+def test_if_none_fits_there_is_a_new_one_beside_those_that_are_kept(size):
+    """So that messages of several sizes, in turn, find theirs."""
     queue = Queue()
-    blocks = [queue.block(1_000_000)[0] for _ in range(3)]
-    for block in blocks:
+    blocks = {other: queue.block(other)[0] for other in (1_000_000, 500_000, 200_000)}
+    for block in blocks.values():
         queue.leave_block(block)
     other, held = queue.block(size)
     assert held == size
-    assert other not in blocks[1:]
-    assert queue.blocks_in_stock == [1_000_000] * 2
-    assert [queue.block(1_000_000)[0] for _ in range(2)] == [blocks[2], blocks[1]]
+    assert queue.blocks_in_stock == [200_000, 500_000, 1_000_000]
+    for size in blocks:
+        assert queue.block(size)[0] == blocks[size]
     assert queue.blocks_in_stock == []
-    for block in (*blocks[1:], other):
+    for block in (*blocks.values(), other):
         queue.leave_block(block)
-    assert queue.blocks_in_stock == [size, 1_000_000, 1_000_000]
 
 
 def test_no_more_blocks_are_kept_than_may_be():
+    """Those that were kept first go, and one that is larger than all may be goes at once."""
     queue = Queue()
-    for size in (BLOCKS + 1, BLOCKS):
+    for size in (BLOCKS, BLOCKS + 1):
         queue.leave_block(queue.block(size)[0])
     assert queue.blocks_in_stock == [BLOCKS]
-    blocks = [queue.block(size)[0] for size in (BLOCKS // 2, BLOCKS // 4, BLOCKS // 4, 131_072)]
-    assert queue.blocks_in_stock == []
+    sizes = (BLOCKS // 2, BLOCKS // 4, BLOCKS // 4, 131_072)
+    blocks = [queue.block(size)[0] for size in sizes]
+    assert queue.blocks_in_stock == [BLOCKS]
     for block in blocks:
         queue.leave_block(block)
     assert queue.blocks_in_stock == [131_072, BLOCKS // 4, BLOCKS // 4]
+
+
+def test_blocks_go_when_a_run_ends():
+    queue = Queue()
+    blocks = [queue.block(size)[0] for size in (200_000, 300_000)]
+    for block in blocks:
+        queue.leave_block(block)
+    queue.free_blocks()
+    assert queue.blocks_in_stock == []
