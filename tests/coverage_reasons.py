@@ -57,7 +57,6 @@ REASONS = {
         "tstpool/_queue.pxd chunk_new": ["return NULL"],
         "tstpool/_queue.pxd queue_settle": ["return"],
         "tstpool/_queue.pxd queue_append_pieces": ["return -ENOMEM"],
-        "tstpool/_queue.pxd queue_reserve": ["return -ENOMEM"],
         "tstpool/_shard.pxd batch_get": ["return NULL", "batch_leave(engine, batch, 2)", "return NULL"],
         "tstpool/_shard.pxd batch_empty": ["return -ENOMEM"],
         "tstpool/_turn.pxd shard_turn": ["return -ENOMEM"],

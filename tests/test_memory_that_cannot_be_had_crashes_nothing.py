@@ -8,7 +8,8 @@ pytestmark = pytest.mark.skipif(bool(SANITIZER), reason="its runtime has a mallo
 
 NO_MEMORY = r"""
 /* Memory that can't be had, for LD_PRELOAD: of the calls that come from the extension, number tst_fail fails, or, when
-   that is negative, each -tst_fail'th. Others (Python's own) never do. */
+   that is negative, each -tst_fail'th; or of those of malloc for tst_large bytes or more number tst_fail_large. Others
+   (Python's own) never do. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,7 +17,7 @@ NO_MEMORY = r"""
 #include <string.h>
 
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
-int tst_fail, tst_calls, tst_failed;
+int tst_fail, tst_calls, tst_failed, tst_large, tst_fail_large;
 static char *low, *high;
 
 void tst_watch(char *from, char *to) { low = from; high = to; }
@@ -30,7 +31,15 @@ static int fails(char *caller) {
     return 1;
 }
 
-void *malloc(size_t n) { return fails(__builtin_return_address(0)) ? NULL : __libc_malloc(n); }
+static int is_that_large_one(char *caller, size_t n) {
+    if (caller < low || caller >= high || !tst_large || n < (size_t)tst_large) return 0;
+    return __sync_sub_and_fetch(&tst_fail_large, 1) == 0;
+}
+
+void *malloc(size_t n) {
+    char *caller = __builtin_return_address(0);
+    return is_that_large_one(caller, n) || fails(caller) ? NULL : __libc_malloc(n);
+}
 void *calloc(size_t n, size_t m) { return fails(__builtin_return_address(0)) ? NULL : __libc_calloc(n, m); }
 void *realloc(void *p, size_t n) { return fails(__builtin_return_address(0)) ? NULL : __libc_realloc(p, n); }
 """
@@ -217,6 +226,35 @@ print(sum(held(number) for number in range(1, 12)))
 """
 
 
+LONG = """
+fail_large, large = (ctypes.c_int.in_dll(shim, name) for name in ("tst_fail_large", "tst_large"))
+
+def long(number):
+    # A long message to a compiled handler: its block, its reply. Returns whether that came.
+    pool = TstPool(FramedEcho(), workers=1, framing=LengthPrefixed(4))
+    address = pool.listen("127.0.0.1", 0)
+    pool.start()
+    whole = framed(os.urandom(300_000))
+    try:
+        with dial(address) as client:
+            fail_large.value, large.value = number, 300_000
+            client.sendall(whole[:1000])
+            while pool.stats().bytes_in < 1000:
+                time.sleep(0.001)
+            client.sendall(whole[1000:])
+            expect(client, whole)
+            return True
+    except (ConnectionError, EOFError):
+        return False
+    finally:
+        large.value = 0
+        assert fail_large.value <= 0, number
+        assert pool.stop(5 * PATIENCE) is True
+
+print([long(number) for number in (1, 2)], long(0))
+"""
+
+
 PYTHONS = """
 import _testcapi
 
@@ -389,6 +427,11 @@ def test_each_allocation_fails_once():
 def test_many_allocations_fail():
     """B36: each second, third, ... of them: several at once, also those of an end that another failure has brought."""
     assert "Error" in play(OFTEN)
+
+
+def test_a_compiled_handlers_long_message_needs_no_block():
+    """B36: without memory for one it is received like others; without memory for its reply it is the last one."""
+    assert play(LONG) == "[True, False] True\n"
 
 
 def test_input_that_cannot_be_kept_is_nobody_elses():
