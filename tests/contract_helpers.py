@@ -180,6 +180,17 @@ def blocking(gate):
     return answer
 
 
+def send_slowly(pool, client, stream, upto=None):
+    """In pieces, each of which the engine receives by itself."""
+    received = pool.stats().bytes_in
+    sent = 0
+    for piece in (100_000, 300_000, 1, 200_000, len(stream)):
+        piece = min(piece, (upto or len(stream)) - sent)
+        client.sendall(stream[sent : sent + piece])
+        sent += piece
+        wait_until(lambda sent=sent: pool.stats().bytes_in == received + sent)
+
+
 def in_threads(*functions, timeout=30):
     """Run all at once, each on a thread; returns their results, re-raises the first exception."""
     results, errors = [None] * len(functions), []

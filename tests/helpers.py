@@ -5,6 +5,7 @@ No test may rely on sleeping "long enough": it waits on a condition with a deadl
 """
 
 import contextlib
+import ctypes
 import os
 import socket
 import struct
@@ -98,6 +99,19 @@ def recv_exact(sock, n):
             raise EOFError(f"closed after {len(buf)} of {n} bytes: ...{bytes(buf[-64:])!r}")
         buf += piece
     return bytes(buf)
+
+
+class Mallinfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def mapped_memory():
+    """Bytes of this process in malloc's blocks of their own (glibc 2.33): what it has resident may be Python's, which
+    gives back when it likes."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Mallinfo
+    return mallinfo().hblkhd
 
 
 def recv_until_eof(sock):

@@ -5,22 +5,16 @@ import ctypes
 import pytest
 from helpers import SANITIZER, patient, run_python
 
-CODE = '''
-import ctypes, socket, sys, time
+CODE = """
+import socket, sys, time
+sys.path.insert(0, "tests")
+from helpers import mapped_memory
 from tstpool import Delimited, TstHandler, TstPool
 
 COUNT, LENGTH = 30, (1 << 20) - 1
 
-class Mallinfo(ctypes.Structure):
-    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
-
-mallinfo = ctypes.CDLL(None).mallinfo2
-mallinfo.restype = Mallinfo
-
 def held():
-    """KiB in blocks of their own: what the process has resident may be Python's, which gives back when it likes."""
-    return mallinfo().hblkhd >> 10
+    return mapped_memory() >> 10  # KiB
 
 def wait_until(cond):
     deadline = time.monotonic() + float(sys.argv[1])
@@ -50,7 +44,7 @@ print((held() - before) // COUNT)
 for client in clients:
     client.close()
 pool.stop(0)
-'''
+"""
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")

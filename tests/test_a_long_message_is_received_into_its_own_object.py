@@ -7,7 +7,7 @@ import sysconfig
 import tracemalloc
 
 import pytest
-from contract_helpers import handler
+from contract_helpers import handler, send_slowly
 from helpers import SANITIZER, connect, recv_exact, reset, wait_until
 
 from tstpool import Fixed, LengthPrefixed, TstHandler
@@ -28,17 +28,6 @@ def traced():
     before = tracemalloc.get_traced_memory()[0]
     yield lambda: tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-
-
-def send_slowly(pool, client, stream, upto=None):
-    """In pieces, each of which the engine receives by itself."""
-    received = pool.stats().bytes_in
-    sent = 0
-    for piece in (100_000, 300_000, 1, 200_000, len(stream)):
-        piece = min(piece, (upto or len(stream)) - sent)
-        client.sendall(stream[sent : sent + piece])
-        sent += piece
-        wait_until(lambda sent=sent: pool.stats().bytes_in == received + sent)
 
 
 @pytest.mark.parametrize("trigger", ["level", "oneshot", "edge"])

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from compiled_helpers import FRAMING, pack, receive, stream, wait_counts
-from contract_helpers import ServerProcess, every_trigger, handler, in_threads, read_line, shim
+from contract_helpers import ServerProcess, every_trigger, handler, in_threads, read_line, send_slowly, shim
 from downstream_handlers import Commands, Counting, FramedEcho
 from helpers import SANITIZER, connect, recv_exact, recv_until_eof, reset, run_python, scaled, wait_until
 
@@ -30,17 +30,6 @@ class Mixed(Commands):
 
 def bodies(sizes, first=b"e"):
     return [first + os.urandom(size - 1) for size in sizes]
-
-
-def send_slowly(pool, client, data, upto=None):
-    """In pieces, each of which the engine receives by itself."""
-    received = pool.stats().bytes_in
-    sent = 0
-    for piece in (100_000, 300_000, 1, 200_000, len(data)):
-        piece = min(piece, (upto or len(data)) - sent)
-        client.sendall(data[sent : sent + piece])
-        sent += piece
-        wait_until(lambda sent=sent: pool.stats().bytes_in == received + sent)
 
 
 @every_trigger
@@ -314,29 +303,22 @@ def test_a_header_that_comes_alone_brings_no_copy_with_it(kind):
 
 
 MEMORY = """
-import ctypes, socket, sys
+import socket, sys
 sys.path[:0] = ["tests", "tests/downstream"]
 from compiled_helpers import pack, receive
 from downstream_handlers import FramedEcho
-from helpers import wait_until
+from helpers import mapped_memory, wait_until
 from tstpool import LengthPrefixed, TstPool
 
-class Mallinfo(ctypes.Structure):
-    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
-
-mallinfo = ctypes.CDLL(None).mallinfo2
-mallinfo.restype = Mallinfo
-
 def held():
-    return (mallinfo().hblkhd - before) / (1 << 20)
+    return (mapped_memory() - before) / (1 << 20)
 
 before = 0
 pool = TstPool(FramedEcho(), framing=LengthPrefixed(4), workers=2, shards=2)
 pool.listen("127.0.0.1", 0)
 pool.start()
 data = pack(bytes(1 << 20))
-before = mallinfo().hblkhd
+before = mapped_memory()
 clients = [socket.create_connection(pool.addresses[0]) for _ in range(40)]
 for client in clients:
     client.sendall(data[:500_000])

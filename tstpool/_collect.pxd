@@ -298,7 +298,7 @@ cdef inline uint32_t collect_input(tst_worker *worker, tst_batch *batch, tst_con
         if connection.compiled == NULL or load32(&connection.rebind, ACQUIRE):
             return DO_BODY
         if connection_make_block(connection):
-            # Most of the rest is likely to be there. See make_body.
+            # Most of the rest is likely to be there. Received, run and sent at once, it stays in the cache meanwhile.
             take_input(connection, batch, worker, True, now)
             what = connection_due(connection)
     return what

@@ -194,17 +194,22 @@ cdef inline bint connection_wants_body(tst_connection *connection) noexcept nogi
             and connection.framed_by.kind != FRAME_DELIMITED and connection_wants_input(connection))
 
 
+cdef inline void connection_begin_body(tst_connection *connection, tst_shared *body) noexcept nogil:
+    """A long message has begun: what there is of it moves into `body`, and the rest is received straight into that.
+    Owner only."""
+    connection.body = body
+    connection.body_size = connection.input.size - connection.frame.begin
+    memcpy(<char *>body.bytes, connection.input.view + connection.frame.begin, connection.body_size)
+    input_consume(&connection.input, connection.input.size)
+
+
 cdef inline bint connection_make_block(tst_connection *connection) noexcept nogil:
-    """A long message for a compiled handler has begun: from here on it is received straight into a block of its own.
-    False: there is no memory for it; it goes behind what there is, as others do. Owner only."""
-    cdef size_t have = connection.input.size - connection.frame.begin
+    """Of a compiled handler: its long message gets a block of its own. False: there is no memory for that; it goes
+    behind what there is, as others do. Owner only."""
     cdef tst_shared *block = block_new(connection.out.stock, connection.frame.size)
     if block == NULL:
         return False
-    memcpy(<char *>block.bytes, connection.input.view + connection.frame.begin, have)
-    connection.body = block
-    connection.body_size = have
-    input_consume(&connection.input, connection.input.size)
+    connection_begin_body(connection, block)
     return True
 
 

@@ -394,22 +394,19 @@ cdef class Worker:
     cdef int make_body(self, TstSocket sock) except -1:
         """A long message has begun: from here on it is received straight into the object that the handler gets."""
         cdef tst_connection *connection = sock.connection
-        cdef size_t have
+        cdef tst_shared *body
         self.binding_of(sock)                  # an assigned handler is to get it, and may not want an object
         if not connection_wants_body(connection):
             return 0
-        have = connection.input.size - connection.frame.begin
         want_large(self.engine, connection.frame.size)
-        connection.body = take_large(self.engine, connection.frame.size)
-        if connection.body == NULL:
+        body = take_large(self.engine, connection.frame.size)
+        if body == NULL:
             try:
-                connection.body = share_object(PyBytes_FromStringAndSize(NULL, <Py_ssize_t>connection.frame.size))
+                body = share_object(PyBytes_FromStringAndSize(NULL, <Py_ssize_t>connection.frame.size))
             except MemoryError as error:
                 self.failed(sock, self.binding_of(sock), error)
                 return 0
-        memcpy(<char *>connection.body.bytes, connection.input.view + connection.frame.begin, have)
-        connection.body_size = have
-        input_consume(&connection.input, connection.input.size)
+        connection_begin_body(connection, body)
         # Most of the rest is likely to be there. Received, run and sent at once, it does not leave the cache meanwhile.
         with nogil:
             take_input(connection, self.batch, self.worker, True, self.worker.clock)
