@@ -54,6 +54,7 @@ def test_what_is_taken_arrives_as_it_is(make_pool):
     pool = make_pool(handler(on_message=lambda sock, data: got.append(data)), listen=None, workers=2)
 
     @example([b"a\r"], b"\r\n", False)
+    @example([b"a\r\n", b"\r\n"], b"\r\n", True)
     @given(st.lists(MESSAGE, max_size=8), DELIMITER, st.booleans())
     @settings(
         deadline=None,
@@ -68,12 +69,12 @@ def test_what_is_taken_arrives_as_it_is(make_pool):
             try:
                 sender.send_message(message)
             except ValueError:
-                assert ends_too_early(message, delimiter)
+                assert ends_too_early(message.removesuffix(delimiter) if keep else message, delimiter)
             else:
                 taken.append(message)
         wait_until(lambda: len(got) >= len(taken), message=lambda: f"{got} of {taken}")
         sender.close()
         wait_until(lambda: receiver.closed)
-        assert got == [message + delimiter * keep for message in taken]
+        assert got == [message.removesuffix(delimiter) + delimiter if keep else message for message in taken]
 
     check()

@@ -2,13 +2,15 @@
 
 import contextlib
 import os
+import select
 import socket
 import ssl
+import struct
 import threading
 
 import pytest
 from contract_helpers import handler, ignore
-from helpers import connect, patient, recv_exact
+from helpers import connect, patient, recv_exact, wait_until
 
 from tstpool import TstPool, TstSockType
 
@@ -52,6 +54,31 @@ def accepts(listener):
         accepted, address = listener.accept()
         accepted.close()
         return address == client.getsockname()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX])
+def test_one_that_nobody_has_connected_is_refused(make_pool, family):
+    """S5."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.socket(family) as sock:
+        assert refused(pool, OSError, "not connected", sock)
+
+
+def test_one_that_was_reset_meanwhile_is_taken_and_told_of(make_pool):
+    """B22: it was connected."""
+    reasons = []
+    pool = make_pool(handler(on_message=ignore, on_disconnect=lambda sock, reason: reasons.append(reason)), listen=None)
+    with listening() as listener:
+        client = connect(listener.getsockname())
+        accepted, _ = listener.accept()
+    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    accepted.close()
+    with select.epoll() as poll:
+        poll.register(client)
+        wait_until(lambda: any(events & select.EPOLLHUP for _, events in poll.poll(0)))
+    pool.addsocket(client)
+    (reason,) = wait_until(lambda: reasons)
+    assert isinstance(reason, ConnectionResetError)
 
 
 def test_an_ssl_socket_is_refused_and_goes_on(make_pool):

@@ -279,10 +279,13 @@ def test_addsocket_of_a_closed_socket_is_a_value_error(make_pool):
 
 
 def test_a_socket_that_is_not_connected_ends_at_once(make_pool):
-    """Bad input: the kernel reports a hang-up; there is no peer to name."""
+    """Bad input: the kernel reports a hang-up; there is no peer to name. (It has a port, as one that was reset has:
+    without one it would be refused.)"""
     ended = []
     pool = make_pool(handler(on_disconnect=lambda sock, reason: ended.append(sock)), listen=None)
-    sock = pool.addsocket(socket.socket())
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    sock = pool.addsocket(bound)
     assert sock.peer is None
     wait_until(lambda: ended)
     assert ended == [sock]

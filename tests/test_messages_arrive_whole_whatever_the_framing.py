@@ -32,7 +32,7 @@ def model(framing, stream):
     """The messages in a stream: what the engine must hand out."""
     options = parse(framing)
     if isinstance(framing, Fixed):
-        size = options["size"]
+        size = options["n"]
         return [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
     if isinstance(framing, Delimited):
         *messages, _ = stream.split(options["delimiter"])
@@ -55,7 +55,7 @@ def frame(framing, body):
     """A message as a peer would send it; for Fixed, cut or filled to its size."""
     options = parse(framing)
     if isinstance(framing, Fixed):
-        return body[: options["size"]].ljust(options["size"], b".")
+        return body[: options["n"]].ljust(options["n"], b".")
     if isinstance(framing, Delimited):
         return body.replace(options["delimiter"], b"") + options["delimiter"]
     number = (len(body) - options["adjust"]).to_bytes(options["size"], options["byteorder"])

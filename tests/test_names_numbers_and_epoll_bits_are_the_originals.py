@@ -236,7 +236,7 @@ def test_no_socket_goes_deaf_and_none_is_armed_too_often(trigger, events):
 SIGNATURES = {
     TstPool: "(handler=None, *, framing=None, workers=None, copy=True, trigger='level', ",
     tstpool.Raw: "(max_message=None)",
-    tstpool.Fixed: "(size, *, max_message=None)",
+    tstpool.Fixed: "(n, *, max_message=None)",
     tstpool.Delimited: "(delimiter=b'\\n', keep=False, *, max_message=None)",
     tstpool.LengthPrefixed: "(size=4, byteorder='big', offset=0, adjust=0, strip=True, *, max_message=None)",
 }
@@ -249,7 +249,7 @@ def test_help_shows_the_signature_that_a_class_has(made):
     assert str(shown).startswith(SIGNATURES[made])
     assert "--" not in made.__doc__
     given = {name: each.default for name, each in shown.parameters.items() if each.default is not each.empty}
-    needed = {} if made is not tstpool.Fixed else {"size": 5}
+    needed = {} if made is not tstpool.Fixed else {"n": 5}
     made(**given, **needed)
     positional = [each for each in shown.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
     with pytest.raises(TypeError, match="positional"):

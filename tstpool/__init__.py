@@ -29,13 +29,13 @@ try:
         TstPool,
         TstSocket,
     )
-except ModuleNotFoundError as error:
-    if error.name != "tstpool._core":
+except ModuleNotFoundError as _error:
+    if _error.name != "tstpool._core":
         raise
     raise ImportError(
         "tstpool's compiled part is missing for this interpreter: install the package with "
         "'pip install .' from its source folder, or build it in place with 'make build'"
-    ) from error
+    ) from _error
 
 from tstpool._serve import serve
 from tstpool._types import (

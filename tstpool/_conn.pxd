@@ -43,7 +43,7 @@ from libc.string cimport memcpy, memset
 
 from tstpool._data cimport tst_data, tst_input
 from tstpool._frame cimport (
-    FRAME_DELIMITED, HEADER_MOST, ends_in_delimiter, find_delimiter, frame_header, frame_put_length, tst_frame,
+    FRAME_DELIMITED, HEADER_MOST, delimiter_fits, delimiter_kept, frame_header, frame_put_length, tst_frame,
     tst_framing)
 from tstpool._libc cimport (
     ACQUIRE, ACQ_REL, RELAXED, RELEASE, SEQ_CST, TST_DEBUG, add64, compare_exchange64, compare_exchange_pointer, linger,
@@ -496,23 +496,23 @@ cdef inline int queue_frame(tst_queue *queue, const tst_framing *framing, const 
                             tst_shared *shared) noexcept nogil:
     """Queues a message with what its framing puts around it; `shared`: its bytes need not be copied.
 
-    -EMSGSIZE: the framing has no frame for so many bytes, -EINVAL: the message holds the delimiter; then nothing was
-    queued. -ENOMEM: a part may be.
+    -EMSGSIZE: the framing has no frame for so many bytes, -EINVAL: the message holds the delimiter, be it that it was
+    kept (Delimited's `keep`) at its end; then nothing was queued. -ENOMEM: a part may be.
     """
     cdef unsigned char header[HEADER_MOST]
-    cdef int n = frame_header(framing, size, header)
+    cdef size_t body = size - delimiter_kept(framing, bytes, size)
+    cdef int n = frame_header(framing, body, header)
     if n < 0:
         return n
-    if framing.kind == FRAME_DELIMITED and (
-            find_delimiter(framing, bytes, size) != NULL or ends_in_delimiter(framing, bytes, size)):
+    if framing.kind == FRAME_DELIMITED and not delimiter_fits(framing, bytes, body, size):
         return -EINVAL
-    if shared == NULL and queue_reserve(queue, <size_t>n + size + framing.n_delimiter) < 0:
+    if shared == NULL and queue_reserve(queue, <size_t>n + body + framing.n_delimiter) < 0:
         return -ENOMEM
     if n and queue_append(queue, <char *>header, <size_t>n) < 0:
         return -ENOMEM
     if queue_bytes(queue, bytes, size, shared) < 0:
         return -ENOMEM
-    if framing.kind == FRAME_DELIMITED:
+    if framing.kind == FRAME_DELIMITED and body == size:
         return queue_append(queue, framing.delimiter, framing.n_delimiter)
     return 0
 

@@ -138,6 +138,23 @@ cdef inline bint ends_in_delimiter(const tst_framing *framing, const char *bytes
     return False
 
 
+cdef inline size_t delimiter_kept(const tst_framing *framing, const char *bytes, size_t size) noexcept nogil:
+    """Bytes of the delimiter that a message has at its end, as it was handed out with `keep`; 0: it has none."""
+    cdef size_t n = framing.n_delimiter
+    if framing.keep and 0 < n <= size and memcmp(bytes + size - n, framing.delimiter, n) == 0:
+        return n
+    return 0
+
+
+cdef inline bint delimiter_fits(const tst_framing *framing, const char *bytes, size_t body, size_t size) noexcept nogil:
+    """Sent with one delimiter behind its body, which is all of it or ends where the one that was kept begins, the
+    message has no other that begins before that."""
+    cdef const char *found = find_delimiter(framing, bytes, size)
+    if body < size:
+        return found == bytes + body
+    return found == NULL and not ends_in_delimiter(framing, bytes, size)
+
+
 cdef inline int frame_delimited(const tst_framing *framing, const char *bytes, size_t size, size_t *scanned,
                                 tst_frame *frame) noexcept nogil:
     cdef size_t overlap = framing.n_delimiter - 1

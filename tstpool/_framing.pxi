@@ -66,22 +66,22 @@ cdef class Raw(Framing):
 
 @cython.final
 cdef class Fixed(Framing):
-    """Fixed(size, *, max_message=None)
+    """Fixed(n, *, max_message=None)
 --
 
-    Messages of `size` bytes each.
+    Messages of `n` bytes each.
 
-    size: bytes, at most max_message, which is 1 MiB, or `size` if that is more, unless given. A message of another size
-    can't be sent: send_message() raises ValueError.
+    n: bytes, at most max_message, which is 1 MiB, or `n` if that is more, unless given. A message of another size can't
+    be sent: send_message() raises ValueError.
     """
 
     @cython.embedsignature(False)      # Cython would put the star in a wrong place
-    def __init__(self, size, *, max_message=None):
+    def __init__(self, n, *, max_message=None):
         self.framing.kind = FRAME_FIXED
-        self.set_limit(max_message, max(MAX_MESSAGE, operator.index(size)))
-        self.framing.fixed = number_within(size, "size", 1, self.framing.max_message)
+        self.set_limit(max_message, max(MAX_MESSAGE, operator.index(n)))
+        self.framing.fixed = number_within(n, "n", 1, self.framing.max_message)
         framing_settle(&self.framing)
-        self.options = (("size", size),) + (() if max_message is None else (("max_message", max_message),))
+        self.options = (("n", n),) + (() if max_message is None else (("max_message", max_message),))
 
 
 @cython.final
@@ -92,8 +92,8 @@ cdef class Delimited(Framing):
     Messages that end with a delimiter: lines, for example.
 
     delimiter: 1 to 255 bytes. keep: hand it out with the message. max_message: bytes before the delimiter, 1 MiB unless
-    given. send_message() and replies take messages without the delimiter and add it; what was kept goes back as it is
-    with send().
+    given. send_message() and replies take messages without the delimiter and add it; with `keep` also those that end
+    with it, as they are handed out.
     """
 
     @cython.embedsignature(False)
@@ -124,7 +124,7 @@ cdef class LengthPrefixed(Framing):
 
     @cython.embedsignature(False)
     def __init__(self, size=4, byteorder="big", offset=0, adjust=0, strip=True, *, max_message=None):
-        if size not in (1, 2, 3, 4, 8):
+        if operator.index(size) not in (1, 2, 3, 4, 8):
             raise ValueError(f"size must be 1, 2, 3, 4 or 8: {size!r}")
         if byteorder not in ("big", "little"):
             raise ValueError(f"byteorder must be 'big' or 'little': {byteorder!r}")

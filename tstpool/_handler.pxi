@@ -13,8 +13,8 @@ cdef class TstHandler:
 
     def on_message(self, sock, data):
         """`data`: one whole message as bytes, or, if the pool was made with copy=False, as a memoryview; without
-        framing, whatever has arrived. Returning bytes sends them as one message; a number that is no TstStat, such as
-        the count that send() returns, is an error.
+        framing, whatever has arrived. Returning bytes (a bytearray, a memoryview, `data` itself) sends them as one
+        message; a number that is no TstStat, such as the count that send() returns, is an error.
 
         A peer that has finished sending is let go when its messages are handled and what was queued is sent. Who is to
         answer later, from another thread, calls sock.pause() here, and sock.resume() once that is sent."""
@@ -142,19 +142,39 @@ cdef bint logs_slow(Binding binding):
     return getattr(binding.on_slow, "__func__", None) is TstHandler.on_slow or binding.function is not None
 
 
+cdef bint takes_message(object function) except -1:
+    """A function of a socket and a message, not of a socket alone, which reads messages itself. Of one that does not
+    say what it takes the latter is assumed."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return False
+    for n in (1, 2):
+        try:
+            signature.bind(*range(n))
+        except TypeError:
+            continue
+        return n == 2
+    raise TypeError(f"a function that is a handler takes a socket, or a socket and a message: {function!r}")
+
+
 cdef Binding bind(object handler, dict hooks):
     """Looks a handler's hooks up; `hooks` from setEvent... win. TypeError for what is no handler."""
     cdef Binding binding = Binding.__new__(Binding)
     cdef object source = handler
+    cdef object on_message = None
     if not isinstance(handler, TstHandler):
         if not callable(handler) or isinstance(handler, type):
-            raise TypeError(f"a handler is a TstHandler instance or a function of one socket, not {handler!r}")
-        binding.function = handler
+            raise TypeError(f"a handler is a TstHandler instance or a function, not {handler!r}")
         source = DEFAULT_HANDLER
+        if takes_message(handler):
+            on_message = handler
+        else:
+            binding.function = handler
     found = {name: hook_of(source, name) if hooks.get(name) is None else hooks[name] for name in HOOKS}
     binding.handler = handler
     binding.on_connect = found["on_connect"]
-    binding.on_message = found["on_message"]
+    binding.on_message = found["on_message"] if on_message is None else on_message
     binding.on_writable = found["on_writable"]
     binding.on_disconnect = found["on_disconnect"]
     binding.on_idle = found["on_idle"]

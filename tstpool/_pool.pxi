@@ -89,7 +89,8 @@ messages_per_turn=32)
 
     A TCP server thread pool over epoll: it listens, accepts, reads, calls the handler on a worker thread, sends, frees.
 
-    handler: a TstHandler, or a function of one socket; may be missing until create() brings it.
+    handler: a TstHandler; or a function of a socket and a message, which is on_message alone; or a function of a
+    socket, which reads messages itself. It may be missing until create() brings it.
     framing: how input is cut into messages, for listeners and sockets that are not told otherwise: Fixed, Delimited,
     LengthPrefixed; Raw() or None for bytes as they arrive.
     workers: threads; default min(32, cores + 4). Handlers that block hold one each.
@@ -417,7 +418,7 @@ messages_per_turn=32)
         is called on a worker. Deadlines for input are for accepted connections: this one may be silent for ever, unless
         its type is SUB.
         Raises ValueError for a socket that is closed, that the pool has already, or that does not listen although it is
-        added as LISTEN; TstError while the pool stops; OSError, MemoryError.
+        added as LISTEN; OSError for one that was never connected; TstError while the pool stops; OSError, MemoryError.
         """
         self.check_alive()
         self.check_not_stopping()
@@ -873,8 +874,8 @@ messages_per_turn=32)
     def create(self, thread_count, bind_ip, bind_port, func, max_recv_size=4096, max_send_size=4096):
         """The original's start: a handler, a listener and the workers in one call.
 
-        thread_count: workers. bind_ip: None or "" for all addresses. bind_port: 0 for no listener. func: function of
-        one socket, or a TstHandler. max_recv_size, max_send_size: bytes in each socket's buffers. Returns True. Raises
+        thread_count: workers. bind_ip: None or "" for all addresses. bind_port: 0 for no listener. func: a handler,
+        as TstPool takes. max_recv_size, max_send_size: bytes in each socket's buffers. Returns True. Raises
         OSError with the address in its text; then no thread is left.
         """
         self.check_alive()
@@ -1251,6 +1252,8 @@ cdef object take(TstPool pool, object sock, object type, object binding, object 
     if type != TYPE_LISTEN:
         if listens:
             raise ValueError("the socket listens: its type is TstSockType.LISTEN")
+        if not was_connected(sock):
+            raise system_error(ENOTCONN)
         return pool.add(sock, type, binding, user_data, framing)
     if not listens:
         raise ValueError("the socket does not listen")
@@ -1261,6 +1264,16 @@ cdef object take(TstPool pool, object sock, object type, object binding, object 
     finally:
         pool.stop_if_asked()
     return None
+
+
+cdef bint was_connected(object sock) except -1:
+    """Perhaps it is no more: one that its peer has reset still has its port, and a pool is to tell how it ended."""
+    try:
+        sock.getpeername()
+    except OSError as error:
+        return error.errno != ENOTCONN or (
+            sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockname()[1] != 0)
+    return True
 
 
 cdef int withdraw(tst_connection *connection) except -1:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from tstpool._core import TstHandler, TstPool, TstSocket
 from tstpool._types import TstStat
 
+_Result: TypeAlias = TstStat | bytes | bytearray | memoryview | None
+
 
 def serve(
-    handler: TstHandler | Callable[[TstSocket], TstStat | bytes | None],
+    handler: TstHandler | Callable[[TstSocket], _Result] | Callable[[TstSocket, Any], _Result],
     host: str | None = "127.0.0.1",
     port: int = 20001,
     *,

@@ -231,8 +231,9 @@ cdef class TstSocket:
 
     @property
     def handler(self):
-        """The handler for this socket: a TstHandler or a function. Assigning one overrides the pool's; None goes
-        back. on_slow and on_idle stay the pool's, and so do on_connect and on_disconnect where it has none."""
+        """The handler for this socket: a TstHandler or a function, as TstPool takes. Assigning one overrides the
+        pool's; None goes back. on_slow and on_idle stay the pool's, and so do on_connect and on_disconnect where it has
+        none; with a function on_error does, too."""
         with cython.critical_section(self):
             binding = self.binding
         if binding is None:
@@ -253,14 +254,17 @@ cdef class TstSocket:
     @property
     def framing(self):
         """How this socket's input is cut into messages; None: as it arrives. Assigned inside the socket's own handler
-        it counts from the next message on, for what was read already too. TstError elsewhere."""
+        it counts from the next message on, for what was read already too. TstError elsewhere: listen(), connect() and
+        addsocket() take a framing for their sockets."""
         with cython.critical_section(self):
             return self.own_framing
 
     @framing.setter
     def framing(self, value):
         framing = framing_from(value)
-        self.check_reading()
+        if not self.in_handler():
+            raise TstError("framing is changed in the socket's own handler, while it runs; elsewhere connect(), "
+                           "addsocket() and listen() take it for a socket to come")
         with cython.critical_section(self):
             spin_lock(&self.connection.lock)           # another thread's send_message() may be reading the old one
             self.connection.framing = framing_pointer(framing)
@@ -404,11 +408,11 @@ cdef class TstSocket:
         more = self.read_to(<char *>room, <size_t>len(room))
         return bytes(memoryview(room)[:more])
 
-    def read_into(self, buffer):
+    def read_into(self, buf):
         """As read(), into a writable buffer. Returns the number of bytes."""
         cdef Py_buffer view
         self.check_reading()
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        PyObject_GetBuffer(buf, &view, PyBUF_WRITABLE)
         try:
             return self.read_to(<char *>view.buf, <size_t>view.len)
         finally:

@@ -684,6 +684,9 @@ cdef class Worker:
             passed_on = binding is not self.binding and is_run(result)
             if passed_on and self.binding.function is None:
                 result = self.message_to_pool(sock, view)
+            if isinstance(result, memoryview):     # of the message, perhaps, which is taken back below
+                self.apply(sock, self.binding if passed_on else binding, result)
+                result = None
         finally:                               # whatever fails, the memory is taken back before it is used again
             release_view(view)
             if loan is not None:
@@ -882,11 +885,13 @@ cdef class Worker:
         if result is None:
             self.send_what_was_asked_for(sock)
             return 0
-        if type(result) is bytes:
+        if isinstance(result, (bytes, bytearray, memoryview)):
             self.send_what_was_asked_for(sock)
             return self.reply(sock, binding, result)
-        if not is_stat(result):                # the count that send() has returned, perhaps
-            what = "a number that is none of them" if isinstance(result, int) else type(result).__name__
+        if not is_stat(result):
+            what = type(result).__name__
+            if isinstance(result, int):
+                what = "a number that is none of them, such as the count that send() returns"
             wrong = TypeError(f"a handler returns None, bytes or a TstStat, not {what}")
             self.failed(sock, binding, wrong)
             return 0
@@ -898,7 +903,7 @@ cdef class Worker:
         if connection_send(sock.connection) != NULL:
             connection_apply(sock.connection, self.worker, TST_SUSPEND)
 
-    cdef int reply(self, TstSocket sock, Binding binding, bytes message) except -1:
+    cdef int reply(self, TstSocket sock, Binding binding, object message) except -1:
         """A handler has returned bytes: they go out as one message."""
         cdef ssize_t queued
         try:
@@ -910,7 +915,7 @@ cdef class Worker:
             self.unsent_reply(sock, binding, message, queued)
         return 0
 
-    cdef int unsent_reply(self, TstSocket sock, Binding binding, bytes message, ssize_t queued) except -1:
+    cdef int unsent_reply(self, TstSocket sock, Binding binding, object message, ssize_t queued) except -1:
         """It could not be queued, for the reason `queued`."""
         if queued == -ENOTCONN:            # closed meanwhile: nobody waits for the reply
             return 0
@@ -922,7 +927,7 @@ cdef class Worker:
 
     cdef int failed(self, TstSocket sock, Binding binding, object error) except -1:
         """A hook raised: on_error, then the socket is disconnected, unless on_error says SUSPEND."""
-        cdef object hook = binding.on_error if binding.function is None else self.binding.on_error
+        cdef object hook = (binding if isinstance(binding.handler, TstHandler) else self.binding).on_error
         cdef uint64_t clock = self.worker.clock
         cdef uint64_t began
         if self.pool.dead:
