@@ -3,8 +3,10 @@
 import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
 from contract_helpers import every_trigger, handler
-from downstream_handlers import Commands, Counting, Relay, state_of
+from downstream_handlers import Commands, Counting, Hearing, Relay, state_of
 from helpers import ROOT, reset, run_python, wait_until
+
+from tstpool import TstStat
 
 
 class Python:
@@ -181,3 +183,55 @@ pool.stop()
 """
     done = run_python("-c", code, str(ROOT / "tests"))
     assert done.stdout == "members 2\n"
+
+
+@every_trigger
+@pytest.mark.parametrize("passed", ["messages", "room"])
+def test_the_pools_handler_is_told_again_what_it_was_passed(make_pool, make_client, trigger, passed):
+    """It has heard of the end with the takeover; by TstStat.RUN it gets to know the socket anew."""
+    hearing = Hearing()
+    pool = make_pool(hearing, framing=FRAMING, trigger=trigger, workers=2)
+    client = make_client(pool)
+    assert say(client, b"first") == [b"first"]
+    sock = socket_of(pool, client)
+    sock.handler = handler(
+        on_message=lambda sock, data: TstStat.RUN if data == b"pass" else data, on_writable=lambda sock: TstStat.RUN
+    )
+    assert say(client, b"own") == [b"own"]
+    assert (hearing.received_calls, hearing.disconnected_calls) == (1, 1)
+    if passed == "messages":
+        assert say(client, b"pass", b"pass") == [b"pass"] * 2
+    else:
+        pool.need_send(sock)
+        wait_until(lambda: hearing.writable_calls)
+    client.close()
+    wait_until(lambda: len(pool) == 0)
+    assert (hearing.connected_calls, hearing.disconnected_calls) == (1, 2)
+
+
+@pytest.mark.parametrize("back", [lambda hearing: None, lambda hearing: hearing], ids=["none", "the same"])
+def test_the_pools_handler_that_is_the_connections_again_is_told_once(make_pool, make_client, back):
+    hearing = Hearing()
+    pool = make_pool(hearing, framing=FRAMING, workers=2)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    sock.handler = handler(on_message=lambda sock, data: TstStat.RUN)
+    assert say(client, b"passed") == [b"passed"]
+    sock.handler = back(hearing)
+    assert say(client, b"its own") == [b"its own"]
+    assert hearing.disconnected_calls == 1
+    client.close()
+    wait_until(lambda: len(pool) == 0)
+    assert hearing.disconnected_calls == 2
+
+
+def test_a_pools_handler_that_was_passed_nothing_is_told_once(make_pool, make_client):
+    hearing = Hearing()
+    pool = make_pool(hearing, framing=FRAMING, workers=2)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    sock.handler = handler(on_message=lambda sock, data: data)
+    assert say(client, b"own") == [b"own"]
+    client.close()
+    wait_until(lambda: len(pool) == 0)
+    assert (hearing.received_calls, hearing.disconnected_calls) == (0, 1)

@@ -142,3 +142,24 @@ def test_while_connections_come_and_go(make_pool, make_client):
     *_, heard = in_threads(speak, churn, churn, lambda: recv_exact(stays, 6 * rounds))
     assert heard == b"".join(b"%06d" % i for i in range(rounds))
     wait_until(lambda: len(pool) == 1)
+
+
+def test_where_is_asked_about_all_before_anything_is_sent(make_pool, make_client):
+    asked = []
+
+    def where(sock):
+        asked.append(sock)
+        return 1 // (4 - len(asked))  # it raises for the last
+
+    pool = make_pool(handler(on_message=ignore))
+    clients = [make_client(pool) for _ in range(4)]
+    wait_until(lambda: len(pool.sockets()) == 4)
+    with pytest.raises(ZeroDivisionError):
+        pool.broadcast(b"never", where=where)
+    assert pool.broadcast(b"all") == 4
+    assert [recv_exact(client, 3) for client in clients] == [b"all"] * 4
+
+
+def test_where_is_a_function_also_when_nobody_is_there(make_pool):
+    with pytest.raises(TypeError, match="where must be a function"):
+        make_pool(handler(on_message=ignore)).broadcast(b"x", where=5)

@@ -416,12 +416,26 @@ def test_a_connect_that_fails_after_all_leaves_no_connection(make_pool):
     """S5: the server sees the end at once, not when some garbage is collected."""
     pool = make_pool(handler(on_message=ignore), listen=None)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with pytest.raises(TypeError, match="framing"):
-            pool.connect(*server.getsockname(), framing=42)
+        with pytest.raises(ValueError, match="does not listen"):
+            pool.connect(*server.getsockname(), type=TstSockType.LISTEN)
         peer, _ = server.accept()
         with peer:
             peer.settimeout(patient(10))
             assert peer.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"type": 77}, {"framing": 42}, {"handler": 5}, {"handler": lambda: None}, {"timeout": "1"}], ids=str
+)
+def test_what_is_wrong_is_said_before_a_server_is_troubled(make_pool, wrong):
+    """S5."""
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        with pytest.raises((TypeError, ValueError)):
+            pool.connect(*server.getsockname(), **wrong)
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_a_pool_that_is_stopping_leaves_a_number_with_its_owner(make_pool, pair):

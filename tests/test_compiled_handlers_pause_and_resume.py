@@ -63,3 +63,52 @@ def test_a_socket_that_is_gone_is_not_paused(make_pool, make_client):
     wait_until(lambda: sock.fileno() == -1)
     assert downstream_handlers.pause(sock) == -errno.ENOTCONN
     assert downstream_handlers.answer_and_resume(sock, b"answer") == -errno.ENOTCONN
+
+
+@every_trigger
+def test_what_it_passes_on_is_handed_out_although_it_has_paused(make_pool, make_client, trigger):
+    """Python's on_message starts whoever answers and resumes: it would never be called. The next message waits."""
+    got = []
+
+    class Later(Commands):
+        def on_message(self, sock, data):
+            got.append(data)
+            waiting.append(sock)
+
+    waiting = []
+    pool = make_pool(Later(), framing=FRAMING, workers=2, trigger=trigger)
+    client, other = make_client(pool), make_client(pool)
+    client.sendall(pack(b"e0", b"H1", b"H2", b"e3"))
+    assert receive(client) == [b"e0"]
+    wait_until(lambda: waiting)
+    talk_to(other)
+    assert got == [b"H1"]
+    waiting.pop().resume()
+    wait_until(lambda: waiting)
+    talk_to(other)
+    assert got == [b"H1", b"H2"]
+    assert downstream_handlers.answer_and_resume(waiting.pop(), b"answer") == 0
+    assert receive(client, 2) == [b"answer", b"e3"]
+
+
+def test_what_it_passes_on_is_handed_out_although_its_peer_reads_nothing(make_pool, make_client):
+    """More than high_water waits when it returns TST_RUN."""
+    got = []
+
+    class Both(downstream_handlers.PassesOn):
+        def on_message(self, sock, data):
+            got.append(data)
+
+    both = Both()
+    pool = make_pool(both, framing=FRAMING, workers=1, high_water=1000, low_water=0, max_queued=None)
+    client = make_client(pool)
+
+    def ask():
+        before = len(got)
+        client.sendall(pack(b"more"))
+        wait_until(lambda: len(got) > before)
+        return pool.stats().bytes_queued
+
+    while ask() < 1000:
+        pass
+    assert len(got) == both.received_calls

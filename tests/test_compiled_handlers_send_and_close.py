@@ -10,7 +10,7 @@ import downstream_handlers
 import pytest
 from compiled_helpers import FRAMING, pack, receive, say, socket_of, wait_counts
 from contract_helpers import Gate, every_trigger, handler, in_threads
-from downstream_handlers import Commands, Defaults, Echo, FramedEcho, Relay, Writing
+from downstream_handlers import Commands, Defaults, Echo, Empty, FramedEcho, Relay, Writing
 from helpers import connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
 
 from tstpool import Delimited, Fixed, TstStat
@@ -452,3 +452,22 @@ def test_two_threads_close_while_hooks_send(make_pool):
             assert sorted((first, second))[1] == 1  # one of them began it
             assert sorted((first, second))[0] in (0, -errno.ENOTCONN)
             assert pack(*(b"%d" % i for i in range(200))).startswith(got)
+
+
+def test_an_empty_message_may_be_no_memory_at_all(make_pool, make_client):
+    client = make_client(make_pool(Empty(), framing=FRAMING))
+    assert say(client, b"x", b"y") == [b"", b""]
+
+
+def test_a_negative_number_that_it_returns_disconnects(make_pool, make_client):
+    """One of -errno, say; what it had sent before goes out."""
+    client = make_client(make_pool(Commands(), framing=FRAMING))
+    client.sendall(pack(b"e", b"-", b"e"))
+    assert receive(client) == [b"e"]
+    assert client.recv(1) == b""
+
+
+def test_one_that_takes_the_gil_reads_nothing_and_changes_no_framing(make_pool, make_client):
+    """The engine has where the input lies and how it is cut in local variables meanwhile."""
+    client = make_client(make_pool(Commands(), framing=FRAMING))
+    assert say(client, b"g", b"e", b"g", b"e") == [b"TstError TstError", b"e"] * 2

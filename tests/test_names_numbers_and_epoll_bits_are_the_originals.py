@@ -254,3 +254,27 @@ def test_help_shows_the_signature_that_a_class_has(made):
     positional = [each for each in shown.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
     with pytest.raises(TypeError, match="positional"):
         made(*[needed.get(each.name, each.default) for each in positional], None)
+
+
+@pytest.mark.parametrize(
+    "name", ["workers", "max_recv_size", "shards", "max_connections", "high_water", "max_queued", "receive_size"]
+)
+def test_what_is_no_integer_is_named(name):
+    """Bad input."""
+    with pytest.raises(TypeError, match=f"^{name} must be an integer, not str"):
+        tstpool.TstPool(**{name: "4"})
+
+
+@pytest.mark.parametrize("name", ["first_byte_timeout", "idle_time", "slow_handler", "busy_poll", "linger_timeout"])
+@pytest.mark.parametrize("wrong", ["4", [], b"4"], ids=repr)
+def test_what_is_no_number_of_seconds_is_named(name, wrong):
+    """Bad input."""
+    with pytest.raises(TypeError, match=f"^{name} must be a number of seconds"):
+        tstpool.TstPool(**{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["trigger", "on_overflow", "when_full"])
+def test_what_is_no_choice_is_named(name):
+    """Bad input."""
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        tstpool.TstPool(**{name: []})

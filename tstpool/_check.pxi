@@ -24,9 +24,16 @@ cdef int check(ssize_t result, str what) except -1:
     raise system_error(<int>-result, what)
 
 
+cdef object integer(object value, str name):
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+
+
 cdef size_t size_from(object value, str name) except? 0:
     """A size that a user gave: an integer from 0 up. TypeError for what is no integer."""
-    number = operator.index(value)
+    number = integer(value, name)
     if number < 0 or number > 0x7fffffffffffffff:
         raise ValueError(f"{name} must not be negative, or beyond 2**63: {number}")
     return number
@@ -41,22 +48,22 @@ cdef size_t limit_from(object value, str name) except? 0:
 
 
 cdef object positive(object value, str name):
-    number = operator.index(value)
+    number = integer(value, name)
     if number <= 0 or number > 0x7fffffff:
         raise ValueError(f"{name} must be a positive number below 2**31: {number}")
     return number
 
 
 cdef object number_within(object value, str name, object least, object most):
-    number = operator.index(value)
+    number = integer(value, name)
     if not least <= number <= most:
         raise ValueError(f"{name} must be from {least} to {most}: {number}")
     return number
 
 
 cdef uint64_t nanoseconds(object seconds, str name) except? 0:
-    if isinstance(seconds, (str, bytes, bytearray)):
-        raise TypeError(f"{name} must be a number of seconds: {seconds!r}")
+    if not hasattr(seconds, "__float__") and not hasattr(seconds, "__index__"):    # of a text float() would make one
+        raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}")
     number = float(seconds)
     if not 0.0 <= number <= 1e9:
         raise ValueError(f"{name} must be between 0 and 1e9 seconds: {seconds}")
@@ -91,7 +98,7 @@ cdef int fill_limits(tst_limits *limits, dict given) except -1:
     limits.low_water = size_from(given["low_water"], "low_water")
     limits.max_queued = limit_from(given["max_queued"], "max_queued")
     limits.auto_pause = bool(given["auto_pause"])
-    if given["on_overflow"] not in OVERFLOWS:
+    if given["on_overflow"] not in tuple(OVERFLOWS):   # of which any object may be asked
         raise ValueError(f"on_overflow must be 'raise', 'block' or 'close': {given['on_overflow']!r}")
     limits.overflow = OVERFLOWS[given["on_overflow"]]
     if limits.low_water > limits.high_water or (limits.max_queued and limits.high_water > limits.max_queued):
@@ -120,7 +127,7 @@ cdef object with_arity(object function, int least, int most):
         except TypeError:
             continue
         return function if n == most else lambda *arguments: function(*arguments[:n])
-    raise TypeError(f"{function!r} must take {least} or {most} arguments")
+    raise TypeError(f"{function!r} must take {least if least == most else f'{least} or {most}'} arguments")
 
 
 cdef object contiguous(object data):

@@ -28,8 +28,8 @@ ctypedef enum TstStat:
 
 # Any thread, with the GIL or without. They never wait, and return 0 or more, or a negative errno: -ENOTCONN when the
 # socket is closed, -ENOMEM; tst_send and tst_send_message also -ENOBUFS when too much output waits, whether on_overflow
-# is "raise" or "block". Inside the socket's own hooks the bytes go out, in one piece, when its messages of this turn
-# are handled.
+# is "raise" or "block"; where it is "close" the connection is aborted then, and they return -ENOTCONN. Inside the
+# socket's own hooks the bytes go out, in one piece, when its messages of this turn are handled.
 
 # Queues a copy of `size` bytes. Returns how many bytes of this connection wait now for the kernel to take them.
 cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil
@@ -41,11 +41,11 @@ cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noe
 # Closes the connection once what is queued has been sent. 1: this call began it, 0: it was closing already.
 cdef int tst_close(TstSocket sock) noexcept nogil
 
-# Has the handler's `writable` called as soon as the kernel takes output for it.
+# Has the handler's `writable` called as soon as the kernel takes output for it: all that was queued has gone out then.
 cdef int tst_need_send(TstSocket sock) noexcept nogil
 
-# No more messages until tst_resume(): TCP holds the peer back, and one that has finished sending is kept. A call that
-# runs already is not stopped.
+# No more messages until tst_resume(): TCP holds the peer back, and one that has finished sending is kept; so is one
+# that has gone, until then or the next send. A call that runs already is not stopped, nor is what it passes on.
 cdef int tst_pause(TstSocket sock) noexcept nogil
 
 # Goes on after tst_pause(), or sock.pause().
@@ -141,8 +141,13 @@ cdef class TstNogilHandler(TstHandler):
     # one then fails at import with a ValueError instead of crashing later.
     cdef long long _abi_fuse[4]
 
-    # Before the first message. Above TST_SEND refuses the connection. TST_RUN (as all of these unless overridden):
-    # Python's on_connect decides.
+    # Any other number than those of TstStat counts as TST_DISCONNECT in all hooks; TST_RUN, which these return unless
+    # overridden, passes on to Python.
+    #
+    # Before the first message; not if the handler was assigned later, when its state is as fresh. Above TST_SEND
+    # refuses the connection. TST_RUN: Python's on_connect decides; if that refuses, `disconnected` does not follow, so
+    # who notes a socket here must not leave it to Python. Python can keep a TstSocket for longer than a connection, we
+    # can't.
     cdef TstStat connected(self, TstSocket sock) noexcept nogil
     # One whole message of the socket's framing; without framing, what has arrived. DANGER: `data` is valid only inside
     # the call. TST_RUN: Python's on_message gets it.
@@ -150,7 +155,8 @@ cdef class TstNogilHandler(TstHandler):
     # The kernel takes output after tst_need_send, or all of a TST_SEND has been handed to it. TST_RUN: on_writable.
     cdef TstStat writable(self, TstSocket sock) noexcept nogil
     # It has nothing to do with this socket from here on, and must forget what it has borrowed of it: the connection is
-    # over, or another handler was assigned and takes it over now. Never for one that was refused. At the end Python's
+    # over, or another handler was assigned and takes it over now; the pool's hears of it again at the end, if that one
+    # has passed something on to it (TstStat.RUN) since. Never for one that was refused. At the end Python's
     # on_disconnect is called after it.
     cdef void disconnected(self, TstSocket sock) noexcept nogil
     # The last use of a connection's state: free what it points to, not the state itself. Once for each state.

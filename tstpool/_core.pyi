@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Final, Literal, TypeAlias, final, overload
 
-from typing_extensions import Buffer, disjoint_base
+from typing_extensions import Buffer, Self, disjoint_base
 
 from tstpool._types import PoolStats, TstSockType, TstStat
 
@@ -203,8 +203,8 @@ class TstPool:
         self,
         sock: socket.socket | int,
         type: Literal[TstSockType.LISTEN],
-        handler: _Handler | None = None,
-        user_data: Any = None,
+        handler: None = None,
+        user_data: None = None,
         framing: Framing | None = ...,
     ) -> None: ...
     @overload
@@ -245,7 +245,7 @@ class TstPool:
     def __iter__(self) -> Iterator[TstSocket]: ...
     def __contains__(self, sock_or_sd: _Which) -> bool: ...
     def __getitem__(self, sd: int) -> TstSocket: ...
-    def __enter__(self) -> TstPool: ...
+    def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...

@@ -31,9 +31,9 @@ from tstpool._data cimport (
 from tstpool._entry cimport (
     ABORT_OPEN, BODY_LEAST, SPARE_LEAST, SPARE_VOTES, batch_finish, batch_give_up, connection_abort, connection_apply,
     connection_awaits_transfer, connection_begin_body, connection_begin_close, connection_break, connection_cut,
-    connection_due, connection_expect, connection_forget_frame, connection_had_body, connection_is_unfinished,
-    connection_keep_input, connection_reconnect, connection_sent_whole, connection_wait_for_flusher,
-    connection_wants_body, take_input)
+    connection_due, connection_expect, connection_forget_frame, connection_had_body, connection_has_message,
+    connection_is_unfinished, connection_keep_input, connection_reconnect, connection_sent_whole,
+    connection_wait_for_flusher, connection_wants_body, take_input)
 from tstpool._fork cimport descriptor_moved, descriptor_moves, fork_begins, fork_begins_anew, fork_is_over
 from tstpool._frame cimport (
     DELIMITER_MOST, FRAME_DELIMITED, FRAME_FIXED, FRAME_LENGTH, FRAME_PIECES, FRAME_RAW, OFFSET_MOST, framing_cuts,

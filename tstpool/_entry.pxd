@@ -315,6 +315,11 @@ cdef inline bint connection_cut(tst_connection *connection) noexcept nogil:
     return connection_takes_messages(connection) and connection_cut_next(connection)
 
 
+cdef inline bint connection_has_message(tst_connection *connection) noexcept nogil:
+    """One that was ready before still is, and may be handed out although the connection has been paused since."""
+    return connection.message_ready and not (connection.closing | connection.hold_input)
+
+
 cdef inline bint connection_cut_next(tst_connection *connection) noexcept nogil:
     """connection_cut for one that takes messages."""
     if tst_rarely(connection.body != NULL):
@@ -602,7 +607,7 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
         return
     if stat == STAT_RECONNECTED:
         connection_reconnect(connection)
-    elif stat > STAT_SEND:
+    elif stat > STAT_SEND or tst_rarely(stat < 0):     # a -errno that a compiled handler has returned, say
         connection_transfer(connection, worker.clock, False)
         connection_begin_close(connection)
     elif stat == STAT_SEND or connection_send(connection) != NULL:

@@ -25,9 +25,9 @@ cdef class TstHandler:
         not called for the last of these: tst_need_send() asks for it."""
 
     def on_disconnect(self, sock, reason):
-        """The connection is over; called once for each on_connect that accepted. reason: None when the peer or this
-        side closed cleanly, else an exception: also when output was lost after this side had closed it, be it that the
-        peer broke, that it took none for linger_timeout (TimeoutError), or that stop() did not wait for it
+        """The connection is over; called once for each on_connect that accepted, or raised. reason: None when the peer
+        or this side closed cleanly, else an exception: also when output was lost after this side had closed it, be it
+        that the peer broke, that it took none for linger_timeout (TimeoutError), or that stop() did not wait for it
         (ConnectionAbortedError). close(abort=True) is a clean end."""
 
     def on_idle(self, worker_no):

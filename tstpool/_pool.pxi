@@ -109,19 +109,20 @@ messages_per_turn=32)
     first_byte_timeout, message_timeout, idle_timeout: seconds that an accepted connection may take until its first byte
     (15), from the first byte of a message to its last, however steadily it sends (60), between messages (75).
     write_timeout: seconds in which a peer takes none of the output that waits for it (60). None: for ever. When one has
-    passed the connection is closed, with a TimeoutError as the reason. Time in which handlers do not read (pause, a
-    handler that runs) does not count. linger_timeout: seconds without progress while closing (5).
+    passed the connection is closed, with a TimeoutError as the reason. Time in which its handler does not read (pause,
+    a call that runs) does not count. linger_timeout: seconds without progress while closing (5).
     keepalive: whole seconds of silence after which the kernel asks a peer whether it is there; one that has not
     answered three times within about as long again is gone, with a TimeoutError as the reason. For connections that may
     be idle for ever; of listen() and connect(), while addsocket() leaves a socket's keep-alive as it is. None: off.
     high_water, low_water: bytes of output that wait for a peer: above high_water (64 KiB) its messages are not handed
-    out any more, and it is not read, unless auto_pause is False; at low_water (16 KiB) that goes on, and on_writable is
+    out any more, and it is not read, unless auto_pause is False (for a relay, say, which sends to one connection what
+    it reads from another: it pauses the other one); at low_water (16 KiB) that goes on, and on_writable is
     called, of a TstHandler: a function or a TstNogilHandler asks with need_send().
     max_queued: with so many waiting (1 MiB) no more is taken; the message that goes beyond still is. on_overflow: what
-    happens then: "raise": send() raises SendQueueFull; "block": it waits until there is room, except in the socket's
-    own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the pool (256
-    MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more, and the
-    others no message above high_water, unless it is a broadcast's or the only output that waits. None: no limit.
+    happens then: "raise": send() raises SendQueueFull; "block": it waits until there is room, but raises in the
+    socket's own handler; "close": the connection is aborted. max_total_queued: bytes that wait for all peers of the
+    pool (256 MiB), what goes out at once not counted: beyond it, connections that have output waiting take no more, and
+    the others no message above high_water, unless it is a broadcast's or the only output that waits. None: no limit.
     idle_time: seconds without work after which on_idle is called (3; a millisecond at least). slow_handler: seconds
     from which on_slow is. accepts_per_turn: clients that one listener accepts before those that are there get their
     turn (16). accept_pause: seconds for which nobody is accepted after the process has run out of descriptors or memory
@@ -162,7 +163,7 @@ messages_per_turn=32)
                  keepalive=None, accepts_per_turn=16, accept_pause=0.1, receive_size=262144, messages_per_turn=32):
         if self.hooks is not None:
             raise TstError("a TstPool is initialised once")
-        if trigger not in TRIGGERS:
+        if trigger not in tuple(TRIGGERS):             # of which any object may be asked
             raise ValueError(f"trigger must be one of {', '.join(TRIGGERS)}: {trigger!r}")
         if when_full not in ("wait", "close"):
             raise ValueError(f"when_full must be 'wait' or 'close': {when_full!r}")
@@ -394,11 +395,19 @@ messages_per_turn=32)
                 framing=THE_POOLS):
         """Connects to a server, in the calling thread, and adds the connection to the pool.
 
-        timeout: seconds for connecting. Returns the TstSocket. Raises OSError with the address in its text.
+        timeout: seconds for connecting. type, handler, user_data, framing: as addsocket() takes them. Returns the
+        TstSocket. Raises OSError with the address in its text; else as addsocket().
         """
         self.check_alive()
+        self.check_not_stopping()
         if timeout is not None:
             nanoseconds(timeout, "timeout")
+        # What is wrong is said before a server is troubled with it.
+        TstSockType(type)
+        if handler is not None:
+            bind(handler, {})
+        if framing is not THE_POOLS:
+            framing_from(framing)
         sock = _net.connected_socket(host, port, timeout)
         try:
             if self.keepalive:
@@ -950,27 +959,32 @@ messages_per_turn=32)
         return True
 
     def broadcast(self, data, exclude=None, where=None):
-        """Sends the same bytes to every connection. exclude: a TstSocket, an id or a descriptor, or several. where: a
-        function of one socket that says whether it is to get them. Returns how many connections it was queued for;
-        those that are closed, or have too much waiting, are left out, and the latter aborted where on_overflow is
-        "close"."""
+        """Sends the same bytes, as they are, without a frame, to every connection, also while its on_connect runs.
+
+        exclude: a TstSocket, an id or a descriptor, or several. where: a function of one socket that says whether it is
+        to get them, asked about all before anything is sent. Returns how many connections it was queued for; those that
+        are closed, or have too much waiting, are left out, and the latter aborted where on_overflow is "close"."""
         cdef set left_out = numbers_of(self, exclude)
         cdef bytes payload = data if type(data) is bytes else bytes(contiguous(data))
+        cdef list members
         cdef tst_shared *shared = NULL
         cdef int reached = 0
         cdef ssize_t queued
         self.check_alive()
+        if where is not None and not callable(where):
+            raise TypeError(f"where must be a function of one socket, not {where!r}")
+        members = self.snapshot()
+        if left_out:
+            members = [sock for sock in members if sock.id not in left_out and sock.sd not in left_out]
+        if where is not None:
+            members = [sock for sock in members if where(sock)]
         shared = shared_new(PyBytes_AS_STRING(payload), <size_t>PyBytes_GET_SIZE(payload))
         if shared == NULL:
             raise MemoryError("no memory for the broadcast")
         shared.held = &self.engine.total.broadcasts
         add64(shared.held, shared.size, RELAXED)
         try:
-            for sock in self.snapshot():
-                if left_out and (sock.id in left_out or sock.sd in left_out):
-                    continue
-                if where is not None and not where(sock):
-                    continue
+            for sock in members:
                 queued = (<TstSocket>sock).append(shared.bytes, shared.size, shared, False)
                 if queued >= 0:
                     reached += 1

@@ -182,6 +182,7 @@ cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connec
     cdef uint64_t n = 0
     cdef bint passed = False
     store32(&connection.events, (connection.events & (EPOLLPRI | EPOLLRDHUP)) | EPOLLIN, RELAXED)
+    connection.in_received = True
     while not passed and connection_cut(connection):
         if tst_rarely(connection.body != NULL):
             passed = run_body(worker, connection, &n)
@@ -191,6 +192,7 @@ cdef inline bint run_messages(tst_engine *engine, tst_worker *worker, tst_connec
             passed = connection.too_large or run_frames(worker, connection, &n)
         if tst_rarely(n >= worker.burst) and tick_now(&worker.ticks) - worker.clock >= RUN_TIME:
             break
+    connection.in_received = False
     count(&worker.stats.messages, n)
     worker_job(engine, worker, connection, n + (passed and not connection.too_large))
     return passed

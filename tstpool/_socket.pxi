@@ -262,7 +262,7 @@ cdef class TstSocket:
     @framing.setter
     def framing(self, value):
         framing = framing_from(value)
-        if not self.in_handler():
+        if not self.in_handler() or self.connection.in_received:
             raise TstError("framing is changed in the socket's own handler, while it runs; elsewhere connect(), "
                            "addsocket() and listen() take it for a socket to come")
         with cython.critical_section(self):
@@ -389,7 +389,9 @@ cdef class TstSocket:
     def read(self, n=-1):
         """Takes up to `n` bytes of input that has arrived, without blocking; without `n`, all that is at hand.
 
-        Returns b"" when nothing is there. Only inside the socket's own handler; TstError elsewhere.
+        With a framing that is the message, for a function that is a handler; on_message has it as `data`, and here gets
+        nothing more. In on_disconnect it is what had come of a message that did not become whole. Returns b"" when
+        nothing is there. Only inside the socket's own handler; TstError elsewhere.
         """
         cdef size_t most
         cdef size_t buffered
@@ -421,6 +423,8 @@ cdef class TstSocket:
     cdef int check_reading(self) except -1:
         if not self.in_handler():
             raise TstError("reading is for the socket's own handler, while it runs")
+        if self.connection.in_received:
+            raise TstError("a compiled handler has its message, and reads no further: TST_RUN passes it on to Python")
         return 0
 
     cdef size_t unread(self) noexcept:
@@ -469,7 +473,8 @@ cdef class TstSocket:
 
     def close(self, abort=False):
         """Closes the connection once what is queued has been sent; a peer that takes none of it for the pool's
-        linger_timeout is cut off. What the peer still sends is then read and dropped, so that the reply reaches it.
+        linger_timeout is cut off. If the peer has sent more than was read, or is still sending a message, what comes
+        is read and dropped for a while, so that the reply reaches it; else what it sends later is answered by a reset.
 
         abort: at once instead: what is queued is dropped, and the peer gets a reset. Any thread, any number of times.
         Returns True for the call that began it. Messages not yet handled are dropped.
@@ -487,8 +492,9 @@ cdef class TstSocket:
         return True
 
     def pause(self):
-        """No more messages until resume(): TCP holds the peer back. Any thread; a call that runs already is not
-        stopped."""
+        """No more messages until resume(): TCP holds the peer back. A call that runs already is not stopped. Until
+        resume(), or the next send, nobody notices that the peer has gone, and no deadline for input counts. Any thread.
+        """
         tst_pause(self)
 
     def resume(self):
@@ -645,11 +651,11 @@ cdef void keep_if_large(tst_engine *engine, bytes data) noexcept:
 
 
 cdef ssize_t tst_send(TstSocket sock, const void *data, size_t size) noexcept nogil:
-    return sock.append(<const char *>data, size, NULL, False)
+    return sock.append(<const char *>data if size else &NOWHERE, size, NULL, False)
 
 
 cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noexcept nogil:
-    return sock.append(<const char *>data, size, NULL, True)
+    return sock.append(<const char *>data if size else &NOWHERE, size, NULL, True)
 
 
 cdef int tst_close(TstSocket sock) noexcept nogil:

@@ -12,7 +12,8 @@ class TstStat(enum.IntEnum):
     SUSPEND = 0
     """Wait for the next message. Returning None means the same."""
     RUN = 1
-    """From a handler set on one socket: pass the message, or that it may write, on to the pool's handler."""
+    """From a handler set on one socket: pass the message, or that it may write, on to the pool's handler; of a compiled
+    one that has state for each connection (state_size), to its hooks in Python."""
     SEND = 2
     """Send what `send_data` asks for, then call the handler with EPOLLOUT."""
     RECONNECTED = 3

@@ -426,11 +426,15 @@ cdef class Worker:
                 self.notify(sock, connection.compiled, connection.compiled.disconnected)
             free_state(sock)
             if source.compiled.handler != NULL and make_state(sock, <TstNogilHandler>source.compiled.handler) < 0:
+                log_caused(self.pool, "state", logging.ERROR, "socket %d is closed: no memory for the %d bytes of its "
+                           "handler's state", sock.sd, (<TstNogilHandler>source.compiled.handler).state_size)
                 connection_break(connection, ENOMEM)
                 connection_begin_close(connection)
         connection.compiled = NULL if sock.state_handler is None else &source.compiled
         sock.active = binding
         connection.passed_on = 0           # the handler that was there before has done it
+        if source.compiled.handler == self.pool.binding.compiled.handler:
+            connection.told_pools = False  # it is the connection's handler now, and will hear of its end as such
         # Not a function or a compiled handler: there EPOLLOUT answers need_send or SEND, and nothing else.
         connection.tell_room = connection.compiled == NULL and source.on_writable is not None
         if connection.owes_relief and connection.tell_room:
@@ -482,7 +486,9 @@ cdef class Worker:
         cdef Binding binding
         cdef uint64_t began = self.worker.clock
         cdef uint64_t n = 0
-        while connection_cut(connection):
+        # What its compiled handler has passed on is on its way: a pause() in that handler holds back the next one only.
+        while (tst_rarely(connection.passed_on & PASSED_MESSAGE != 0) and connection_has_message(connection)
+               or connection_cut(connection)):
             binding = self.binding_of(sock)
             if tst_rarely(connection.compiled != NULL) and not connection.passed_on & PASSED_MESSAGE:
                 if not self.run_compiled_messages(sock):
@@ -708,6 +714,7 @@ cdef class Worker:
         cdef Py_buffer view
         cdef int stat = TST_RUN
         if is_for_any_connection(compiled):
+            sock.connection.told_pools = True
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
             with nogil:
                 stat = compiled.received(compiled.handler, <void *>sock, <const char *>view.buf, <size_t>view.len)
@@ -806,6 +813,7 @@ cdef class Worker:
         cdef object hook = self.binding.function if self.binding.function is not None else self.binding.on_writable
         cdef int stat = TST_RUN
         if is_for_any_connection(compiled):
+            sock.connection.told_pools = True
             stat = self.notify(sock, compiled, compiled.writable)
         if stat != TST_RUN:
             return stat
@@ -828,6 +836,9 @@ cdef class Worker:
         connected, connection.connected = connection.connected, False
         if connected and connection.compiled != NULL:
             self.notify(sock, connection.compiled, connection.compiled.disconnected)
+        if connection.told_pools:
+            connection.told_pools = False
+            self.notify(sock, &self.pool.binding.compiled, self.pool.binding.compiled.disconnected)
         if connected and hook is not None:
             result = self.call(sock, binding, hook, reason)
             # Not while the pool stops: nobody would ask the fresh connection to close.

@@ -196,6 +196,43 @@ cdef class PassesOn(TstNogilHandler):
         return TST_SUSPEND
 
 
+cdef bytes outcome(function):
+    try:
+        return repr(function()).encode()
+    except Exception as error:
+        return type(error).__name__.encode()
+
+
+cdef class Hearing(TstNogilHandler):
+    """Has no state for a connection; echoes, asks for `writable`, and counts its calls."""
+    cdef public int connected_calls, received_calls, writable_calls, disconnected_calls
+
+    cdef TstStat connected(self, TstSocket sock) noexcept nogil:
+        self.connected_calls += 1
+        return TST_SUSPEND
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        self.received_calls += 1
+        tst_send_message(sock, data, size)
+        return TST_SUSPEND
+
+    cdef TstStat writable(self, TstSocket sock) noexcept nogil:
+        self.writable_calls += 1
+        return TST_SUSPEND
+
+    cdef void disconnected(self, TstSocket sock) noexcept nogil:
+        self.disconnected_calls += 1
+
+
+cdef class Empty(TstNogilHandler):
+    """Answers with an empty message, which is no memory at all."""
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        tst_send(sock, NULL, 0)
+        tst_send_message(sock, NULL, 0)
+        return TST_SUSPEND
+
+
 cdef class Commands(Counting):
     """The first byte of a message says what is done with it.
 
@@ -205,7 +242,9 @@ cdef class Commands(Counting):
         p  as b, after a message "waiting"   w  as b, but compute meanwhile
         z  sleep 0.15 s, echo it
         q  say "bye" and return TST_DISCONNECT      c  say "closed" and close itself by tst_close()
-        h  tst_pause() itself: a thread calls resume() below
+        h  tst_pause() itself: a thread calls resume() below       H  the same, and pass it on to Python
+        -  return a number that is none of TstStat's, as one does who returns what tst_send() has returned
+        g  say what happens to one that takes the GIL, which it may not, to read or to change the framing
         x  return TST_RECONNECTED, with what new_descriptor is put under the socket's descriptor
     """
     cdef int64_t gate          # atomic: open_gate() was called so often
@@ -239,9 +278,18 @@ cdef class Commands(Counting):
 
     cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
         cdef char command = data[0] if size else 0
-        if command == c"r":
+        if command == c"r" or command == c"H":
             self.state_of(sock)
+            if command == c"H":
+                tst_pause(sock)
             return TST_RUN
+        if command == c"-":
+            return <TstStat><int>-105
+        if command == c"g":
+            with gil:
+                said = b" ".join([outcome(lambda: sock.read()), outcome(lambda: setattr(sock, "framing", None))])
+                sock.send_message(said)
+            return TST_SUSPEND
         if command == c"s" or command == c"n" or command == c"q" or command == c"c" or command == c"x" or (
                 command == c"h"):
             return self.control(sock, command)
