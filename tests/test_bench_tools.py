@@ -283,9 +283,20 @@ def test_runner_refuses_what_was_not_in_flight() -> None:
     assert in_benchmarks(code) == [[None] * 3, complaint.format(880), complaint.format(1150)]
 
 
-@pytest.mark.parametrize("load", ["-s 64", "-s 64 -d 16", "-s 5000 --framing length4", "-s 1000000"])
-def test_generator_detects_one_corrupted_byte(programs: dict[str, Path], load: str) -> None:
-    bad = 123_456  # where in the stream
+@pytest.mark.parametrize(
+    ("load", "bad"),  # where in the stream
+    [
+        ("-s 64", 123_456),
+        ("-s 64 -d 16", 123_456),
+        ("-s 5000 --framing length4", 123_456),
+        ("-s 1000000", 123_456),
+        ("-s 1000000", 2_000_000),  # the first of a message
+        ("-s 300000 --framing length4", 2 * 300_004 + 1),  # in a header
+        ("-s 300000 --framing length4", 2 * 300_004 + 4),  # behind that
+        ("-s 300000 --framing length4", 3 * 300_004 - 1),  # and the last of that message
+    ],
+)
+def test_generator_detects_one_corrupted_byte(programs: dict[str, Path], load: str, bad: int) -> None:
 
     def corrupt(data: bytes, offset: int) -> bytes:
         if not offset <= bad < offset + len(data):
