@@ -190,14 +190,14 @@ cdef struct tst_connection:
     uint8_t lingering          # owner: it is closed, and what still arrives is dropped
     uint8_t linger_for_room    # owner: only until the peer has acknowledged all that was sent; nothing has come since
     uint8_t has_timer          # owner: it is in the wheel, or the wheel has asked for it
+    uint8_t told_pools         # owner: the pool's compiled handler knows it, although it has a handler of its own
+    uint8_t in_received        # owner: a compiled handler is in `received`, and has where the input lies
     uint32_t active_tick       # owner: when something arrived last, or a handler returned
     uint32_t since_tick        # owner: when the unfinished message began, or the closing, or the lingering
     uint8_t tell_room          # owner: a handler has a hook that wants to hear of PRESSURE_GONE
     uint8_t input_first        # owner: the handler was told of its output; what has arrived meanwhile has its turn
     uint8_t owes_relief        # owner: pressure went while nobody knew whether the handler to come wants to hear of it
     uint8_t untouched          # owner: a function was called again for input that it has left unread before
-    uint8_t told_pools         # owner: the pool's compiled handler knows it, although it has a handler of its own
-    uint8_t in_received        # owner: a compiled handler is in `received`, and has where the input lies
     uint32_t pressure          # atomic, written locked: PRESSURE_*
     uint64_t pressed_since     # locked: when that became PRESSURE_HIGH, or was allowed for last; monotonic nanoseconds
     uint32_t output_tick       # atomic, written locked: when the kernel took output last, or began not to
