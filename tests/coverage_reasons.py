@@ -187,7 +187,7 @@ REASONS = {
         "tstpool/__init__.py ": [
             'raise ImportError(f"tstpool runs on Linux only: its engine is built on epoll, which {_sys.platform} does '
             'not have")',
-            'if error.name != "tstpool._core":',
+            'if _error.name != "tstpool._core":',
             "raise",
             "raise ImportError(",
         ],

@@ -178,50 +178,68 @@ cdef class Writing(Defaults):
         return TST_SUSPEND
 
 
-cdef class PassesOn(TstNogilHandler):
-    """Answers each message with much, asks for `writable`, and passes the message on to Python; counts its calls."""
-    cdef public int received_calls
-    cdef public int writable_calls
+cdef class Calls(TstNogilHandler):
+    """Counts its calls; has no state for a connection."""
+    cdef int64_t n_connected, n_received, n_writable, n_disconnected       # atomic
+
+    @property
+    def connected_calls(self):
+        return load(&self.n_connected)
+
+    @property
+    def received_calls(self):
+        return load(&self.n_received)
+
+    @property
+    def writable_calls(self):
+        return load(&self.n_writable)
+
+    @property
+    def disconnected_calls(self):
+        return load(&self.n_disconnected)
+
+
+cdef class PassesOn(Calls):
+    """Answers each message with much, asks for `writable`, and passes the message on to Python."""
 
     cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
         cdef char much[100000]
         memset(much, b"r", sizeof(much))
-        self.received_calls += 1
+        add(&self.n_received, 1)
         tst_send(sock, much, sizeof(much))
         tst_need_send(sock)
         return TST_RUN
 
     cdef TstStat writable(self, TstSocket sock) noexcept nogil:
-        self.writable_calls += 1
+        add(&self.n_writable, 1)
         return TST_SUSPEND
 
 
-cdef bytes outcome(function):
-    try:
-        return repr(function()).encode()
-    except Exception as error:
-        return type(error).__name__.encode()
-
-
-cdef class Hearing(TstNogilHandler):
-    """Has no state for a connection; echoes, asks for `writable`, and counts its calls."""
-    cdef public int connected_calls, received_calls, writable_calls, disconnected_calls
+cdef class Hearing(Calls):
+    """Echoes."""
 
     cdef TstStat connected(self, TstSocket sock) noexcept nogil:
-        self.connected_calls += 1
+        add(&self.n_connected, 1)
         return TST_SUSPEND
 
     cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
-        self.received_calls += 1
+        add(&self.n_received, 1)
         tst_send_message(sock, data, size)
         return TST_SUSPEND
 
     cdef TstStat writable(self, TstSocket sock) noexcept nogil:
-        self.writable_calls += 1
+        add(&self.n_writable, 1)
         return TST_SUSPEND
 
     cdef void disconnected(self, TstSocket sock) noexcept nogil:
-        self.disconnected_calls += 1
+        add(&self.n_disconnected, 1)
+
+
+cdef class Huge(TstNogilHandler):
+    """Wants more state for a connection than there is memory."""
+
+    def __cinit__(self):
+        self.state_size = <size_t>1 << 50
 
 
 cdef class Empty(TstNogilHandler):
@@ -231,6 +249,13 @@ cdef class Empty(TstNogilHandler):
         tst_send(sock, NULL, 0)
         tst_send_message(sock, NULL, 0)
         return TST_SUSPEND
+
+
+cdef bytes outcome(function):
+    try:
+        return repr(function()).encode()
+    except Exception as error:
+        return type(error).__name__.encode()
 
 
 cdef class Commands(Counting):
