@@ -5,12 +5,11 @@ import os
 import select
 import socket
 import ssl
-import struct
 import threading
 
 import pytest
 from contract_helpers import handler, ignore
-from helpers import connect, patient, recv_exact, wait_until
+from helpers import connect, patient, recv_exact, reset, wait_until
 
 from tstpool import TstPool, TstSockType
 
@@ -71,8 +70,7 @@ def test_one_that_was_reset_meanwhile_is_taken_and_told_of(make_pool):
     with listening() as listener:
         client = connect(listener.getsockname())
         accepted, _ = listener.accept()
-    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    accepted.close()
+    reset(accepted)
     with select.epoll() as poll:
         poll.register(client)
         wait_until(lambda: any(events & select.EPOLLHUP for _, events in poll.poll(0)))

@@ -113,20 +113,31 @@ cdef object usual_max_connections():
     return max(1, min(10000, 10000 if soft == resource.RLIM_INFINITY else soft - 32))
 
 
-cdef object with_arity(object function, int least, int most):
-    """Lets a hook take fewer arguments than there are: f(sock) where f(sock, reason) would do."""
-    if not callable(function):
-        raise TypeError(f"not callable: {function!r}")
+cdef object arity_of(object function, object numbers):
+    """The first of these numbers of arguments with which it may be called; -1: with none of them; None: it does not
+    say."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return function
-    for n in range(most, least - 1, -1):
+        return None
+    for n in numbers:
         try:
             signature.bind(*range(n))
         except TypeError:
             continue
-        return function if n == most else lambda *arguments: function(*arguments[:n])
+        return n
+    return -1
+
+
+cdef object with_arity(object function, int least, int most):
+    """Lets a hook take fewer arguments than there are: f(sock) where f(sock, reason) would do."""
+    if not callable(function):
+        raise TypeError(f"not callable: {function!r}")
+    n = arity_of(function, range(most, least - 1, -1))
+    if n is None or n == most:
+        return function
+    if n >= 0:
+        return lambda *arguments: function(*arguments[:n])
     raise TypeError(f"{function!r} must take {least if least == most else f'{least} or {most}'} arguments")
 
 

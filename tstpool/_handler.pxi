@@ -145,15 +145,8 @@ cdef bint logs_slow(Binding binding):
 cdef bint takes_message(object function) except -1:
     """A function of a socket and a message, not of a socket alone, which reads messages itself. Of one that does not
     say what it takes the latter is assumed."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return False
-    for n in (1, 2):
-        try:
-            signature.bind(*range(n))
-        except TypeError:
-            continue
+    n = arity_of(function, (1, 2))
+    if n is None or n > 0:
         return n == 2
     raise TypeError(f"a function that is a handler takes a socket, or a socket and a message: {function!r}")
 

@@ -402,17 +402,13 @@ messages_per_turn=32)
         self.check_not_stopping()
         if timeout is not None:
             nanoseconds(timeout, "timeout")
-        # What is wrong is said before a server is troubled with it.
-        TstSockType(type)
-        if handler is not None:
-            bind(handler, {})
-        if framing is not THE_POOLS:
-            framing_from(framing)
+        # Before a server is troubled with what is wrong.
+        number, binding, used = checked(self, type, handler, framing)
         sock = _net.connected_socket(host, port, timeout)
         try:
             if self.keepalive:
                 _net.keep_alive(sock, self.keepalive)
-            return self.addsocket(sock, type, handler, user_data, framing)
+            return take(self, sock, number, binding, user_data, used)
         except BaseException:
             sock.close()
             raise
@@ -431,9 +427,7 @@ messages_per_turn=32)
         """
         self.check_alive()
         self.check_not_stopping()
-        number = TstSockType(type)
-        binding = None if handler is None else bind(handler, {})
-        used = self.framing if framing is THE_POOLS else framing_from(framing)
+        number, binding, used = checked(self, type, handler, framing)
         if isinstance(sock, socket.socket):
             return take(self, sock, number, binding, user_data, used)
         view = socket.socket(fileno=operator.index(sock))
@@ -1249,6 +1243,12 @@ cdef void close_once(int *fd) noexcept:
     if fd[0] >= 0:
         close(fd[0])
     fd[0] = -1
+
+
+cdef tuple checked(TstPool pool, object type, object handler, object framing):
+    """The type, the binding and the framing that take() wants, from what a user gave."""
+    return (TstSockType(type), None if handler is None else bind(handler, {}),
+            pool.framing if framing is THE_POOLS else framing_from(framing))
 
 
 cdef object take(TstPool pool, object sock, object type, object binding, object user_data, Framing framing):
