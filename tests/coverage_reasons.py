@@ -163,7 +163,6 @@ REASONS = {
         "tstpool/_workers.pxi tick_scale": ["return 0"],
     },
     "Room for hooks to come: nobody calls them, and a module that knows one of them brings its own.": {
-        "tstpool/_handler.pxi TstNogilHandler._reserved_0": ["cdef void _reserved_0(self) noexcept nogil:"],
         "tstpool/_handler.pxi TstNogilHandler._reserved_1": ["cdef void _reserved_1(self) noexcept nogil:"],
         "tstpool/_handler.pxi TstNogilHandler._reserved_2": ["cdef void _reserved_2(self) noexcept nogil:"],
         "tstpool/_handler.pxi TstNogilHandler._reserved_3": ["cdef void _reserved_3(self) noexcept nogil:"],

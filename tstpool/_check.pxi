@@ -10,7 +10,7 @@ cdef int check(ssize_t result, str what) except -1:
     if result >= 0:
         return 0
     if result == -ENOTCONN:
-        raise ConnectionClosed("the socket is closed")
+        raise ConnectionClosed("the socket is closed, or send_eof() was called")
     if result == -ENOMEM:
         raise MemoryError(what)
     if result == -EINVAL:

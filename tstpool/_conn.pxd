@@ -102,6 +102,11 @@ cdef enum:
     PRESSURE_HIGH = 1          # more than high_water waits: no more messages are handed out meanwhile (auto_pause)
     PRESSURE_GONE = 2          # it has fallen to low_water since; the owner is to hear of it
 
+# The end of input: the peer has finished sending, and may still read.
+cdef enum:
+    HEARS_END = 1              # its handler has a hook that wants to hear of it, and then says how to go on
+    HEARD_END = 2              # that one was called
+
 cdef enum:
     OVERFLOW_REFUSE = 0        # send() fails
     OVERFLOW_CLOSE = 1         # the connection ends
@@ -135,6 +140,7 @@ cdef struct tst_compiled:
     tst_notified connected
     tst_received received
     tst_notified writable
+    tst_notified eof
     tst_notified disconnected
 
 
@@ -164,6 +170,7 @@ cdef struct tst_connection:
     uint8_t retired            # locked: the owner has let go for ever
     uint8_t aborted            # locked: the peer is to get a reset
     uint8_t urgent_off         # locked, written by the owner: EPOLLPRI is not asked for, see connection_mutes_urgent
+    uint8_t out_ended          # locked: out_closed is send_eof()'s doing; the peer is told, and the connection goes on
     uint32_t out_error         # atomic, written locked: errno of the send that failed
     uint32_t armed             # locked: the event mask that the kernel holds
     tst_queue out              # locked
@@ -192,6 +199,7 @@ cdef struct tst_connection:
     uint8_t has_timer          # owner: it is in the wheel, or the wheel has asked for it
     uint8_t told_pools         # owner: the pool's compiled handler knows it, although it has a handler of its own
     uint8_t in_received        # owner: a compiled handler is in `received`, and has where the input lies
+    uint8_t hears_end          # owner: HEARS_*
     uint32_t active_tick       # owner: when something arrived last, or a handler returned
     uint32_t since_tick        # owner: when the unfinished message began, or the closing, or the lingering
     uint8_t tell_room          # owner: a handler has a hook that wants to hear of PRESSURE_GONE
@@ -603,17 +611,23 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     return result
 
 
-cdef inline int connection_close_output(tst_connection *connection, uint32_t generation) noexcept nogil:
-    """No output is accepted from here on. 1: this call closed it, 0: it was closed already, GONE."""
-    cdef int result
+cdef inline int connection_close_output(tst_connection *connection, uint32_t generation, bint end) noexcept nogil:
+    """No output is accepted from here on; with `end` for send_eof(), else for a close. Any thread. 1: this call is the
+    first to want that, 0: it is closed, or ended, already, GONE."""
+    cdef int result = GONE
     spin_lock(&connection.lock)
-    if not connection_is(connection, generation):
-        result = GONE
-    else:
-        result = not connection.out_closed
-        connection.out_closed = True
+    if connection_is(connection, generation):
+        result = not connection.out_closed or (connection.out_ended and not end)
+        if result:
+            connection.out_closed = True
+            connection.out_ended = end
     spin_unlock(&connection.lock)
     return result
+
+
+cdef inline bint connection_is_closing(tst_connection *connection) noexcept nogil:
+    """It takes no output, and not because of send_eof(). Lock held."""
+    return connection.out_closed and not connection.out_ended
 
 
 cdef inline tst_data *connection_recv(tst_connection *connection) noexcept nogil:

@@ -41,6 +41,10 @@ cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noe
 # Closes the connection once what is queued has been sent. 1: this call began it, 0: it was closing already.
 cdef int tst_close(TstSocket sock) noexcept nogil
 
+# Tells the peer that nothing more comes, once it has what is queued; its messages come as before. The connection closes
+# when the peer has finished sending, too. 1: this call began it, 0: it had ended, or was closing, already.
+cdef int tst_send_eof(TstSocket sock) noexcept nogil
+
 # Has the handler's `writable` called as soon as the kernel takes output for it: all that was queued has gone out then.
 cdef int tst_need_send(TstSocket sock) noexcept nogil
 
@@ -161,8 +165,10 @@ cdef class TstNogilHandler(TstHandler):
     cdef void disconnected(self, TstSocket sock) noexcept nogil
     # The last use of a connection's state: free what it points to, not the state itself. Once for each state.
     cdef void release(self, void *state) noexcept nogil
+    # The peer has finished sending, and all its messages have been handled. TST_DISCONNECT closes the connection,
+    # TST_SUSPEND keeps it: it may send on, until tst_close or tst_send_eof. TST_RUN: on_eof; without one it closes.
+    cdef TstStat eof(self, TstSocket sock) noexcept nogil
     # Room for hooks to come: a subclass that was compiled before them keeps working.
-    cdef void _reserved_0(self) noexcept nogil
     cdef void _reserved_1(self) noexcept nogil
     cdef void _reserved_2(self) noexcept nogil
     cdef void _reserved_3(self) noexcept nogil
@@ -179,6 +185,7 @@ cdef class Binding:
     cdef object on_connect                 # each is None unless overridden
     cdef object on_message
     cdef object on_writable
+    cdef object on_eof
     cdef object on_disconnect
     cdef object on_idle
     cdef object on_slow

@@ -20,11 +20,12 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tstpool._collect cimport connection_settle_in, keep_peer
 from tstpool._conn cimport (
-    GONE, OVERFLOW_BLOCK, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE, PEND_ARM, PEND_CLOSE,
-    PEND_CONNECT, PEND_IN, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK, TABLE_CHUNKS, TYPE_LISTEN,
-    connection_append, connection_close_output, connection_id, connection_is, connection_mark, connection_owe_relief,
-    connection_recv, connection_send, connection_takes_messages, generation_of, output_drop, output_take_next,
-    table_chunk, table_find, table_open, tst_compiled, tst_connection, tst_limits, tst_notified, word_is)
+    GONE, HEARD_END, HEARS_END, OVERFLOW_BLOCK, OVERFLOW_CLOSE, OVERFLOW_REFUSE, PASSED_MESSAGE, PASSED_WRITABLE,
+    PEND_ARM, PEND_CLOSE, PEND_CONNECT, PEND_IN, PEND_OUT, STATE_OPEN, STATE_PAUSED, STATE_QUEUED, TABLE_CHUNK,
+    TABLE_CHUNKS, TYPE_LISTEN, connection_append, connection_close_output, connection_id, connection_is,
+    connection_is_closing, connection_mark, connection_owe_relief, connection_recv, connection_send,
+    connection_takes_messages, generation_of, output_drop, output_take_next, table_chunk, table_find, table_open,
+    tst_compiled, tst_connection, tst_limits, tst_notified, word_is)
 from tstpool._data cimport (
     data_hold, data_make, data_read, data_request, data_resize, data_set_done, data_set_unread, data_unpin,
     input_consume, input_free, input_is_stored, input_keep, input_unread, tst_data, tst_input)
@@ -49,17 +50,17 @@ from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
     TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_flush, connection_is_stuck,
-    sys_control, sys_prepare, sys_recv, sys_unread, sys_wake)
+    connection_shut, sys_control, sys_prepare, sys_recv, sys_unread, sys_wake)
 from tstpool._queue cimport (
     BLOCKS_LEAST, BLOCKS_MOST, SHARE_LEAST, queue_headed, queue_join, queue_size, shared_leave, shared_new, stock_free,
     stock_free_blocks, stock_has_litter, stock_take_litter, tst_shared, tst_stock)
 from tstpool._run cimport (
     RUN_TIME, message_at_hand, run_messages, worker_enter, worker_goes_on, worker_job, worker_leave)
 from tstpool._shard cimport (
-    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING,
-    ID_ALARM, ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get, batch_leave,
-    connection_ask_relief, entry_detach, entry_move, scratch_leave, shard_ask, shard_enter_running, shard_leave_running,
-    shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
+    DO_BODY, DO_CONNECT, DO_DISCONNECT, DO_EOF, DO_RELIEF, DO_RETIRE, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN,
+    ENTRY_RUNNING, ID_ALARM, ID_WAKE, PHASE_DRAINING, PHASE_RUNNING, PHASE_STOPPED, batch_detach, batch_get,
+    batch_leave, connection_ask_relief, entry_detach, entry_move, scratch_leave, shard_ask, shard_enter_running,
+    shard_leave_running, shard_push, token_held, tst_batch, tst_engine, tst_entry, tst_scratch, tst_shard, tst_worker)
 from tstpool._stats cimport GROUP_MOST, LONG_GROUP, NANOSECOND, clock_now, count, tick_now, tst_stats, tst_ticks
 from tstpool._timer cimport (
     DEADLINE_CLOSE, DEADLINE_FIRST_BYTE, DEADLINE_IDLE, DEADLINE_LINGER, DEADLINE_MESSAGE, DEADLINE_WRITE, TICK_BITS,

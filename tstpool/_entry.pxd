@@ -7,31 +7,32 @@
 
 `_collect.pxd` makes the entries, `_run.pxd` and `_worker.pxi` run their handlers.
 """
-from libc.errno cimport EAGAIN, ECONNABORTED, EIO, ENOBUFS, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, ECONNABORTED, EIO, ENOBUFS, ENOMEM, EPIPE, ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tstpool._conn cimport (
-    PEND_CLOSE, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED, STATE_OPEN, STATE_OWNED,
-    STATE_PAUSED, TYPE_SUB, connection_is, connection_is_paused, connection_is_pressed, connection_mark,
-    connection_recv, connection_release, connection_send, connection_takes_messages, connection_wants_input,
-    generation_of, output_account, output_drop, output_is_full, tst_connection, tst_limits)
+    HEARD_END, HEARS_END, PEND_CLOSE, PEND_IN, PEND_OUT, PEND_TIMER, PRESSURE_GONE, PRESSURE_NONE, STATE_DETACHED,
+    STATE_OPEN, STATE_OWNED, STATE_PAUSED, TYPE_SUB, connection_is, connection_is_closing, connection_is_paused,
+    connection_is_pressed, connection_mark, connection_recv, connection_release, connection_send,
+    connection_takes_messages, connection_wants_input, generation_of, output_account, output_drop, output_is_full,
+    tst_connection, tst_limits)
 from tstpool._data cimport (
     data_begun, data_complete, data_fill, data_make, data_pin, data_request, data_requested, data_unpin, input_consume,
     input_free, input_is_stored, input_keep, input_reserve, tst_data)
 from tstpool._frame cimport FRAME_DELIMITED, FRAME_LENGTH, frame_next, framing_cuts, tst_framing
 from tstpool._libc cimport (
-    ACQUIRE, EPOLLPRI, EPOLL_CTL_DEL, F_GETFL, F_SETFL, OUTQ_UNSENT, O_NONBLOCK, RELAXED, SEQ_CST, SHUT_WR, add64,
-    compare_exchange64, fcntl, load32, load64, sched_yield, shutdown, store32, tst_rarely, tst_usually)
+    ACQUIRE, EPOLLERR, EPOLLHUP, EPOLLPRI, EPOLL_CTL_DEL, F_GETFL, F_SETFL, OUTQ_UNSENT, O_NONBLOCK, RELAXED, SEQ_CST,
+    SHUT_WR, add64, compare_exchange64, fcntl, load32, load64, sched_yield, shutdown, store32, tst_rarely, tst_usually)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._poll cimport (
     OUTPUT_LOOKS, TRIGGER_EDGE, TRIGGER_LEVEL, connection_arm, connection_deafened, connection_drop_body,
     connection_flush, connection_input_mask, connection_is_stuck, connection_mutes_urgent, connection_retire,
-    connection_silence, flush_once, flush_result, sys_control, sys_holds, sys_prepare, sys_recv, sys_reset_on_close,
-    sys_unread, sys_writable)
+    connection_silence, flush_once, flush_result, sys_control, sys_error, sys_holds, sys_prepare, sys_recv,
+    sys_reset_on_close, sys_unread, sys_writable)
 from tstpool._queue cimport block_new, queue_append, queue_size, tst_shared
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
+    DO_DISCONNECT, DO_EOF, DO_INPUT, DO_RETIRE, ENTRY_DONE, ENTRY_QUEUED, ENTRY_RAN, connection_ask_relief, entry_move,
     shard_ask, shard_drop_timer, shard_push, shard_set_timer, tst_batch, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport clock_now, count
 from tstpool._timer cimport (
@@ -391,6 +392,7 @@ cdef inline void connection_cut_output(tst_connection *connection) noexcept nogi
     if not connection.flushing:
         flush_result(connection, 0, 0)
     connection.out_closed = True
+    connection.out_ended = False
 
 
 cdef inline void connection_wait_for_flusher(tst_connection *connection) noexcept nogil:
@@ -415,7 +417,7 @@ cdef inline int connection_abort(tst_connection *connection, uint32_t generation
     cdef int ended = ABORT_NOTHING
     spin_lock(&connection.lock)
     if connection_is(connection, generation):
-        if not connection.out_closed:
+        if not connection_is_closing(connection):
             ended = ABORT_OPEN
         elif reason != ENOBUFS:
             ended = ABORT_CLOSED
@@ -428,6 +430,19 @@ cdef inline int connection_abort(tst_connection *connection, uint32_t generation
         connection_cut_output(connection)
     spin_unlock(&connection.lock)
     return ended
+
+
+cdef inline void connection_look_for_reset(tst_connection *connection) noexcept nogil:
+    """The peer has finished sending long ago, so that no receive will tell that it has gone altogether: the kernel has
+    reported that, perhaps. Owner only."""
+    cdef uint32_t events = load32(&connection.events, RELAXED)
+    cdef int error = 0
+    if events & (EPOLLERR | EPOLLHUP):
+        error = sys_error(connection.fd)
+    if error == 0 and events & EPOLLHUP and not connection_has_ended(connection):
+        error = EPIPE                      # a unix socket's peer has closed: there is no error, but nobody to send to
+    if error:
+        connection_break(connection, error)
 
 
 cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_worker *worker, bint event,
@@ -443,6 +458,8 @@ cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_wo
         connection_break(connection, broken)       # nobody will make room for what may still be there
         return
     if tst_rarely(not connection_wants_input(connection)) or tst_rarely(connection_input_full(connection)):
+        if connection.hears_end & HEARD_END and not connection.closing:
+            connection_look_for_reset(connection)
         if event:
             connection.readable = True     # an edge will not be reported twice
             if connection.trigger == TRIGGER_LEVEL:
@@ -560,6 +577,7 @@ cdef inline void connection_begin_close(tst_connection *connection) noexcept nog
     connection.message_ready = connection.hold_input = connection.call_writable = connection.ask_writable = False
     spin_lock(&connection.lock)
     connection.out_closed = True
+    connection.out_ended = False           # close() tells the peer
     connection.kernel_holds = 0            # that look was for another deadline
     spin_unlock(&connection.lock)
     if connection.reason == 0:
@@ -575,6 +593,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     connection_forget_frame(connection)
     connection.close_noted = connection.unfinished = connection.heard = False
     connection.passed_on = 0
+    connection.hears_end &= ~HEARD_END
     connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
     connection.call_writable = connection.ask_writable = False
     connection.reason = 0
@@ -585,7 +604,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
         sys_reset_on_close(connection.fd, False)
     sys_control(connection.epoll_fd, EPOLL_CTL_DEL, connection.fd, 0, 0)   # dup2 has done it already, most of the time
     connection.registered = connection.want_room = connection.urgent_off = False
-    connection.out_closed = connection.out_drop = connection.aborted = False
+    connection.out_closed = connection.out_ended = connection.out_drop = connection.aborted = False
     connection.armed = connection.kernel_holds = 0
     store32(&connection.out_error, 0, RELAXED)
     spin_unlock(&connection.lock)
@@ -623,6 +642,15 @@ cdef inline void connection_apply(tst_connection *connection, tst_worker *worker
                 count(&worker.stats.spins, 1)
 
 
+cdef inline bint connection_has_ended(tst_connection *connection) noexcept nogil:
+    """send_eof() was called."""
+    cdef bint ended
+    spin_lock(&connection.lock)
+    ended = connection.out_ended
+    spin_unlock(&connection.lock)
+    return ended
+
+
 cdef inline bint connection_is_empty(tst_connection *connection) noexcept nogil:
     """Nothing that has arrived is left, and there is no transfer. Owner only."""
     return (connection.input.size == 0 and tst_usually(connection.body == NULL)
@@ -634,11 +662,24 @@ cdef inline bint connection_tells_room(tst_connection *connection) noexcept nogi
     return connection.tell_room or load32(&connection.rebind, RELAXED) != 0
 
 
+cdef inline bint connection_owes_end(tst_connection *connection) noexcept nogil:
+    """The peer has finished sending, and its handler wants to hear of that, after the last message. Owner only."""
+    if not connection.end_of_input or connection.reason or load32(&connection.out_error, RELAXED):
+        return False
+    return not connection.hears_end & HEARD_END and (
+        connection.hears_end & HEARS_END or load32(&connection.rebind, RELAXED))
+
+
 cdef inline bint connection_is_to_go_on(tst_connection *connection) noexcept nogil:
-    """The peer has finished sending, and reads; its handler has not finished: it has paused the connection, to answer
-    later, or waits to hear that there is room for more output. Owner only."""
+    """The peer has finished sending, and reads; its handler has not finished. If it wants to hear of that it decides,
+    once it has. Else it has paused the connection, to answer later, or waits to hear that there is room for more
+    output. Owner only."""
     if connection.reason or load32(&connection.out_error, RELAXED):
         return False
+    if connection.hears_end & HEARD_END:
+        return not connection_has_ended(connection)
+    if connection_owes_end(connection):
+        return True
     if connection.ask_writable or load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_OUT):
         return True
     return connection_tells_room(connection) and load32(&connection.pressure, RELAXED) != PRESSURE_NONE
@@ -649,7 +690,7 @@ cdef inline bint connection_is_over(tst_connection *connection, bint takes) noex
     connection_takes_messages has said; if it was no, what is there is for later. Owner only."""
     if not connection.end_of_input or connection.hold_input or connection.closing or connection_is_to_go_on(connection):
         return False
-    return takes or not (connection.message_ready or connection.input.size)
+    return takes or connection.hears_end & HEARD_END or not (connection.message_ready or connection.input.size)
 
 
 cdef inline bint connection_has_nothing_due(tst_connection *connection) noexcept nogil:
@@ -668,6 +709,8 @@ cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     cdef bint takes = connection_takes_messages(connection)
     if takes and connection_cut_next(connection):
         return DO_INPUT
+    if takes and connection_owes_end(connection):
+        return DO_EOF
     if connection_is_over(connection, takes):
         connection_begin_close(connection)
     if connection.closing and not connection.lingering and connection_drained(connection):
@@ -883,7 +926,7 @@ cdef inline uint64_t entry_left_over(tst_connection *connection, int waiting) no
         return PEND_IN                     # read what had arrived before it broke, then end it, or hold it
     if connection.closing:
         return PEND_CLOSE if waiting <= 0 and connection_drained(connection) else 0
-    if connection.message_ready and connection_takes_messages(connection):
+    if (connection.message_ready or connection_owes_end(connection)) and connection_takes_messages(connection):
         return PEND_IN
     if connection.call_writable and waiting == 0:
         return PEND_IN

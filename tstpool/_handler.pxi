@@ -16,13 +16,21 @@ cdef class TstHandler:
         framing, whatever has arrived. Returning bytes (a bytearray, a memoryview, `data` itself) sends them as one
         message; a number that is no TstStat, such as the count that send() returns, is an error.
 
-        A peer that has finished sending is let go when its messages are handled and what was queued is sent. Who is to
-        answer later, from another thread, calls sock.pause() here, and sock.resume() once that is sent."""
+        A peer that has finished sending is let go when its messages are handled and what was queued is sent,
+        unless there is an on_eof. Who is to answer later, from another thread, and has none calls sock.pause() here,
+        and sock.resume() once that is sent."""
 
     def on_writable(self, sock):
         """need_send() was asked for and the kernel takes output; a TstStat.SEND has been handed to it whole; or, of a
         socket for which more than high_water had waited, no more than low_water still does. Of a TstNogilHandler it is
         not called for the last of these: tst_need_send() asks for it."""
+
+    def on_eof(self, sock):
+        """The peer has finished sending; all its messages have been handled. It may still read.
+
+        Whoever overrides this keeps the connection open: it sends for as long as it likes, and ends it with
+        sock.close() or sock.send_eof(); on_disconnect follows. TstStat.DISCONNECT closes it, which is what happens
+        without this hook. What came of a message that did not become whole is there for sock.read()."""
 
     def on_disconnect(self, sock, reason):
         """The connection is over; called once for each on_connect that accepted, or raised. reason: None when the peer
@@ -75,8 +83,8 @@ cdef class TstNogilHandler(TstHandler):
     cdef void release(self, void *state) noexcept nogil:
         pass
 
-    cdef void _reserved_0(self) noexcept nogil:
-        pass
+    cdef TstStat eof(self, TstSocket sock) noexcept nogil:
+        return TST_RUN
 
     cdef void _reserved_1(self) noexcept nogil:
         pass
@@ -114,13 +122,17 @@ cdef int call_writable(void *handler, void *sock) noexcept nogil:
     return (<TstNogilHandler>handler).writable(<TstSocket>sock)
 
 
+cdef int call_eof(void *handler, void *sock) noexcept nogil:
+    return (<TstNogilHandler>handler).eof(<TstSocket>sock)
+
+
 cdef int call_disconnected(void *handler, void *sock) noexcept nogil:
     (<TstNogilHandler>handler).disconnected(<TstSocket>sock)
     return 0
 
 
-cdef tuple HOOKS = ("on_connect", "on_message", "on_writable", "on_disconnect", "on_idle", "on_slow", "on_error",
-                    "on_most_elapsed")
+cdef tuple HOOKS = ("on_connect", "on_message", "on_writable", "on_eof", "on_disconnect", "on_idle", "on_slow",
+                    "on_error", "on_most_elapsed")
 
 
 @cython.final
@@ -169,6 +181,7 @@ cdef Binding bind(object handler, dict hooks):
     binding.on_connect = found["on_connect"]
     binding.on_message = found["on_message"] if on_message is None else on_message
     binding.on_writable = found["on_writable"]
+    binding.on_eof = found["on_eof"]
     binding.on_disconnect = found["on_disconnect"]
     binding.on_idle = found["on_idle"]
     binding.on_slow = found["on_slow"]
@@ -179,6 +192,7 @@ cdef Binding bind(object handler, dict hooks):
         binding.compiled.connected = call_connected
         binding.compiled.received = call_received
         binding.compiled.writable = call_writable
+        binding.compiled.eof = call_eof
         binding.compiled.disconnected = call_disconnected
     return binding
 

@@ -65,6 +65,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int SO_OOBINLINE
     int SHUT_RDWR
     int SHUT_WR
+    int SO_ERROR
     int SO_LINGER
     cdef struct linger:
         int l_onoff
@@ -80,6 +81,7 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int setsockopt(int fd, int level, int name, const void *value, socklen_t size)
+    int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
     int shutdown(int fd, int how)
 
 

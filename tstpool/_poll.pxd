@@ -29,17 +29,17 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from tstpool._conn cimport (
-    PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is, generation_of,
+    HEARD_END, PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is, generation_of,
     output_account, output_drop, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._fork cimport descriptor_moved, descriptor_moves
 from tstpool._libc cimport (
     ACQUIRE, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, OUTQ, POLLOUT, RELAXED, RELEASE, SEQ_CST,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4, close,
-    compare_exchange64, epoll_ctl, epoll_event, epoll_wait, ioctl, iovec, itimerspec, linger, load32, load64, msghdr,
-    poll, pollfd, read, recv, send, sendmsg, setsockopt, sockaddr, socklen_t, store32, store64, sub32,
-    timerfd_settime, tst_rarely, tst_usually, write)
+    EPOLL_CTL_MOD, FIONREAD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, OUTQ, POLLOUT, RELAXED, RELEASE, SEQ_CST, SHUT_WR,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, SO_ERROR, SO_LINGER, SO_OOBINLINE, TCP_NODELAY, TFD_TIMER_ABSTIME, accept4,
+    close, compare_exchange64, epoll_ctl, epoll_event, epoll_wait, getsockopt, ioctl, iovec, itimerspec, linger, load32,
+    load64, msghdr, poll, pollfd, read, recv, send, sendmsg, setsockopt, shutdown, sockaddr, socklen_t, store32,
+    store64, sub32, timerfd_settime, tst_rarely, tst_usually, write)
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._queue cimport QUEUE_PIECES, queue_consume, queue_pieces, queue_settle, queue_size, shared_leave
 from tstpool._stats cimport NANOSECOND, count, tst_stats
@@ -148,6 +148,13 @@ cdef inline uint32_t sys_holds(int fd, unsigned long what) noexcept nogil:
     return sys_count(fd, what)
 
 
+cdef inline int sys_error(int fd) noexcept nogil:
+    """The errno that the socket has noted for whoever asks next; 0: none."""
+    cdef int error = 0
+    cdef socklen_t size = sizeof(error)
+    return error if getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 else errno
+
+
 cdef inline void sys_reset_on_close(int fd, bint yes) noexcept nogil:
     """close() will tell the peer with a reset, and forget what the kernel has not sent yet; or, after all, not."""
     cdef linger now
@@ -235,6 +242,9 @@ cdef inline int connection_arm(tst_connection *connection, bint want_in, tst_sta
     cdef uint32_t wanted = connection_input_mask(connection) if want_in else 0
     cdef uint32_t harmful = EPOLLOUT | (EPOLLPRI if connection.urgent_off else 0)
     wanted |= output_mask(connection)
+    if tst_rarely(wanted == 0) and connection.trigger == TRIGGER_ONESHOT and connection.hears_end & HEARD_END:
+        # It only sends from here on: that it breaks is reported under any mask, unless an event has disabled that.
+        return connection_control(connection, EPOLLONESHOT, stats)
     if wanted & ~connection.armed == 0 and not connection.armed & ~wanted & harmful:
         if connection.registered:
             return 0
@@ -269,6 +279,12 @@ cdef inline void connection_fired(tst_connection *connection, uint32_t events) n
 
 # ------------------------------------------------------------------------------------------------- output
 
+cdef inline void connection_shut(tst_connection *connection) noexcept nogil:
+    """After send_eof(): tells the peer that nothing more comes, once it has all. Lock held."""
+    if queue_size(&connection.out) == 0:
+        shutdown(connection.fd, SHUT_WR)   # it fails for one that has broken, which is noticed elsewhere
+
+
 cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t total) noexcept nogil:
     """Enters what the kernel said to one send of `total` bytes. Lock held."""
     if tst_usually(sent >= 0):
@@ -286,10 +302,12 @@ cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t t
         if connection.aborted:
             sys_reset_on_close(connection.fd, True)
         connection.out_closed = True
-        connection.out_drop = False
+        connection.out_ended = connection.out_drop = False
         output_drop(connection)
     else:
         output_account(connection)
+        if tst_rarely(connection.out_ended != 0):
+            connection_shut(connection)
 
 
 cdef inline int flush_state(tst_connection *connection) noexcept nogil:

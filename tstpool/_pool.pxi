@@ -938,7 +938,8 @@ messages_per_turn=32)
 
     def need_send(self, sock_or_sd):
         """Asks that a worker call the socket's handler with EPOLLOUT, as soon as the kernel takes output for it; what
-        its `send_data` asks for is sent first. Returns False when the connection is gone or closing."""
+        its `send_data` asks for is sent first. Returns False when the connection is gone, is closing or has ended its
+        output."""
         cdef uint32_t generation = 0
         cdef tst_connection *connection = self.find(sock_or_sd, &generation)
         return connection != NULL and connection_need_send(connection, generation) == 0
@@ -947,7 +948,7 @@ messages_per_turn=32)
         """Closes a connection, as TstSocket.close(). Returns True for the call that began it."""
         cdef uint32_t generation = 0
         cdef tst_connection *connection = self.find(sock_or_sd, &generation)
-        if connection == NULL or connection_close_output(connection, generation) != 1:
+        if connection == NULL or connection_close_output(connection, generation, False) != 1:
             return False
         shard_ask(connection, generation, PEND_CLOSE)
         return True

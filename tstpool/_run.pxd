@@ -26,8 +26,8 @@ from tstpool._libc cimport (
     ACQUIRE, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, RELAXED, RELEASE, load32, load64, store32, store64, tst_rarely)
 from tstpool._queue cimport shared_leave, tst_shared
 from tstpool._shard cimport (
-    DO_DISCONNECT, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, entry_detach, entry_move, shard_enter_running,
-    shard_leave_running, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
+    DO_DISCONNECT, DO_EOF, DO_WRITABLE, ENTRY_QUEUED, ENTRY_RAN, ENTRY_RUNNING, entry_detach, entry_move,
+    shard_enter_running, shard_leave_running, token_held, tst_batch, tst_engine, tst_entry, tst_shard, tst_worker)
 from tstpool._stats cimport QUICK_CALL, count, stats_job, tick_now
 
 cdef enum:
@@ -226,7 +226,7 @@ cdef inline bint run_compiled(tst_engine *engine, tst_worker *worker, tst_entry 
     if (tst_rarely(connection.passed_on & PASSED_MESSAGE != 0) or tst_rarely(run_messages(engine, worker, connection))
             or tst_rarely(connection.report != 0)):
         return True
-    if tst_rarely(not connection_has_nothing_due(connection)) and connection_due(connection) & DO_DISCONNECT:
+    if tst_rarely(not connection_has_nothing_due(connection)) and connection_due(connection) & (DO_DISCONNECT | DO_EOF):
         return True
     connection_keep_input(connection)
     return False

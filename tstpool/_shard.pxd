@@ -72,6 +72,7 @@ cdef enum:
     DO_RETIRE = 16             # the handlers are through with it: free it
     DO_BODY = 32               # make the bytes object that a long message is to be received into
     DO_RELIEF = 64             # beside DO_WRITABLE: only because pressure is gone, which a function does not hear of
+    DO_EOF = 128               # run on_eof
 
 cdef enum:
     SLEEPING_NOT = 0
@@ -322,7 +323,7 @@ cdef inline tst_entry *batch_add(tst_batch *batch, tst_connection *connection, u
     entry.connection = connection
     entry.generation = generation_of(load64(&connection.state, RELAXED))
     entry.what = what
-    entry.compiled = (connection.compiled != NULL and not what & (DO_CONNECT | DO_DISCONNECT | DO_BODY)
+    entry.compiled = (connection.compiled != NULL and not what & (DO_CONNECT | DO_DISCONNECT | DO_BODY | DO_EOF)
                       and tst_usually(not load32(&connection.rebind, ACQUIRE)))
     store32(&entry.state, ENTRY_QUEUED if what else ENTRY_RAN, RELEASE)
     batch.n_entries += 1

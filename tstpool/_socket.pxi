@@ -180,7 +180,7 @@ cdef class TstSocket:
         """True from the moment a close was asked for, by anybody."""
         cdef bint result
         spin_lock(&self.connection.lock)
-        result = self.connection.out_closed or not connection_is(self.connection, self.generation())
+        result = connection_is_closing(self.connection) or not connection_is(self.connection, self.generation())
         spin_unlock(&self.connection.lock)
         return result
 
@@ -486,10 +486,20 @@ cdef class TstSocket:
             if aborted:
                 shard_ask(self.connection, self.generation(), PEND_CLOSE)
             return aborted == ABORT_OPEN
-        if connection_close_output(self.connection, self.generation()) != 1:
+        if connection_close_output(self.connection, self.generation(), False) != 1:
             return False
         shard_ask(self.connection, self.generation(), PEND_CLOSE)
         return True
+
+    def send_eof(self):
+        """Tells the peer that nothing more comes, once it has what is queued; its messages go on coming. When it has
+        finished sending, too, or had before, the connection closes.
+
+        send() raises ConnectionClosed from here on. Any thread, any number of times. Returns True for the call that
+        began it, False when output had ended already or the socket is closed.
+        """
+        self.pool.check_alive()
+        return tst_send_eof(self) == 1
 
     def pause(self):
         """No more messages until resume(): TCP holds the peer back. A call that runs already is not stopped. Until
@@ -659,11 +669,24 @@ cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noe
 
 
 cdef int tst_close(TstSocket sock) noexcept nogil:
-    cdef int began = connection_close_output(sock.connection, sock.generation())
+    cdef int began = connection_close_output(sock.connection, sock.generation(), False)
     if began == GONE:
         return -ENOTCONN
     if began:
         shard_ask(sock.connection, sock.generation(), PEND_CLOSE)
+    return began
+
+
+cdef int tst_send_eof(TstSocket sock) noexcept nogil:
+    cdef int began = connection_close_output(sock.connection, sock.generation(), True)
+    if began == GONE:
+        return -ENOTCONN
+    if began:
+        spin_lock(&sock.connection.lock)
+        if connection_is(sock.connection, sock.generation()) and not sock.connection.flushing:
+            connection_shut(sock.connection)
+        spin_unlock(&sock.connection.lock)
+        shard_ask(sock.connection, sock.generation(), PEND_IN)     # the peer may have finished before
     return began
 
 

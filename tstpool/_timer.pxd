@@ -25,7 +25,7 @@ deadline that is nearer than the timer moves it at once.
 """
 from libc.stdint cimport uint32_t, uint64_t
 
-from tstpool._conn cimport NO_TIMER, TYPE_SUB, tst_connection, tst_limits
+from tstpool._conn cimport HEARD_END, NO_TIMER, TYPE_SUB, tst_connection, tst_limits
 from tstpool._libc cimport RELAXED, load32
 
 cdef enum:
@@ -215,6 +215,8 @@ cdef inline int connection_deadline(const tst_connection *connection, bint waits
         deadline_add(&kind, due, DEADLINE_WRITE, sent, limits.write)
     elif connection.ask_writable:          # its handler has more, and the kernel no room
         deadline_add(&kind, due, DEADLINE_WRITE, tick_later(sent, connection.active_tick), limits.write)
+    if connection.type == TYPE_SUB and connection.hears_end & HEARD_END and not waits:
+        deadline_add(&kind, due, DEADLINE_IDLE, tick_later(sent, connection.active_tick), limits.idle)
     if connection.type != TYPE_SUB or not wants_input:
         return kind
     if connection.unfinished:

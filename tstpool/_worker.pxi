@@ -374,6 +374,9 @@ cdef class Worker:
             if tst_rarely(connection.owes_relief):
                 self.binding_of(sock)          # the one that was assigned is to be told now, if that message is through
             due = connection_due(connection)
+            if tst_rarely(due & DO_EOF != 0):
+                self.eof(sock)
+                due = connection_due(connection)
         elif connection.closing:
             due = connection_due(connection)
         if self.pool.dead:
@@ -435,6 +438,9 @@ cdef class Worker:
         connection.passed_on = 0           # the handler that was there before has done it
         if source.compiled.handler == self.pool.binding.compiled.handler:
             connection.told_pools = False  # it is the connection's handler now, and will hear of its end as such
+        connection.hears_end &= HEARD_END
+        if connection.compiled != NULL or source.on_eof is not None:
+            connection.hears_end |= HEARS_END
         # Not a function or a compiled handler: there EPOLLOUT answers need_send or SEND, and nothing else.
         connection.tell_room = connection.compiled == NULL and source.on_writable is not None
         if connection.owes_relief and connection.tell_room:
@@ -806,6 +812,37 @@ cdef class Worker:
                 binding = self.binding
             self.apply(sock, binding, result)
         return 0
+
+    cdef int eof(self, TstSocket sock) except -1:
+        """on_eof. Where nobody wants to hear of it the connection closes."""
+        cdef tst_connection *connection = sock.connection
+        cdef Binding binding = self.binding_of(sock)
+        cdef int stat = TST_RUN
+        connection.hears_end |= HEARD_END
+        store32(&connection.events, _EPOLLRDHUP, RELAXED)
+        if connection.compiled != NULL:
+            stat = self.notify(sock, connection.compiled, connection.compiled.eof)
+        if stat != TST_RUN:
+            connection_apply(connection, self.worker, stat)
+            return 0
+        result = TST_DISCONNECT if binding.on_eof is None else self.call(sock, binding, binding.on_eof, NOTHING)
+        if binding is not self.binding and is_run(result):
+            result, binding = self.eof_of_pool(sock), self.binding
+        self.apply(sock, binding, result)
+        return 0
+
+    cdef object eof_of_pool(self, TstSocket sock):
+        """As message_to_pool(): a socket's own handler has passed it on that its peer has finished."""
+        cdef const tst_compiled *compiled = &self.pool.binding.compiled
+        cdef int stat = TST_RUN
+        if is_for_any_connection(compiled):
+            sock.connection.told_pools = True
+            stat = self.notify(sock, compiled, compiled.eof)
+        if stat != TST_RUN:
+            return stat
+        if self.binding.on_eof is None:
+            return TST_DISCONNECT
+        return self.call(sock, self.binding, self.binding.on_eof, NOTHING)
 
     cdef object writable_of_pool(self, TstSocket sock):
         """As message_to_pool(): a socket's own handler has passed it on that there is room for output."""

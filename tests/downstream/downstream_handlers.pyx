@@ -12,7 +12,7 @@ from posix.unistd cimport dup2, usleep
 
 from tstpool cimport (
     TST_DISCONNECT, TST_RECONNECTED, TST_RUN, TST_SEND, TST_SUSPEND, TstHandler, TstNogilHandler, TstSocket, TstStat,
-    tst_close, tst_need_send, tst_pause, tst_resume, tst_send, tst_send_message)
+    tst_close, tst_need_send, tst_pause, tst_resume, tst_send, tst_send_eof, tst_send_message)
 
 cdef extern from * nogil:
     int ACQUIRE "__ATOMIC_ACQUIRE"
@@ -229,6 +229,44 @@ cdef class Hearing(Calls):
 
     cdef TstStat writable(self, TstSocket sock) noexcept nogil:
         add(&self.n_writable, 1)
+        return TST_SUSPEND
+
+    cdef void disconnected(self, TstSocket sock) noexcept nogil:
+        add(&self.n_disconnected, 1)
+
+
+cdef class Ending(Calls):
+    """Echoes. When its peer has finished it says so, then does what it was made for: "end" (tst_send_eof, from here on
+    it closes by itself), "keep", "close", or "pass" on to Python."""
+    cdef int64_t n_eof, n_wrong    # atomic
+    cdef char verdict
+
+    def __cinit__(self, str verdict="end", *args):
+        self.verdict = <char>ord(verdict[0])
+
+    @property
+    def eof_calls(self):
+        return load(&self.n_eof)
+
+    @property
+    def wrong_results(self):
+        return load(&self.n_wrong)
+
+    cdef TstStat received(self, TstSocket sock, const char *data, size_t size) noexcept nogil:
+        add(&self.n_received, 1)
+        tst_send_message(sock, data, size)
+        return TST_SUSPEND
+
+    cdef TstStat eof(self, TstSocket sock) noexcept nogil:
+        add(&self.n_eof, 1)
+        tst_send(sock, b"over", 4)
+        if self.verdict == c"p":
+            return TST_RUN
+        if self.verdict == c"c":
+            return TST_DISCONNECT
+        if self.verdict == c"e" and (
+                tst_send_eof(sock) != 1 or tst_send_eof(sock) != 0 or tst_send(sock, b"x", 1) >= 0):
+            add(&self.n_wrong, 1)
         return TST_SUSPEND
 
     cdef void disconnected(self, TstSocket sock) noexcept nogil:

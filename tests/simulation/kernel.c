@@ -388,6 +388,16 @@ static int k_setsockopt(int fd, int level, int name, const void *value, socklen_
     return 0;
 }
 
+static int k_getsockopt(int fd, int level, int name, void *value, socklen_t *size) {
+    struct sim_stream *stream = stream_of(fd, "getsockopt");
+    if (level != SOL_SOCKET || name != SO_ERROR || *size != sizeof(int))
+        sim_fail("getsockopt of what nobody has");
+    *(int *)value = stream->error;
+    stream->error = 0;
+    sim_trace("getsockopt", fd, name, *(int *)value);
+    return 0;
+}
+
 static int k_shutdown(int fd, int how) {
     struct sim_stream *stream;
     sim_call();
@@ -693,7 +703,7 @@ static void *k_realloc(void *place, size_t size) {
 
 static const struct tst_kernel fake = {
     k_epoll_create1, k_epoll_ctl, k_epoll_wait, k_eventfd, k_timerfd_create, k_timerfd_settime, k_recv, k_send, k_sendmsg,
-    k_setsockopt, k_shutdown, k_ioctl, k_accept4, k_poll, k_fcntl, k_open, k_close, k_read, k_write, k_gettid,
+    k_setsockopt, k_getsockopt, k_shutdown, k_ioctl, k_accept4, k_poll, k_fcntl, k_open, k_close, k_read, k_write, k_gettid,
     k_sched_yield, k_clock_gettime, k_init, k_mutex_destroy, k_mutex_lock, k_mutex_unlock, k_cond_init, k_cond_destroy,
     k_cond_wait, k_cond_timedwait, k_cond_signal, k_cond_broadcast, k_malloc, k_calloc, k_realloc, k_free,
 };

@@ -242,6 +242,46 @@ FAULTS = {
         "    connection_mark(connection, PEND_CLOSE, False, STATE_OWNED,",
         "    connection_mark(connection, 0, False, STATE_OWNED,",
     ),
+    "half-closed: both have finished, and nobody ends it": (
+        "_entry",
+        "        return not connection_has_ended(connection)\n    if connection_owes_end(",
+        "        return True\n    if connection_owes_end(",
+    ),
+    "half-closed: output that waits comes after the end": (
+        "_poll",
+        "    if queue_size(&connection.out) == 0:\n        shutdown(",
+        "    if True:\n        shutdown(",
+    ),
+    "half-closed: the end waits for the next send": (
+        "_poll",
+        "        if tst_rarely(connection.out_ended != 0):\n",
+        "        if False:\n",
+    ),
+    "half-closed: a reset is not looked for": (
+        "_entry",
+        "    if error:\n        connection_break(connection, error)\n",
+        "    if False:\n        connection_break(connection, error)\n",
+    ),
+    "half-closed: an event has disabled the descriptor": (
+        "_poll",
+        "connection.trigger == TRIGGER_ONESHOT and connection.hears_end & HEARD_END:\n",
+        "False:\n",
+    ),
+    "half-closed: its handler is told again and again": (
+        "_entry",
+        "    return not connection.hears_end & HEARD_END and (\n        connection.hears_end",
+        "    return (\n        connection.hears_end",
+    ),
+    "half-closed: it closes before its handler has heard of it": (
+        "_entry",
+        "    if connection_owes_end(connection):\n        return True\n",
+        "",
+    ),
+    "half-closed: nobody tells of it when it may be told": (
+        "_entry",
+        "(connection.message_ready or connection_owes_end(connection)) and",
+        "connection.message_ready and",
+    ),
 }
 
 BUILD = """

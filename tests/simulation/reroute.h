@@ -22,6 +22,7 @@
 #define send(...) tst_kernel->send(__VA_ARGS__)
 #define sendmsg(...) tst_kernel->sendmsg(__VA_ARGS__)
 #define setsockopt(...) tst_kernel->setsockopt(__VA_ARGS__)
+#define getsockopt(...) tst_kernel->getsockopt(__VA_ARGS__)
 #define shutdown(...) tst_kernel->shutdown(__VA_ARGS__)
 #define ioctl(...) tst_kernel->ioctl(__VA_ARGS__)
 #define accept4(...) tst_kernel->accept4(__VA_ARGS__)

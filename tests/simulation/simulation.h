@@ -39,6 +39,7 @@ struct tst_kernel {
     ssize_t (*send)(int fd, const void *buffer, size_t size, int flags);
     ssize_t (*sendmsg)(int fd, const struct msghdr *message, int flags);
     int (*setsockopt)(int fd, int level, int name, const void *value, socklen_t size);
+    int (*getsockopt)(int fd, int level, int name, void *value, socklen_t *size);
     int (*shutdown)(int fd, int how);
     int (*ioctl)(int fd, unsigned long request, ...);
     int (*accept4)(int fd, struct sockaddr *address, socklen_t *size, int flags);

@@ -1,0 +1,427 @@
+"""A connection has two directions, and each ends by itself: on_eof, send_eof()."""
+
+import socket
+import threading
+
+import downstream_handlers
+import pytest
+from compiled_helpers import FRAMING, pack, say, socket_of
+from contract_helpers import echo, every_trigger, handler, ignore, round_trip
+from helpers import RunningPool, connect, patient, recv_exact, recv_until_eof, reset, scaled, wait_until
+
+import tstpool
+from tstpool import ConnectionClosed, Delimited, TstHandler, TstStat
+
+LARGE = bytes(range(256)) * 65536  # more than the socket buffers of a loopback connection hold
+
+
+class Notes(TstHandler):
+    """An echo that stays open when its peer has finished; notes what it is told, in order."""
+
+    def __init__(self, verdict=None):
+        self.told = []
+        self.verdict = verdict
+
+    def on_message(self, sock, data):
+        self.told.append(data)
+        sock.send_message(data)
+
+    def on_eof(self, sock):
+        self.told.append("eof")
+        return self.verdict(sock) if self.verdict else None
+
+    def on_disconnect(self, sock, reason):
+        self.told.append(("gone", reason if reason is None else type(reason)))
+
+    def wait_for(self, *told):
+        wait_until(lambda: self.told[-len(told) :] == [*told], patient(10), lambda: f"{told} in {self.told}")
+
+
+def nobody(pool):
+    return lambda: len(pool) == 0
+
+
+# --------------------------------------------------------------------------------------- the peer finishes first
+
+
+@every_trigger
+@pytest.mark.parametrize("framing", [None, Delimited(b"\n")], ids=["raw", "lines"])
+@pytest.mark.parametrize("end", ["close", "send_eof"])
+def test_a_handler_with_on_eof_sends_on_for_as_long_as_it_likes(make_pool, make_client, trigger, framing, end):
+    """B18, S26."""
+    notes = Notes()
+    pool = make_pool(notes, workers=2, trigger=trigger, framing=framing)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    client.send(b"q\n", socket.MSG_MORE)
+    client.shutdown(socket.SHUT_WR)
+    assert recv_exact(client, 2) == b"q\n"
+    notes.wait_for(b"q\n" if framing is None else b"q", "eof")
+    for _ in range(20):  # from this thread, piece by piece
+        sock.send(b"piece")
+        assert recv_exact(client, 5) == b"piece"
+    assert not sock.closed and len(pool) == 1
+    sock.send(LARGE)
+    assert getattr(sock, end)() is True
+    assert recv_until_eof(client) == LARGE
+    notes.wait_for("eof", ("gone", None))
+    wait_until(nobody(pool))
+
+
+@pytest.mark.parametrize("half_way", [False, True], ids=["from the beginning", "of the one that it gets instead"])
+def test_without_on_eof_it_closes(make_pool, make_client, half_way):
+    ends = []
+    without = handler(on_message=echo, on_disconnect=lambda sock, reason: ends.append(reason))
+    pool = make_pool(Notes() if half_way else without)
+    client = make_client(pool)
+    if half_way:
+        socket_of(pool, client).handler = without
+    assert round_trip(client, b"hello") == b"hello"
+    client.shutdown(socket.SHUT_WR)
+    assert client.recv(1) == b""
+    wait_until(lambda: ends == [None])
+
+
+@pytest.mark.parametrize("verdict", ["disconnect", "closes", "raises", "replies"])
+def test_what_on_eof_returns_counts_as_with_any_hook(make_pool, make_client, verdict, caplog):
+    def decide(sock):
+        if verdict == "disconnect":
+            sock.send(b"reply\n")
+            return TstStat.DISCONNECT
+        if verdict == "closes":
+            sock.send(b"reply\n")
+            sock.close()
+        if verdict == "raises":
+            sock.send(b"reply\n")
+            raise RuntimeError("from on_eof")
+        return b"reply" if verdict == "replies" else None
+
+    notes = Notes(decide)
+    pool = make_pool(notes, framing=Delimited(b"\n"))
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    client.shutdown(socket.SHUT_WR)
+    assert recv_exact(client, 6) == b"reply\n"
+    if verdict == "replies":
+        notes.wait_for("eof")
+        assert not sock.closed
+        sock.send_eof()
+    assert client.recv(1) == b""
+    notes.wait_for("eof", ("gone", RuntimeError if verdict == "raises" else None))
+    assert notes.told.count("eof") == 1
+
+
+def test_on_eof_comes_after_the_last_message_and_may_read_what_is_no_whole_one(make_pool, make_client):
+    rests = []
+    notes = Notes(lambda sock: rests.append((sock.events, sock.read())))
+    pool = make_pool(notes, framing=Delimited(b"\n"), workers=1)
+    client = make_client(pool)
+    client.send(b"one\ntwo\nthr", socket.MSG_MORE)
+    client.shutdown(socket.SHUT_WR)
+    notes.wait_for(b"one", b"two", "eof")
+    assert rests == [(tstpool.EPOLLRDHUP, b"thr")]
+    pool.sockets()[0].close()
+    assert recv_until_eof(client) == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("held_by", ["pause", "pressure"])
+def test_on_eof_waits_like_a_message(make_pool, make_client, held_by):
+    notes = Notes()
+    notes.on_connect = lambda sock: sock.pause() if held_by == "pause" else sock.send(LARGE) and None
+    pool = make_pool(notes, max_queued=None, high_water=1000, low_water=0)
+    client = make_client(pool)
+    other = make_client(pool)  # whose connection shows that the worker has been round
+    sock = socket_of(pool, client)
+    client.shutdown(socket.SHUT_WR)
+    wait_until(lambda: pool.stats().accepted == 2)
+    if held_by == "pause":
+        assert "eof" not in notes.told
+        sock.resume()
+    else:
+        recv_exact(client, len(LARGE))
+    notes.wait_for("eof")
+    sock.close()
+    recv_until_eof(client)
+    other.close()
+
+
+def test_a_function_hears_of_no_end(make_pool, make_client):
+    calls = []
+    pool = make_pool(lambda sock: calls.append(sock.read()))
+    client = make_client(pool)
+    client.sendall(b"x")
+    wait_until(lambda: calls == [b"x"])
+    client.shutdown(socket.SHUT_WR)
+    assert client.recv(1) == b""
+    wait_until(nobody(pool))
+
+
+def test_a_handler_that_is_assigned_hears_of_it_if_nobody_has(make_pool, make_client):
+    first, second = handler(on_message=echo), Notes()
+    pool = make_pool(first)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    assert round_trip(client, b"x") == b"x"
+    sock.handler = second
+    client.shutdown(socket.SHUT_WR)
+    second.wait_for("eof")
+    sock.handler = first  # too late: it goes on
+    sock.send(b"more")
+    assert recv_exact(client, 4) == b"more"
+    sock.close()
+    assert client.recv(1) == b""
+
+
+def test_a_sockets_own_handler_passes_it_on_to_the_pools(make_pool, make_client):
+    notes = Notes()
+    pool = make_pool(notes)
+    client = make_client(pool)
+    own = handler(on_message=echo, on_eof=lambda sock: TstStat.RUN)
+    sock = socket_of(pool, client)
+    sock.handler = own
+    assert round_trip(client, b"x") == b"x"
+    client.shutdown(socket.SHUT_WR)
+    notes.wait_for("eof")
+    sock.close()
+    assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("hook", [None, "on_message"], ids=["no handler at all", "no on_eof"])
+def test_passed_on_to_a_pool_that_has_no_on_eof_it_closes(make_pool, make_client, hook):
+    pool = make_pool(handler(**({} if hook is None else {hook: ignore})))
+    client = make_client(pool)
+    socket_of(pool, client).handler = handler(on_message=ignore, on_eof=lambda sock: TstStat.RUN)
+    client.shutdown(socket.SHUT_WR)
+    assert client.recv(1) == b""
+    wait_until(nobody(pool))
+
+
+# --------------------------------------------------------------------------------------------- how it ends after that
+
+
+@every_trigger
+def test_a_peer_that_goes_altogether_is_noticed_without_a_send(make_pool, make_client, trigger):
+    """B21."""
+    notes = Notes()
+    pool = make_pool(notes, trigger=trigger)
+    client = make_client(pool)
+    client.shutdown(socket.SHUT_WR)
+    notes.wait_for("eof")
+    assert len(pool) == 1
+    reset(client)
+    wait_until(nobody(pool))
+    assert notes.told[-1][0] == "gone" and issubclass(notes.told[-1][1], ConnectionError)
+
+
+@every_trigger
+def test_so_is_one_of_a_unix_socket(make_pool, tmp_path, trigger):
+    notes = Notes()
+    pool = make_pool(notes, trigger=trigger, listen=(f"unix:{tmp_path}/socket",))
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(f"{tmp_path}/socket")
+    client.shutdown(socket.SHUT_WR)
+    notes.wait_for("eof")
+    client.close()
+    wait_until(nobody(pool))
+    notes.wait_for("eof", ("gone", BrokenPipeError))
+
+
+def test_who_says_nothing_after_it_has_idle_timeout(make_pool, make_client):
+    notes = Notes()
+    pool = make_pool(notes, idle_timeout=0.3, first_byte_timeout=None)
+    client = make_client(pool)
+    assert round_trip(client, b"x") == b"x"
+    client.shutdown(socket.SHUT_WR)
+    notes.wait_for("eof")
+    assert client.recv(1) == b""
+    notes.wait_for("eof", ("gone", TimeoutError))
+    assert pool.stats().idle_closed == 1
+
+
+def test_stop_waits_for_nobody_who_only_might_send(make_client):
+    notes = Notes()
+    with RunningPool(notes, drain=60) as pool:
+        client = make_client(pool)
+        client.shutdown(socket.SHUT_WR)
+        notes.wait_for("eof")
+        pool.sockets()[0].send(LARGE)
+        reader = threading.Thread(target=lambda: notes.told.append(len(recv_until_eof(client))))
+        reader.start()
+    reader.join(patient(10))
+    assert len(LARGE) in notes.told and ("gone", None) in notes.told
+
+
+# --------------------------------------------------------------------------------------- this side finishes first
+
+
+@every_trigger
+def test_after_send_eof_messages_go_on_coming(make_pool, make_client, trigger):
+    """B18."""
+    told = []
+
+    def on_message(sock, data):
+        told.append((data, sock.send_eof() if data == b"end" else None))
+
+    pool = make_pool(
+        handler(on_message=on_message, on_disconnect=lambda sock, reason: told.append(reason)),
+        trigger=trigger,
+        framing=Delimited(b"\n"),
+    )
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    client.sendall(b"end\n")
+    assert client.recv(1) == b""
+    for i in range(3):
+        client.sendall(b"%d\n" % i)
+        wait_until(lambda i=i: told[-1] == (b"%d" % i, None))
+    assert told[0] == (b"end", True) and not sock.closed and sock.send_eof() is False
+    for send in (sock.send, sock.send_message):
+        with pytest.raises(ConnectionClosed):
+            send(b"more")
+    assert pool.need_send(sock) is False
+    assert pool.broadcast(b"more") == 0
+    sock.flush()
+    client.close()
+    wait_until(lambda: told[-1] is None)
+    wait_until(nobody(pool))
+
+
+def test_output_that_waits_goes_out_before_the_end(make_pool, make_client):
+    pool = make_pool(handler(on_message=ignore), max_queued=None)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    client.sendall(b"x")
+    sock.send(LARGE)
+    assert sock.send_eof() is True
+    assert recv_until_eof(client) == LARGE
+    assert not sock.closed and len(pool) == 1
+
+
+@pytest.mark.parametrize("how", ["close", "abort", "closesocket"])
+def test_close_after_send_eof_is_the_close(make_pool, make_client, how):
+    pool = make_pool(handler(on_message=ignore))
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    assert sock.send_eof() is True
+    assert client.recv(1) == b""
+    close = {
+        "close": sock.close,
+        "abort": lambda: sock.close(abort=True),
+        "closesocket": lambda: pool.closesocket(sock),
+    }
+    assert close[how]() is True
+    assert sock.closed and sock.send_eof() is False and sock.close() is False
+    wait_until(nobody(pool))
+
+
+def test_a_client_of_the_pool_asks_finishes_and_gets_the_answer(make_pool):
+    """As `nc -N` and HTTP/1.0 clients do it, with somebody else's server."""
+    answers = []
+    with socket.create_server(("127.0.0.1", 0)) as server, RunningPool(ignore_all(), listen=None) as pool:
+        got = handler(
+            on_message=lambda sock, data: answers.append(data),
+            on_disconnect=lambda sock, reason: answers.append(reason),
+        )
+        sock = pool.connect(*server.getsockname(), handler=got)
+        peer, _ = server.accept()
+        with peer:
+            sock.send(b"request")
+            sock.send_eof()
+            assert recv_until_eof(peer) == b"request"
+            peer.sendall(b"answer")
+        wait_until(lambda: answers[-1:] == [None])
+    assert b"".join(answers[:-1]) == b"answer"
+
+
+def ignore_all():
+    return handler(on_message=ignore)
+
+
+def test_both_may_finish_at_the_same_time(make_pool, make_client):
+    """Whatever comes first: each connection ends by itself, cleanly, and is told of its peer's end once at most."""
+    ends = []
+
+    class Both(Notes):
+        def on_disconnect(self, sock, reason):
+            ends.append(reason)
+
+    pool = make_pool(Both(), workers=3)
+    rounds = scaled(300, 30)
+    for _ in range(rounds):
+        client = connect(pool)
+        sock = socket_of(pool, client)
+        barrier = threading.Barrier(2)
+
+        def other(barrier=barrier, sock=sock):
+            barrier.wait()
+            sock.send_eof()
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        barrier.wait()
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+        thread.join()
+        client.close()
+    wait_until(nobody(pool), patient(10))
+    wait_until(lambda: len(ends) == rounds)
+    assert set(ends) == {None}
+
+
+# ------------------------------------------------------------------------------------------------------ compiled
+
+
+@pytest.mark.parametrize("verdict", ["end", "keep", "close", "pass"])
+def test_a_compiled_handler_decides_likewise(make_pool, make_client, verdict):
+    ending = downstream_handlers.Ending(verdict)
+    pool = make_pool(ending, framing=FRAMING)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    assert say(client, b"hello") == [b"hello"]
+    client.shutdown(socket.SHUT_WR)
+    assert recv_exact(client, 4) == b"over"
+    if verdict == "keep":
+        wait_until(lambda: ending.eof_calls)
+        sock.send(b"more")
+        assert recv_exact(client, 4) == b"more"
+        sock.close()
+    assert client.recv(1) == b""
+    wait_until(lambda: ending.disconnected_calls == 1)
+    assert (ending.eof_calls, ending.wrong_results) == (1, 0)
+
+
+def test_what_it_passes_on_reaches_on_eof(make_pool, make_client):
+    told = []
+
+    class Both(downstream_handlers.Ending):
+        def on_eof(self, sock):
+            told.append(sock.send_eof())
+
+    ending = Both("pass")
+    pool = make_pool(ending, framing=FRAMING)
+    client = make_client(pool)
+    client.sendall(pack(b"hello"))
+    client.shutdown(socket.SHUT_WR)
+    assert recv_until_eof(client) == pack(b"hello") + b"over"
+    wait_until(nobody(pool))
+    assert told == [True] and ending.eof_calls == 1
+
+
+def test_one_that_was_compiled_without_the_hook_closes(make_pool, make_client):
+    pool = make_pool(downstream_handlers.Hearing(), framing=FRAMING)
+    client = make_client(pool)
+    assert say(client, b"hello") == [b"hello"]
+    client.shutdown(socket.SHUT_WR)
+    assert client.recv(1) == b""
+    wait_until(nobody(pool))
+
+
+def test_a_sockets_own_handler_passes_it_on_to_a_compiled_one(make_pool, make_client):
+    ending = downstream_handlers.Ending("close")
+    pool = make_pool(ending, framing=FRAMING)
+    client = make_client(pool)
+    socket_of(pool, client).handler = handler(on_message=ignore, on_eof=lambda sock: TstStat.RUN)
+    client.shutdown(socket.SHUT_WR)
+    assert recv_until_eof(client) == b"over"
+    wait_until(lambda: ending.disconnected_calls == 2)  # when the other one came, and at the end
+    assert ending.eof_calls == 1
