@@ -49,7 +49,7 @@ class Relay(TstHandler):
             if other.send(data) > HIGH_WATER:
                 sock.pause()
                 # Another thread may have sent it all by now, and called on_writable before the pause.
-                if other.send(b"") <= LOW_WATER:
+                if other.queued <= LOW_WATER:
                     sock.resume()
 
     def on_writable(self, sock: TstSocket) -> None:

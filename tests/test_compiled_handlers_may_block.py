@@ -321,7 +321,7 @@ def test_stats_count_compiled_hooks(make_pool, make_client):
     assert stats.messages == len(bodies)
     assert stats.bytes_in == stats.bytes_out == len(pack(*bodies))
     jobs = sum(worker.exec_count for worker in stats.workers)
-    assert jobs == 200 + 1 + 2 * 50 + 2  # a message that is passed on is two calls; connected, disconnected
+    assert jobs == 200 + 1 + 2 * 50 + 3  # a message that is passed on is two calls; connected, eof, disconnected
     assert 0.15 <= sum(worker.sum_time for worker in stats.workers) <= lasted + 0.1
     assert 0.15 <= max(worker.most_elapsed for worker in stats.workers) <= lasted
     assert stats.spins == 0

@@ -9,7 +9,7 @@ import pytest
 from contract_helpers import Gate, ServerProcess, echo, handler, ignore, in_threads, open_sockets, round_trip
 from helpers import connect, patient, recv_exact, wait_until
 
-from tstpool import ConnectionClosed, LengthPrefixed, SendQueueFull
+from tstpool import ConnectionClosed, LengthPrefixed, SendQueueFull, TstSockType
 
 PIECE = b"p" * 65536
 MUCH = 16 << 20  # more than the socket buffers of a loopback connection hold
@@ -46,6 +46,74 @@ def test_a_listener_may_have_its_own_output_limits(make_pool, make_client):
     stats = pool.stats()
     assert (stats.overflow_closed, stats.overflow_refused) == (1, 1)
     assert not usual.closed
+
+
+def a_client_of(server, pool, added, **limits):
+    """The pool's socket for a connection to that server, by connect() or addsocket(), and the other end."""
+    if added:
+        sock = pool.addsocket(socket.create_connection(server.getsockname()), **limits)
+    else:
+        sock = pool.connect(*server.getsockname(), **limits)
+    peer, _ = server.accept()
+    peer.settimeout(patient(10))
+    return sock, peer
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["connect", "addsocket"])
+def test_so_may_one_connection_to_elsewhere(make_pool, added):
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        usual, usual_peer = a_client_of(server, pool, added)
+        strict, strict_peer = a_client_of(server, pool, added, max_queued=131072, on_overflow="close")
+        with usual_peer, strict_peer:
+            with pytest.raises(SendQueueFull):
+                while True:
+                    usual.send(PIECE)
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    strict.send(PIECE)
+            wait_until(lambda: strict not in pool.sockets())
+            assert not usual.closed
+
+
+def test_a_connection_of_ours_may_have_deadlines_and_need_not_pause(make_pool):
+    """Of type SUB it is treated like one that was accepted."""
+    pool = make_pool(handler(on_message=echo), listen=None, auto_pause=True, max_queued=None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _, silent = a_client_of(server, pool, True, type=TstSockType.SUB, first_byte_timeout=0.3)
+        _, other = a_client_of(server, pool, False, auto_pause=False)
+        with silent, other:
+            assert silent.recv(1) == b""
+            sender = threading.Thread(target=other.sendall, args=(PIECE * (MUCH // len(PIECE)),))
+            sender.start()  # all of it is read, although nobody takes the echo
+            sender.join(patient(10))
+            assert not sender.is_alive() and pool.stats().first_byte_closed == 1
+
+
+def test_a_listener_that_was_handed_over_may_have_limits_too(make_pool):
+    pool = make_pool(handler(on_message=echo), listen=None)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    pool.addsocket(listener, TstSockType.LISTEN, first_byte_timeout=0.3)
+    with connect(address) as client:
+        assert client.recv(1) == b""
+    wait_until(lambda: pool.stats().first_byte_closed == 1)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_queue": 1}, {"high_water": -1}, {"low_water": 1 << 30}, {"on_overflow": "drop"}]
+)
+def test_limits_that_are_none_are_refused_before_anybody_is_troubled(make_pool, limits):
+    pool = make_pool(handler(on_message=ignore), listen=None)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as own:
+        server.accept()[0].close()
+        for call in (lambda: pool.connect(*server.getsockname(), **limits), lambda: pool.addsocket(own, **limits)):
+            with pytest.raises((TypeError, ValueError), match=next(iter(limits))):
+                call()
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        assert own.fileno() >= 0
 
 
 def test_a_listener_may_block_where_the_pool_raises(make_pool, make_client):

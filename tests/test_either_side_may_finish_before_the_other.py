@@ -293,8 +293,9 @@ def test_output_that_waits_goes_out_before_the_end(make_pool, make_client):
     client.sendall(b"x")
     sock.send(LARGE)
     assert sock.send_eof() is True
+    assert 0 < sock.queued <= len(LARGE)
     assert recv_until_eof(client) == LARGE
-    assert not sock.closed and len(pool) == 1
+    assert not sock.closed and len(pool) == 1 and sock.queued == 0
 
 
 @pytest.mark.parametrize("how", ["close", "abort", "closesocket"])
@@ -414,6 +415,39 @@ def test_one_that_was_compiled_without_the_hook_closes(make_pool, make_client):
     client.shutdown(socket.SHUT_WR)
     assert client.recv(1) == b""
     wait_until(nobody(pool))
+
+
+def test_one_that_waits_for_room_is_still_told_of_it(make_pool, make_client):
+    """B18: it has no `eof`, so the end of its peer's input changes nothing of that."""
+    pool = make_pool(downstream_handlers.Commands(), framing=FRAMING, max_queued=None, auto_pause=False)
+    client = make_client(pool)
+    bodies = [b"e" + LARGE[: 1 << 19]] * 16
+    sender = threading.Thread(target=lambda: (client.sendall(pack(*bodies, b"n")), client.shutdown(socket.SHUT_WR)))
+    sender.start()
+    sender.join(patient(10))  # all of it is read, although nobody takes the echoes
+    wait_until(lambda: pool.stats().messages == len(bodies) + 1)
+    assert recv_until_eof(client) == pack(*bodies) + b"writable;"
+
+
+@pytest.mark.parametrize("late", [None, "resume"], ids=["at once", "while it is paused"])
+def test_a_handler_that_comes_in_the_middle_of_a_long_message_is_told_of_its_end(make_pool, make_client, late):
+    """Nobody gets what has come of that message."""
+    notes = Notes()
+    pool = make_pool(handler(on_message=ignore), framing=FRAMING)
+    client = make_client(pool)
+    client.sendall(pack(LARGE[: 1 << 20])[: 1 << 19])
+    sock = socket_of(pool, client)
+    wait_until(lambda: pool.stats().bytes_in == 1 << 19)
+    sock.handler = notes
+    if late:
+        sock.pause()
+    client.shutdown(socket.SHUT_WR)
+    if late:
+        sock.resume()
+    notes.wait_for("eof")
+    sock.send(b"over")
+    sock.close()
+    assert recv_until_eof(client) == b"over"
 
 
 def test_a_sockets_own_handler_passes_it_on_to_a_compiled_one(make_pool, make_client):

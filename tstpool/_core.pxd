@@ -230,7 +230,8 @@ cdef class TstPool:
     cdef object add_listener(self, object listener, Framing framing, tst_limits *limits, bint ours)
     cdef int check_not_stopping(self) except -1
     cdef int unlink_files(self) except -1
-    cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing)
+    cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing,
+                       tst_limits *limits)
     cdef tst_connection *enter(self, int fd, int type, int shard, uint64_t *id) noexcept
     cdef int begin(self, uint64_t id) except -1
     cdef int shards_to_open(self) except -1

@@ -3,9 +3,9 @@
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Final, Literal, TypeAlias, final, overload
+from typing import Any, Final, Literal, TypeAlias, TypedDict, final, overload
 
-from typing_extensions import Buffer, Self, disjoint_base
+from typing_extensions import Buffer, Self, Unpack, disjoint_base
 
 from tstpool._types import PoolStats, TstSockType, TstStat
 
@@ -98,6 +98,8 @@ class TstSocket:
     def recv_data(self) -> TstData: ...
     @property
     def send_data(self) -> TstData: ...
+    @property
+    def queued(self) -> int: ...
     def send(self, data: Buffer) -> int: ...
     def send_message(self, data: Buffer) -> int: ...
     def flush(self, timeout: float | None = None) -> None: ...
@@ -121,6 +123,20 @@ class TstHandler:
 
 @disjoint_base
 class TstNogilHandler(TstHandler): ...
+
+class _Limits(TypedDict, total=False):
+    """Of a connection, by the names of TstPool's parameters."""
+
+    first_byte_timeout: float | None
+    message_timeout: float | None
+    idle_timeout: float | None
+    write_timeout: float | None
+    linger_timeout: float
+    high_water: int
+    low_water: int
+    max_queued: int | None
+    on_overflow: Literal["raise", "block", "close"]
+    auto_pause: bool
 
 @disjoint_base
 class TstPool:
@@ -199,6 +215,7 @@ class TstPool:
         handler: _Handler | None = None,
         user_data: Any = None,
         framing: Framing | None = ...,
+        **limits: Unpack[_Limits],
     ) -> TstSocket: ...
     @overload
     def addsocket(  # type: ignore[overload-overlap]
@@ -208,6 +225,7 @@ class TstPool:
         handler: None = None,
         user_data: None = None,
         framing: Framing | None = ...,
+        **limits: Unpack[_Limits],
     ) -> None: ...
     @overload
     def addsocket(
@@ -217,6 +235,7 @@ class TstPool:
         handler: _Handler | None = None,
         user_data: Any = None,
         framing: Framing | None = ...,
+        **limits: Unpack[_Limits],
     ) -> TstSocket: ...
     def start(self) -> None: ...
     def stop(self, drain: float = 5.0) -> bool: ...

@@ -318,8 +318,8 @@ messages_per_turn=32)
         return address
 
     cdef tst_limits *limits_from(self, dict given) except NULL:
-        """The limits of a listener's connections, where THE_POOLS stands for the pool's. They live as long as the
-        pool."""
+        """The limits of a listener's connections, or of one alone, where THE_POOLS stands for the pool's. They live as
+        long as the pool; the same ones are there once."""
         cdef tst_limits *limits
         cdef tst_limits wanted
         cdef dict named = {name: self.limits[name] if value is THE_POOLS else value for name, value in given.items()}
@@ -333,7 +333,7 @@ messages_per_turn=32)
                 return limits
             limits = <tst_limits *>malloc(sizeof(tst_limits))
             if limits == NULL:
-                raise MemoryError("no memory for a listener")
+                raise MemoryError("no memory for limits")
             limits[0] = wanted
             if self.engine.limits == NULL:
                 self.engine.limits = limits
@@ -392,34 +392,37 @@ messages_per_turn=32)
                 raise
 
     def connect(self, host, port=0, timeout=10.0, type=TstSockType.CLIENT, handler=None, user_data=None,
-                framing=THE_POOLS):
+                framing=THE_POOLS, **limits):
         """Connects to a server, in the calling thread, and adds the connection to the pool.
 
-        timeout: seconds for connecting. type, handler, user_data, framing: as addsocket() takes them. Returns the
-        TstSocket. Raises OSError with the address in its text; else as addsocket().
+        timeout: seconds for connecting. type, handler, user_data, framing, limits: as addsocket() takes them. Returns
+        the TstSocket. Raises OSError with the address in its text; else as addsocket().
         """
+        cdef tst_limits *own
         self.check_alive()
         self.check_not_stopping()
         if timeout is not None:
             nanoseconds(timeout, "timeout")
         # Before a server is troubled with what is wrong.
         number, binding, used = checked(self, type, handler, framing)
+        own = limits_by_name(self, limits)
         sock = _net.connected_socket(host, port, timeout)
         try:
             if self.keepalive:
                 _net.keep_alive(sock, self.keepalive)
-            return take(self, sock, number, binding, user_data, used)
+            return take(self, sock, number, binding, user_data, used, own)
         except BaseException:
             sock.close()
             raise
 
-    def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS):
+    def addsocket(self, sock, type=TstSockType.CLIENT, handler=None, user_data=None, framing=THE_POOLS, **limits):
         """Puts a connected socket under the pool's care: its messages reach the handler like any other's.
 
         sock: a socket.socket, which is detached, or a descriptor. It becomes non-blocking and is the pool's to close;
         when the call raises it stays as it was.
         type: its TstSockType; LISTEN adopts a listening socket, without handler and user_data, and returns None.
-        handler: as sock.handler. framing: as sock.framing, the pool's unless given. Returns the TstSocket; on_connect
+        handler: as sock.handler. framing: as sock.framing, the pool's unless given. limits: by name, as listen() takes
+        them; for this connection alone, or, of a listener, for those that it accepts. Returns the TstSocket; on_connect
         is called on a worker. Deadlines for input are for accepted connections: this one may be silent for ever, unless
         its type is SUB.
         Raises ValueError for a socket that is closed, that the pool has already, or that does not listen although it is
@@ -427,12 +430,13 @@ messages_per_turn=32)
         """
         self.check_alive()
         self.check_not_stopping()
+        cdef tst_limits *own = limits_by_name(self, limits)
         number, binding, used = checked(self, type, handler, framing)
         if isinstance(sock, socket.socket):
-            return take(self, sock, number, binding, user_data, used)
+            return take(self, sock, number, binding, user_data, used, own)
         view = socket.socket(fileno=operator.index(sock))
         try:
-            return take(self, view, number, binding, user_data, used)
+            return take(self, view, number, binding, user_data, used, own)
         finally:
             view.detach()              # the descriptor is the pool's now, or still the caller's
 
@@ -442,7 +446,8 @@ messages_per_turn=32)
             raise TstError("the pool is stopping")
         return 0
 
-    cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing):
+    cdef TstSocket add(self, object sock, int type, object binding, object user_data, Framing framing,
+                       tst_limits *limits):
         cdef uint64_t id = 0
         cdef tst_connection *connection
         cdef TstSocket made
@@ -454,7 +459,7 @@ messages_per_turn=32)
                 if connection == NULL:
                     raise MemoryError("no slot for the socket")
                 connection.framing = framing_pointer(framing)
-                connection.limits = self.engine.limits
+                connection.limits = limits
                 connection.active_tick = connection.output_tick = tick_of(clock_now())
                 try:
                     read_peer(connection)
@@ -1252,7 +1257,18 @@ cdef tuple checked(TstPool pool, object type, object handler, object framing):
             pool.framing if framing is THE_POOLS else framing_from(framing))
 
 
-cdef object take(TstPool pool, object sock, object type, object binding, object user_data, Framing framing):
+cdef tst_limits *limits_by_name(TstPool pool, dict given) except NULL:
+    """Those that addsocket() was given; the pool's where it was not."""
+    if not given:
+        return pool.engine.limits
+    for name in given:
+        if name not in pool.limits:
+            raise TypeError(f"there is no limit {name!r} of a connection; there are {', '.join(pool.limits)}")
+    return pool.limits_from({**pool.limits, **given})
+
+
+cdef object take(TstPool pool, object sock, object type, object binding, object user_data, Framing framing,
+                 tst_limits *limits):
     """addsocket() for a socket.socket, which is detached unless this fails."""
     ssl = sys.modules.get("ssl")
     if ssl is not None and isinstance(sock, ssl.SSLSocket):
@@ -1269,13 +1285,13 @@ cdef object take(TstPool pool, object sock, object type, object binding, object 
             raise ValueError("the socket listens: its type is TstSockType.LISTEN")
         if not was_connected(sock):
             raise system_error(ENOTCONN)
-        return pool.add(sock, type, binding, user_data, framing)
+        return pool.add(sock, type, binding, user_data, framing, limits)
     if not listens:
         raise ValueError("the socket does not listen")
     if binding is not None or user_data is not None:
         raise ValueError("a listener has no handler and no user_data of its own")
     try:
-        pool.add_listener(sock, framing, pool.engine.limits, False)
+        pool.add_listener(sock, framing, limits, False)
     finally:
         pool.stop_if_asked()
     return None

@@ -306,6 +306,17 @@ cdef class TstSocket:
 
     # -- output
 
+    @property
+    def queued(self):
+        """Bytes of output that wait for the kernel to take them, as send() returns them; 0 once the connection is gone.
+        Any thread."""
+        cdef size_t waits = 0
+        spin_lock(&self.connection.lock)
+        if connection_is(self.connection, self.generation()):
+            waits = queue_size(&self.connection.out)
+        spin_unlock(&self.connection.lock)
+        return waits
+
     def send(self, data):
         """Queues bytes, and returns at once unless on_overflow="block" makes it wait for room. They are copied, so
         `data` may be changed afterwards.

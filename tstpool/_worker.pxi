@@ -814,35 +814,38 @@ cdef class Worker:
         return 0
 
     cdef int eof(self, TstSocket sock) except -1:
-        """on_eof. Where nobody wants to hear of it the connection closes."""
+        """on_eof. Where there is none it is as if nobody had wanted to hear of it."""
         cdef tst_connection *connection = sock.connection
-        cdef Binding binding = self.binding_of(sock)
-        cdef int stat = TST_RUN
+        cdef Binding binding
+        cdef object result
+        connection_drop_body(connection)       # nobody will get it; an assigned handler need not wait for its rest
+        binding = self.binding_of(sock)
+        if not connection.hears_end & HEARS_END:
+            return 0
         connection.hears_end |= HEARD_END
         store32(&connection.events, _EPOLLRDHUP, RELAXED)
-        if connection.compiled != NULL:
-            stat = self.notify(sock, connection.compiled, connection.compiled.eof)
-        if stat != TST_RUN:
-            connection_apply(connection, self.worker, stat)
-            return 0
-        result = TST_DISCONNECT if binding.on_eof is None else self.call(sock, binding, binding.on_eof, NOTHING)
+        result = self.tell_eof(sock, binding, connection.compiled)
         if binding is not self.binding and is_run(result):
-            result, binding = self.eof_of_pool(sock), self.binding
+            binding, result = self.binding, TST_RUN
+            if is_for_any_connection(&self.pool.binding.compiled):
+                connection.told_pools = True
+                result = self.tell_eof(sock, binding, &self.pool.binding.compiled)
+            elif binding.on_eof is not None:
+                result = self.call(sock, binding, binding.on_eof, NOTHING)
+        if is_run(result):
+            connection.hears_end = 0
+            result = None
         self.apply(sock, binding, result)
         return 0
 
-    cdef object eof_of_pool(self, TstSocket sock):
-        """As message_to_pool(): a socket's own handler has passed it on that its peer has finished."""
-        cdef const tst_compiled *compiled = &self.pool.binding.compiled
+    cdef object tell_eof(self, TstSocket sock, Binding binding, const tst_compiled *compiled):
+        """Tells that handler, the compiled part of it first. TST_RUN: it has no hook for that, or passes it on."""
         cdef int stat = TST_RUN
-        if is_for_any_connection(compiled):
-            sock.connection.told_pools = True
+        if compiled != NULL:
             stat = self.notify(sock, compiled, compiled.eof)
-        if stat != TST_RUN:
+        if stat != TST_RUN or binding.on_eof is None:
             return stat
-        if self.binding.on_eof is None:
-            return TST_DISCONNECT
-        return self.call(sock, self.binding, self.binding.on_eof, NOTHING)
+        return self.call(sock, binding, binding.on_eof, NOTHING)
 
     cdef object writable_of_pool(self, TstSocket sock):
         """As message_to_pool(): a socket's own handler has passed it on that there is room for output."""

@@ -961,12 +961,13 @@ cdef void read_messages(tst_worker *worker, sock_t *sock) noexcept nogil:
 
 cdef void eof(tst_worker *worker, sock_t *sock) noexcept nogil:
     cdef tst_connection *connection = sock.connection
-    if load32(&connection.rebind, RELAXED) and connection.body == NULL:
+    connection_drop_body(connection)
+    if load32(&connection.rebind, RELAXED):
         adopt_binding(sock)
-    connection.hears_end |= HEARD_END
     if not sock.hears_end:
-        connection_begin_close(connection)
+        connection.hears_end = 0
         return
+    connection.hears_end |= HEARD_END
     connection_apply(connection, worker, on_eof(sock))
     worker_goes_on(worker)
     worker_job(world.engine, worker, connection, 1)
