@@ -3,7 +3,8 @@
 
 Each direction ends by itself: who finishes its request and then reads, as ``nc -N`` does, gets all of the answer. Who
 sends faster than the other side reads is held back by TCP, as no more than HIGH_WATER and one receive wait here. Where
-one side breaks, the other one is told with a reset, so that it does not take half an answer for the whole.
+one side breaks, or takes nothing for a minute (write_timeout), the other one is told with a reset, so that it does not
+take half an answer for the whole; and so are those who have something waiting when that is max_total_queued for all.
 
 on_connect blocks while it connects. That holds one worker of the pool, and nobody else's connection.
 """
@@ -15,8 +16,9 @@ import signal
 
 from tstpool import ConnectionClosed, TstError, TstHandler, TstPool, TstSocket, TstSockType, TstStat
 
-HIGH_WATER = 256 * 1024  # bytes that wait for one side, from which on the other is not read ...
-LOW_WATER = 64 * 1024  # ... until no more wait than that
+RECEIVE = 64 * 1024  # bytes at once
+HIGH_WATER = 64 * 1024  # bytes that wait for one side, from which on the other is not read ...
+LOW_WATER = 16 * 1024  # ... until no more wait than that
 
 
 class Relay(TstHandler):
@@ -27,6 +29,7 @@ class Relay(TstHandler):
         self.pool = TstPool(
             self,
             workers=workers,
+            receive_size=RECEIVE,
             high_water=HIGH_WATER,
             low_water=LOW_WATER,
             auto_pause=False,  # what waits for a side must hold back the other one, not this one
@@ -59,8 +62,9 @@ class Relay(TstHandler):
         sock.user_data.send_eof()
 
     def on_disconnect(self, sock: TstSocket, reason: BaseException | None) -> None:
-        if sock.user_data is not None:
-            sock.user_data.close(abort=reason is not None)
+        if reason is not None and sock.user_data is not None:
+            sock.user_data.close(abort=True)
+        # Else both directions have ended, here and there; what waits for the other side still has its time.
 
 
 def address(text: str) -> tuple[str, int]:

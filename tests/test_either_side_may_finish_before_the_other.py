@@ -37,6 +37,10 @@ class Notes(TstHandler):
         wait_until(lambda: self.told[-len(told) :] == [*told], patient(10), lambda: f"{told} in {self.told}")
 
 
+def end(sock):
+    sock.send_eof()
+
+
 def nobody(pool):
     return lambda: len(pool) == 0
 
@@ -126,8 +130,14 @@ def test_on_eof_comes_after_the_last_message_and_may_read_what_is_no_whole_one(m
 
 @pytest.mark.parametrize("held_by", ["pause", "pressure"])
 def test_on_eof_waits_like_a_message(make_pool, make_client, held_by):
+    def hold(sock):
+        if held_by == "pause":
+            sock.pause()
+        else:
+            sock.send(LARGE)
+
     notes = Notes()
-    notes.on_connect = lambda sock: sock.pause() if held_by == "pause" else sock.send(LARGE) and None
+    notes.on_connect = hold
     pool = make_pool(notes, max_queued=None, high_water=1000, low_water=0)
     client = make_client(pool)
     other = make_client(pool)  # whose connection shows that the worker has been round
@@ -223,7 +233,48 @@ def test_so_is_one_of_a_unix_socket(make_pool, tmp_path, trigger):
     notes.wait_for("eof")
     client.close()
     wait_until(nobody(pool))
-    notes.wait_for("eof", ("gone", BrokenPipeError))
+    notes.wait_for("eof", ("gone", None))
+
+
+@every_trigger
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
+@pytest.mark.parametrize("when", ["at once", "while paused", "in on_eof"])
+def test_so_is_one_that_went_before_anybody_could_look(make_pool, tmp_path, trigger, family, when):
+    """B21: the kernel says so before the end of input is known, or while its handler runs and another worker polls."""
+    blocked, free = threading.Event(), threading.Event()
+
+    def block(sock):
+        blocked.set()
+        free.wait(patient(10))
+
+    def on_message(sock, data):
+        if when == "while paused":
+            sock.read(100)  # meets the end
+            sock.pause()
+        if when == "at once":
+            block(sock)
+
+    notes = Notes(block if when == "in on_eof" else None)
+    notes.on_message = on_message
+    where = ("127.0.0.1", 0) if family == socket.AF_INET else (f"unix:{tmp_path}/socket",)
+    pool = make_pool(notes, trigger=trigger, workers=1 if when == "at once" else 3, listen=where, idle_timeout=None)
+    client = socket.socket(family)
+    client.connect(pool.addresses[0] if family == socket.AF_INET else f"{tmp_path}/socket")
+    client.send(b"q")
+    if when == "at once":
+        blocked.wait(patient(10))
+    client.shutdown(socket.SHUT_WR)
+    if when == "in on_eof":
+        blocked.wait(patient(10))
+    if when == "while paused":
+        wait_until(lambda: pool.sockets() and pool.sockets()[0].thread_no >= 0)
+    reset(client)
+    free.set()
+    if when == "while paused":
+        pool.sockets()[0].resume()
+    wait_until(nobody(pool))
+    possible = [["eof"], []] if when == "at once" else [["eof"]]  # then it may be known as broken from the beginning
+    assert notes.told[:-1] in possible and notes.told[-1][0] == "gone"
 
 
 def test_who_says_nothing_after_it_has_idle_timeout(make_pool, make_client):
@@ -236,6 +287,77 @@ def test_who_says_nothing_after_it_has_idle_timeout(make_pool, make_client):
     assert client.recv(1) == b""
     notes.wait_for("eof", ("gone", TimeoutError))
     assert pool.stats().idle_closed == 1
+
+
+def test_idle_timeout_counts_also_when_another_thread_has_sent_the_output(make_pool, make_client):
+    """And there is no write_timeout whose timer would look."""
+    blocked, free = threading.Event(), threading.Event()
+
+    def stream(sock):
+        sock.send(LARGE)
+
+    def block(sock, data):
+        blocked.set()
+        free.wait(patient(10))
+
+    notes = Notes(stream)
+    options = {"idle_timeout": 0.4, "write_timeout": None, "max_queued": None, "high_water": 1 << 26}
+    pool = make_pool(notes, workers=1, **options)
+    client, other = make_client(pool), make_client(pool)
+    sock, blocker = socket_of(pool, client), socket_of(pool, other)
+    blocker.handler = handler(on_message=block)
+    client.sendall(b"x")
+    client.shutdown(socket.SHUT_WR)
+    notes.wait_for("eof")
+    wait_until(lambda: sock.queued < len(LARGE) + 1)
+    other.sendall(b"block")
+    blocked.wait(patient(10))
+    flusher = threading.Thread(target=sock.flush)
+    flusher.start()
+    assert recv_exact(client, len(LARGE) + 1) == b"x" + LARGE
+    flusher.join(patient(10))
+    free.set()
+    assert client.recv(1) == b""
+    notes.wait_for(("gone", TimeoutError))
+
+
+@pytest.mark.parametrize("first", ["peer", "this side"])
+def test_output_that_waits_when_both_have_finished_has_its_time(make_pool, make_client, first):
+    """It is not a connection that closes: linger_timeout is for those. S26."""
+    notes = Notes(end)
+    pool = make_pool(notes, linger_timeout=0.2, max_queued=None, auto_pause=False)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    sock.send(LARGE)
+    if first == "this side":
+        sock.send_eof()
+    client.shutdown(socket.SHUT_WR)
+    notes.wait_for("eof")
+    with pytest.raises(AssertionError):  # three times linger_timeout
+        wait_until(nobody(pool), 0.6)
+    assert recv_until_eof(client) == LARGE
+    notes.wait_for("eof", ("gone", None))
+
+
+def test_who_has_ended_its_output_is_not_kept_by_a_pause(make_pool, make_client):
+    """If its peer has finished, too, there is nobody to be answered later. on_eof comes all the same."""
+
+    def wait_for_the_answer(sock, data):
+        sock.read(100)  # meets the end
+        sock.pause()
+
+    notes = Notes()
+    notes.on_message = wait_for_the_answer
+    pool = make_pool(notes)
+    client = make_client(pool)
+    sock = socket_of(pool, client)
+    client.send(b"q", socket.MSG_MORE)
+    client.shutdown(socket.SHUT_WR)
+    wait_until(lambda: sock.thread_no >= 0)
+    sock.send(b"answer")
+    sock.send_eof()
+    assert recv_until_eof(client) == b"answer"
+    notes.wait_for("eof", ("gone", None))
 
 
 def test_stop_waits_for_nobody_who_only_might_send(make_client):

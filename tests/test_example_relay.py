@@ -138,6 +138,26 @@ def test_a_reset_is_passed_on_as_one(relay_to, who):
         wait_until(lambda: len(pool) == 0)
 
 
+@pytest.mark.parametrize("slow", ["client", "server"])
+def test_who_reads_late_gets_all(relay_to, slow):
+    """Both have finished long before. (linger_timeout, which closing connections have, is 5 s.)"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        pool = relay_to(server.getsockname())
+        client = connect(pool, timeout=patient(30))
+        peer, _ = server.accept()
+        reader, writer = (client, peer) if slow == "client" else (peer, client)
+        with client, peer:
+            sender = threading.Thread(target=lambda: (writer.sendall(LARGE), writer.shutdown(socket.SHUT_WR)))
+            sender.start()
+            reader.shutdown(socket.SHUT_WR)
+            assert writer.recv(1) == b""
+            with pytest.raises(AssertionError):
+                wait_until(lambda: len(pool) < 2, 7)
+            assert recv_until_eof(reader) == LARGE
+            sender.join()
+        wait_until(lambda: len(pool) == 0)
+
+
 def round_trip_through(client, peer):
     client.sendall(b"hello")
     peer.sendall(recv_exact(peer, 5))

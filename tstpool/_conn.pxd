@@ -611,16 +611,14 @@ cdef inline ssize_t connection_append(tst_connection *connection, uint32_t gener
     return result
 
 
-cdef inline int connection_close_output(tst_connection *connection, uint32_t generation, bint end) noexcept nogil:
-    """No output is accepted from here on; with `end` for send_eof(), else for a close. Any thread. 1: this call is the
-    first to want that, 0: it is closed, or ended, already, GONE."""
+cdef inline int connection_close_output(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """No output is accepted from here on. 1: this call closed it, 0: it was closed already, GONE."""
     cdef int result = GONE
     spin_lock(&connection.lock)
     if connection_is(connection, generation):
-        result = not connection.out_closed or (connection.out_ended and not end)
-        if result:
-            connection.out_closed = True
-            connection.out_ended = end
+        result = not connection_is_closing(connection)
+        connection.out_closed = True
+        connection.out_ended = False       # close() tells the peer
     spin_unlock(&connection.lock)
     return result
 

@@ -49,8 +49,8 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
-    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_flush, connection_is_stuck,
-    connection_shut, sys_control, sys_prepare, sys_recv, sys_unread, sys_wake)
+    TRIGGER_EDGE, TRIGGER_LEVEL, TRIGGER_ONESHOT, connection_drop_body, connection_end_output, connection_flush,
+    connection_is_stuck, sys_control, sys_prepare, sys_recv, sys_unread, sys_wake)
 from tstpool._queue cimport (
     BLOCKS_LEAST, BLOCKS_MOST, SHARE_LEAST, queue_headed, queue_join, queue_size, shared_leave, shared_new, stock_free,
     stock_free_blocks, stock_has_litter, stock_take_litter, tst_shared, tst_stock)

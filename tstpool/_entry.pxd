@@ -439,10 +439,13 @@ cdef inline void connection_look_for_reset(tst_connection *connection) noexcept 
     cdef int error = 0
     if events & (EPOLLERR | EPOLLHUP):
         error = sys_error(connection.fd)
-    if error == 0 and events & EPOLLHUP and not connection_has_ended(connection):
-        error = EPIPE                      # a unix socket's peer has closed: there is no error, but nobody to send to
     if error:
         connection_break(connection, error)
+    elif events & EPOLLHUP and not connection_has_ended(connection):
+        if connection_drained(connection):     # a unix socket's peer has closed
+            connection_begin_close(connection)
+        else:
+            connection_break(connection, EPIPE)
 
 
 cdef inline void take_input(tst_connection *connection, tst_batch *batch, tst_worker *worker, bint event,
@@ -673,12 +676,12 @@ cdef inline bint connection_owes_end(tst_connection *connection) noexcept nogil:
 cdef inline bint connection_is_to_go_on(tst_connection *connection) noexcept nogil:
     """The peer has finished sending, and reads; its handler has not finished. If it wants to hear of that it decides,
     once it has. Else it has paused the connection, to answer later, or waits to hear that there is room for more
-    output. Owner only."""
+    output. After send_eof() there is what is queued, and no more. Owner only."""
     if connection.reason or load32(&connection.out_error, RELAXED):
         return False
-    if connection.hears_end & HEARD_END:
-        return not connection_has_ended(connection)
-    if connection_owes_end(connection):
+    if connection_has_ended(connection):
+        return not connection_drained(connection)
+    if connection.hears_end & HEARD_END or connection_owes_end(connection):
         return True
     if connection.ask_writable or load64(&connection.state, RELAXED) & (STATE_PAUSED | PEND_OUT):
         return True
@@ -709,9 +712,10 @@ cdef inline uint32_t connection_due(tst_connection *connection) noexcept nogil:
     cdef bint takes = connection_takes_messages(connection)
     if takes and connection_cut_next(connection):
         return DO_INPUT
-    if takes and connection_owes_end(connection):
+    cdef bint over = connection_is_over(connection, takes)
+    if (takes or over) and connection_owes_end(connection):
         return DO_EOF
-    if connection_is_over(connection, takes):
+    if over:
         connection_begin_close(connection)
     if connection.closing and not connection.lingering and connection_drained(connection):
         return DO_DISCONNECT
@@ -753,7 +757,8 @@ cdef inline void entry_watch(tst_worker *worker, tst_entry *entry, bint waits, u
     if waits and not connection_output_waits(connection):
         # Another thread is sending it, and tells nobody how that ends: the deadline that comes first looks again.
         watch_deadline(worker, connection, False, wants_input, tick)
-    elif waits and wants_input and connection.limits != NULL and connection.limits.idle and not connection.limits.write:
+    elif (waits and (wants_input or connection.hears_end & HEARD_END) and connection.limits != NULL
+            and connection.limits.idle and not connection.limits.write):
         # Output may wait for as long as it likes; but if another thread sends it (flush), nobody notes that it is idle.
         watch_until(worker, connection, tick + connection.limits.idle)
 
@@ -1007,7 +1012,8 @@ cdef inline void entry_finish(tst_worker *worker, tst_entry *entry, uint64_t now
         connection_wants_input(connection) and not connection_input_full(connection))
     # Another thread may be the one that sends the last of the output, and it tells nobody: EPOLLOUT will.
     want_room = connection.ask_writable or (
-        pending == 0 and not connection.lingering and (connection.call_writable or connection.closing))
+        pending == 0 and not connection.lingering and (
+            connection.call_writable or connection.closing or (waiting > 0 and connection.end_of_input)))
     spin_lock(&connection.lock)            # before the release: the next owner must find what we leave, not undo it
     pushed = connection_release(connection, pending)
     if connection_is(connection, entry.generation):

@@ -28,9 +28,10 @@ cdef class TstHandler:
     def on_eof(self, sock):
         """The peer has finished sending; all its messages have been handled. It may still read.
 
-        Whoever overrides this keeps the connection open: it sends for as long as it likes, and ends it with
-        sock.close() or sock.send_eof(); on_disconnect follows. TstStat.DISCONNECT closes it, which is what happens
-        without this hook. What came of a message that did not become whole is there for sock.read()."""
+        Whoever overrides this keeps the connection open: it sends for as long as it likes, if never silent for an
+        accepted connection's idle_timeout, and ends it with sock.close() or sock.send_eof(); on_disconnect follows.
+        TstStat.DISCONNECT closes it; TstStat.RUN is as if there were no such hook. What came of a message that did not
+        become whole is there for sock.read()."""
 
     def on_disconnect(self, sock, reason):
         """The connection is over; called once for each on_connect that accepted, or raised. reason: None when the peer

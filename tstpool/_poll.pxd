@@ -24,12 +24,12 @@ does.
 
 What a turn asks of the kernel stands here, each system call behind one function that returns >= 0 or -errno.
 """
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, ENOTCONN, EPIPE, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from tstpool._conn cimport (
-    HEARD_END, PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is, generation_of,
+    GONE, HEARD_END, PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is, generation_of,
     output_account, output_drop, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._fork cimport descriptor_moved, descriptor_moves
@@ -242,8 +242,9 @@ cdef inline int connection_arm(tst_connection *connection, bint want_in, tst_sta
     cdef uint32_t wanted = connection_input_mask(connection) if want_in else 0
     cdef uint32_t harmful = EPOLLOUT | (EPOLLPRI if connection.urgent_off else 0)
     wanted |= output_mask(connection)
-    if tst_rarely(wanted == 0) and connection.trigger == TRIGGER_ONESHOT and connection.hears_end & HEARD_END:
-        # It only sends from here on: that it breaks is reported under any mask, unless an event has disabled that.
+    if tst_rarely(wanted == 0) and connection.hears_end & HEARD_END:
+        # It only sends from here on. That its peer goes is reported under any mask, but once, and if an owner was in
+        # the handler then, or the end of input was not known yet, nobody has noted it: it is reported again.
         return connection_control(connection, EPOLLONESHOT, stats)
     if wanted & ~connection.armed == 0 and not connection.armed & ~wanted & harmful:
         if connection.registered:
@@ -280,9 +281,27 @@ cdef inline void connection_fired(tst_connection *connection, uint32_t events) n
 # ------------------------------------------------------------------------------------------------- output
 
 cdef inline void connection_shut(tst_connection *connection) noexcept nogil:
-    """After send_eof(): tells the peer that nothing more comes, once it has all. Lock held."""
-    if queue_size(&connection.out) == 0:
-        shutdown(connection.fd, SHUT_WR)   # it fails for one that has broken, which is noticed elsewhere
+    """After send_eof(): tells the peer that nothing more comes, once the kernel has all. Where that fails the connection is
+    broken, and somebody must look at it now. Lock held."""
+    if queue_size(&connection.out) == 0 and shutdown(connection.fd, SHUT_WR) < 0:
+        # A reset has come, most likely, which the next receive tells more about.
+        store32(&connection.out_error, EPIPE if errno == ENOTCONN else <uint32_t>errno, RELAXED)
+        connection.out_ended = False
+
+
+cdef inline int connection_end_output(tst_connection *connection, uint32_t generation) noexcept nogil:
+    """send_eof(), on any thread. 1: this call has ended it, and the connection's owner is to look at it now, 0: it is
+    closed, or was ended before, GONE."""
+    cdef int result = GONE
+    spin_lock(&connection.lock)
+    if connection_is(connection, generation):
+        result = not connection.out_closed
+        if result:
+            connection.out_closed = connection.out_ended = True
+            if not connection.flushing:    # else who is sending looks, when he has
+                connection_shut(connection)
+    spin_unlock(&connection.lock)
+    return result
 
 
 cdef inline void flush_result(tst_connection *connection, ssize_t sent, size_t total) noexcept nogil:

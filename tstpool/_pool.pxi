@@ -953,7 +953,7 @@ messages_per_turn=32)
         """Closes a connection, as TstSocket.close(). Returns True for the call that began it."""
         cdef uint32_t generation = 0
         cdef tst_connection *connection = self.find(sock_or_sd, &generation)
-        if connection == NULL or connection_close_output(connection, generation, False) != 1:
+        if connection == NULL or connection_close_output(connection, generation) != 1:
             return False
         shard_ask(connection, generation, PEND_CLOSE)
         return True

@@ -401,7 +401,8 @@ cdef class TstSocket:
         """Takes up to `n` bytes of input that has arrived, without blocking; without `n`, all that is at hand.
 
         With a framing that is the message, for a function that is a handler; on_message has it as `data`, and here gets
-        nothing more. In on_disconnect it is what had come of a message that did not become whole. Returns b"" when
+        nothing more. In on_eof and on_disconnect it is what had come of a message that did not become whole, unless that
+        has 128 KiB or more. Returns b"" when
         nothing is there. Only inside the socket's own handler; TstError elsewhere.
         """
         cdef size_t most
@@ -497,24 +498,25 @@ cdef class TstSocket:
             if aborted:
                 shard_ask(self.connection, self.generation(), PEND_CLOSE)
             return aborted == ABORT_OPEN
-        if connection_close_output(self.connection, self.generation(), False) != 1:
+        if connection_close_output(self.connection, self.generation()) != 1:
             return False
         shard_ask(self.connection, self.generation(), PEND_CLOSE)
         return True
 
     def send_eof(self):
-        """Tells the peer that nothing more comes, once it has what is queued; its messages go on coming. When it has
-        finished sending, too, or had before, the connection closes.
+        """Tells the peer that nothing more comes, once the kernel has what is queued; its messages go on coming. When it
+        has finished sending, too, or had before, the connection closes. (While it is paused nobody learns of that.)
 
-        send() raises ConnectionClosed from here on. Any thread, any number of times. Returns True for the call that
-        began it, False when output had ended already or the socket is closed.
+        send() raises ConnectionClosed from here on, and what handlers return is dropped. Any thread, any number of
+        times. Returns True for the call that began it, False when output had ended already or the socket is closed.
         """
         self.pool.check_alive()
         return tst_send_eof(self) == 1
 
     def pause(self):
         """No more messages until resume(): TCP holds the peer back. A call that runs already is not stopped. Until
-        resume(), or the next send, nobody notices that the peer has gone, and no deadline for input counts. Any thread.
+        resume(), or the next send, nobody notices that the peer has gone, and no deadline for input counts. (After
+        on_eof, when no input can come any more, both are as without a pause.) Any thread.
         """
         tst_pause(self)
 
@@ -680,7 +682,7 @@ cdef ssize_t tst_send_message(TstSocket sock, const void *data, size_t size) noe
 
 
 cdef int tst_close(TstSocket sock) noexcept nogil:
-    cdef int began = connection_close_output(sock.connection, sock.generation(), False)
+    cdef int began = connection_close_output(sock.connection, sock.generation())
     if began == GONE:
         return -ENOTCONN
     if began:
@@ -689,14 +691,10 @@ cdef int tst_close(TstSocket sock) noexcept nogil:
 
 
 cdef int tst_send_eof(TstSocket sock) noexcept nogil:
-    cdef int began = connection_close_output(sock.connection, sock.generation(), True)
+    cdef int began = connection_end_output(sock.connection, sock.generation())
     if began == GONE:
         return -ENOTCONN
     if began:
-        spin_lock(&sock.connection.lock)
-        if connection_is(sock.connection, sock.generation()) and not sock.connection.flushing:
-            connection_shut(sock.connection)
-        spin_unlock(&sock.connection.lock)
         shard_ask(sock.connection, sock.generation(), PEND_IN)     # the peer may have finished before
     return began
 

@@ -79,6 +79,8 @@ CALLS = [
     Call("sendto", "large", {"served": "EINTR", "ended": "EPIPE ENOMEM ECONNRESET"}, later=False),
     Call("sendto", "outsider", {"served": "EAGAIN EINTR", "ended": "EPIPE ENOMEM ECONNRESET"}, later=False),
     Call("shutdown", "told_to_end", {"served|ended": "EBADF EINVAL ENOTCONN ENOTSOCK ENOBUFS"}),
+    Call("shutdown", "finisher", {"served|ended": "EBADF EINVAL ENOTCONN ENOTSOCK ENOBUFS"}, later=False),
+    Call("getsockopt", "goner", {"served": "EBADF EFAULT EINVAL ENOPROTOOPT ENOTSOCK"}, "SO_ERROR", later=False),
     Call("ioctl", "told_to_end_whole", {"served|ended": "EBADF EFAULT EINVAL ENOTTY"}, "FIONREAD", later=False),
     Call("poll", "writable", {"served": "EFAULT EINTR EINVAL ENOMEM"}, every="EINTR ENOMEM"),
     Call("close", "leaver", {"served": "EBADF EDQUOT EINTR EIO ENOSPC"}, later=False, leaks=True),

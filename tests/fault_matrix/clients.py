@@ -11,7 +11,7 @@ import os
 import select
 import socket
 
-from helpers import patient
+from helpers import patient, reset
 
 NUDGED_AFTER = 1.5  # seconds after which a client that hears nothing sends once more
 TOO_LATE = 3.0  # for a deadline of 0.3 seconds (QUICK of server.py)
@@ -217,6 +217,27 @@ def told_to_end_whole(server):
         client.expect_end()
 
 
+def finisher(server):
+    """The server finishes first."""
+    with Client(server.framed) as client:
+        client.talk(framed(b"e before"))
+        yield
+        client.send(framed(b"f last"))
+        client.expect(framed(b"f last"))
+        client.expect_end()
+        client.send(framed(b"c"))
+
+
+def goner(server):
+    """Has finished long ago when it goes altogether, without having been sent anything. Nobody sees that but who counts
+    the connections."""
+    with Client(server.framed) as client:
+        client.talk(framed(b"k before"))
+        client.sock.shutdown(socket.SHUT_WR)
+        yield
+        reset(client.sock)
+
+
 def writable(server):
     with Client(server.framed) as client:
         client.talk(framed(b"e before"))
@@ -301,5 +322,5 @@ def too_slow(server):
 
 KINDS = [
     newcomer, echo, framed_echo, long, large, pieces, many_pieces, half_close, leaver, told_to_end, told_to_end_whole,
-    writable, transfer, outsider, spoken_to, broadcast, blocker, too_slow,
+    finisher, goner, writable, transfer, outsider, spoken_to, broadcast, blocker, too_slow,
 ]  # fmt: skip

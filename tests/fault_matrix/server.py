@@ -61,7 +61,7 @@ class Commands(TstHandler):
         self.pool.need_send(sock)
 
     def on_writable(self, sock):  # also called when a long answer or a transfer is through
-        if sock.user_data:
+        if sock.user_data == "asked":
             sock.user_data = None
             sock.send_message(b"writable")
 
@@ -89,6 +89,17 @@ class Commands(TstHandler):
     def do_c(self, sock, data):  # an answer, then the end
         sock.send_message(data)
         sock.close()
+
+    def do_f(self, sock, data):  # finishes before its client
+        sock.send_message(data)
+        sock.send_eof()
+
+    def do_k(self, sock, data):  # stays open then
+        sock.user_data = "stays"
+        return data
+
+    def on_eof(self, sock):
+        return None if sock.user_data == "stays" else TstStat.RUN  # as without this hook
 
     def on_error(self, sock, exc):
         pass

@@ -95,7 +95,7 @@ from tstpool._libc cimport (
 from tstpool._lock cimport spin_lock, spin_unlock
 from tstpool._park cimport PARK_END, PARK_IDLE, engine_look, engine_park
 from tstpool._poll cimport (
-    connection_drop_body, connection_flush, connection_is_stuck, connection_shut, sys_control, sys_wake)
+    connection_drop_body, connection_end_output, connection_flush, connection_is_stuck, sys_control, sys_wake)
 from tstpool._queue cimport (
     queue_size, shared_leave, shared_new, stock_free, stock_has_litter, stock_take_litter, tst_shared)
 from tstpool._run cimport (
@@ -395,17 +395,13 @@ cdef ssize_t sock_append(sock_t *sock, const char *bytes, size_t size, tst_share
 
 cdef void sock_close(sock_t *sock) noexcept nogil:
     sock.closing = True
-    if connection_close_output(sock.connection, generation_of(sock.id), False) == 1:
+    if connection_close_output(sock.connection, generation_of(sock.id)) == 1:
         shard_ask(sock.connection, generation_of(sock.id), PEND_CLOSE)
 
 
 cdef void sock_send_eof(sock_t *sock) noexcept nogil:
     cdef tst_connection *connection = sock.connection
-    if connection_close_output(connection, generation_of(sock.id), True) == 1:
-        spin_lock(&connection.lock)
-        if connection_is(connection, generation_of(sock.id)) and not connection.flushing:
-            connection_shut(connection)
-        spin_unlock(&connection.lock)
+    if connection_end_output(connection, generation_of(sock.id)) == 1:
         shard_ask(connection, generation_of(sock.id), PEND_IN)
 
 

@@ -751,7 +751,7 @@ cdef class Connection:
         return n, bool(flush)
 
     def close_output(self):
-        return connection_close_output(self.connection, self.generation(), False)
+        return connection_close_output(self.connection, self.generation())
 
     def flush(self, bint writable=False, bint arm=True):
         cdef int result
