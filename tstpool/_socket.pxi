@@ -401,8 +401,8 @@ cdef class TstSocket:
         """Takes up to `n` bytes of input that has arrived, without blocking; without `n`, all that is at hand.
 
         With a framing that is the message, for a function that is a handler; on_message has it as `data`, and here gets
-        nothing more. In on_eof and on_disconnect it is what had come of a message that did not become whole, unless that
-        has 128 KiB or more. Returns b"" when
+        nothing more. In on_eof and on_disconnect it is what had come of a message that did not become whole, unless
+        that has 128 KiB or more. Returns b"" when
         nothing is there. Only inside the socket's own handler; TstError elsewhere.
         """
         cdef size_t most
@@ -504,8 +504,8 @@ cdef class TstSocket:
         return True
 
     def send_eof(self):
-        """Tells the peer that nothing more comes, once the kernel has what is queued; its messages go on coming. When it
-        has finished sending, too, or had before, the connection closes. (While it is paused nobody learns of that.)
+        """Tells the peer that nothing more comes, once the kernel has what is queued; its messages go on coming. When
+        it has finished sending, too, or had before, the connection closes. (While it is paused nobody learns of that.)
 
         send() raises ConnectionClosed from here on, and what handlers return is dropped. Any thread, any number of
         times. Returns True for the call that began it, False when output had ended already or the socket is closed.

@@ -244,13 +244,13 @@ FAULTS = {
     ),
     "half-closed: both have finished, and nobody ends it": (
         "_entry",
-        "        return not connection_has_ended(connection)\n    if connection_owes_end(",
-        "        return True\n    if connection_owes_end(",
+        "        return not connection_drained(connection)\n    if connection.hears_end",
+        "        return True\n    if connection.hears_end",
     ),
     "half-closed: output that waits comes after the end": (
         "_poll",
-        "    if queue_size(&connection.out) == 0:\n        shutdown(",
-        "    if True:\n        shutdown(",
+        "    if queue_size(&connection.out) == 0 and shutdown(",
+        "    if shutdown(",
     ),
     "half-closed: the end waits for the next send": (
         "_poll",
@@ -264,8 +264,8 @@ FAULTS = {
     ),
     "half-closed: an event has disabled the descriptor": (
         "_poll",
-        "connection.trigger == TRIGGER_ONESHOT and connection.hears_end & HEARD_END:\n",
-        "False:\n",
+        "    if tst_rarely(wanted == 0) and connection.hears_end & HEARD_END:\n",
+        "    if False:\n",
     ),
     "half-closed: its handler is told again and again": (
         "_entry",
@@ -274,8 +274,13 @@ FAULTS = {
     ),
     "half-closed: it closes before its handler has heard of it": (
         "_entry",
-        "    if connection_owes_end(connection):\n        return True\n",
-        "",
+        "    if connection.hears_end & HEARD_END or connection_owes_end(connection):\n        return True\n",
+        "    if connection.hears_end & HEARD_END:\n        return True\n",
+    ),
+    "half-closed: output that waits at the end of both is cut off": (
+        "_entry",
+        "(waiting > 0 and connection.end_of_input)",
+        "False",
     ),
     "half-closed: nobody tells of it when it may be told": (
         "_entry",
