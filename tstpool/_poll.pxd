@@ -281,8 +281,8 @@ cdef inline void connection_fired(tst_connection *connection, uint32_t events) n
 # ------------------------------------------------------------------------------------------------- output
 
 cdef inline void connection_shut(tst_connection *connection) noexcept nogil:
-    """After send_eof(): tells the peer that nothing more comes, once the kernel has all. Where that fails the connection
-    is broken, and somebody must look at it now. Lock held."""
+    """After send_eof(): tells the peer that nothing more comes, once the kernel has all. Where that fails, the
+    connection is broken, and somebody must look at it now. Lock held."""
     if queue_size(&connection.out) == 0 and shutdown(connection.fd, SHUT_WR) < 0:
         # A reset has come, most likely, which the next receive tells more about.
         store32(&connection.out_error, EPIPE if errno == ENOTCONN else <uint32_t>errno, RELAXED)

@@ -259,8 +259,8 @@ FAULTS = {
     ),
     "half-closed: a reset is not looked for": (
         "_entry",
-        "    if error:\n        connection_break(connection, error)\n",
-        "    if False:\n        connection_break(connection, error)\n",
+        "            connection_look_for_reset(connection)\n",
+        "            pass\n",
     ),
     "half-closed: an event has disabled the descriptor": (
         "_poll",
@@ -274,13 +274,8 @@ FAULTS = {
     ),
     "half-closed: it closes before its handler has heard of it": (
         "_entry",
-        "    if connection.hears_end & HEARD_END or connection_owes_end(connection):\n        return True\n",
-        "    if connection.hears_end & HEARD_END:\n        return True\n",
-    ),
-    "half-closed: output that waits at the end of both is cut off": (
-        "_entry",
-        "(waiting > 0 and connection.end_of_input)",
-        "False",
+        "    if (takes or over) and connection_owes_end(connection):\n",
+        "    if takes and connection_owes_end(connection):\n",
     ),
     "half-closed: nobody tells of it when it may be told": (
         "_entry",
