@@ -29,8 +29,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from tstpool._conn cimport (
-    GONE, HEARD_END, PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is, generation_of,
-    output_account, output_drop, tst_connection)
+    GONE, HEARD_END, PEND_ANY, STATE_DEAD, STATE_OPEN, STATE_QUEUED, TYPE_LISTEN, connection_id, connection_is,
+    generation_of, output_account, output_drop, tst_connection)
 from tstpool._data cimport input_free
 from tstpool._fork cimport descriptor_moved, descriptor_moves
 from tstpool._libc cimport (
