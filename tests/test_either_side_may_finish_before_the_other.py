@@ -1,5 +1,6 @@
 """A connection has two directions, and each ends by itself: on_eof, send_eof()."""
 
+import os
 import socket
 import threading
 
@@ -373,6 +374,35 @@ def test_stop_waits_for_nobody_who_only_might_send(make_client):
         reader.start()
     reader.join(patient(10))
     assert len(LARGE) in notes.told and ("gone", None) in notes.told
+
+
+def test_each_connection_under_a_descriptor_has_its_own_end(make_pool, make_client):
+    """TstStat.RECONNECTED: also where the first end was passed on to nobody."""
+    told = []
+    fresh, ours = socket.socketpair()
+    with fresh, ours:
+
+        def on_disconnect(sock, reason):
+            told.append("gone")
+            if told.count("gone") == 1:
+                os.dup2(fresh.fileno(), sock.sd)
+                fresh.close()
+                return TstStat.RECONNECTED
+            return None
+
+        def on_eof(sock):
+            told.append("eof")
+            return TstStat.RUN
+
+        pool = make_pool(handler(on_message=echo, on_eof=on_eof, on_disconnect=on_disconnect))
+        client = make_client(pool)
+        client.shutdown(socket.SHUT_WR)
+        ours.settimeout(patient(10))
+        assert round_trip(ours, b"x") == b"x"
+        ours.shutdown(socket.SHUT_WR)
+        assert ours.recv(1) == b""
+        wait_until(nobody(pool))
+        assert told == ["eof", "gone", "eof", "gone"]
 
 
 # --------------------------------------------------------------------------------------- this side finishes first

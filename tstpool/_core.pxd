@@ -166,7 +166,8 @@ cdef class TstNogilHandler(TstHandler):
     # The last use of a connection's state: free what it points to, not the state itself. Once for each state.
     cdef void release(self, void *state) noexcept nogil
     # The peer has finished sending, and all its messages have been handled. TST_DISCONNECT closes the connection,
-    # TST_SUSPEND keeps it: it may send on, until tst_close or tst_send_eof. TST_RUN: on_eof; without one it closes.
+    # TST_SUSPEND keeps it: it may send on, until tst_close or tst_send_eof. TST_RUN: on_eof; where there is none it is
+    # as if nobody had wanted to hear of it.
     cdef TstStat eof(self, TstSocket sock) noexcept nogil
     # Room for hooks to come: a subclass that was compiled before them keeps working.
     cdef void _reserved_1(self) noexcept nogil

@@ -596,7 +596,7 @@ cdef inline int connection_reconnect(tst_connection *connection) noexcept nogil:
     connection_forget_frame(connection)
     connection.close_noted = connection.unfinished = connection.heard = False
     connection.passed_on = 0
-    connection.hears_end &= ~HEARD_END
+    connection.hears_end = HEARS_END       # perhaps: who has no such hook says so when it is called
     connection.end_of_input = connection.closing = connection.hold_input = connection.message_ready = False
     connection.call_writable = connection.ask_writable = False
     connection.reason = 0
