@@ -130,7 +130,8 @@ def test_a_connection_that_cannot_be_armed_any_more_ends_soon(trigger, does):
         with connect(server.addr, 20) as client:
             client.sendall(b"much" * 2000)
             with contextlib.suppress(ConnectionError):
-                assert len(recv_until_eof(client)) < 32 << 20
+                # If the client keeps up one send by that thread may take it all.
+                assert len(recv_until_eof(client)) < (32 << 20) + (does == "flushes")
         assert time.monotonic() - begin < patient(5)
         failed, ended, distinct, accepted = map(int, server.finish().split())
     # Who flushes tries it once whenever the kernel has taken some of the 32 MiB, which a fast client makes many times.

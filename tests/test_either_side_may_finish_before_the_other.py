@@ -244,7 +244,7 @@ def test_so_is_one_of_a_unix_socket(make_pool, tmp_path, trigger):
 @pytest.mark.parametrize("when", ["at once", "while paused", "in on_eof"])
 def test_so_is_one_that_went_before_anybody_could_look(make_pool, tmp_path, trigger, family, when):
     """B21: the kernel says so before the end of input is known, or while its handler runs and another worker polls."""
-    blocked, free = threading.Event(), threading.Event()
+    blocked, free, paused = threading.Event(), threading.Event(), threading.Event()
 
     def block(sock):
         blocked.set()
@@ -254,6 +254,7 @@ def test_so_is_one_that_went_before_anybody_could_look(make_pool, tmp_path, trig
         if when == "while paused":
             sock.read(100)  # meets the end
             sock.pause()
+            paused.set()
         if when == "at once":
             block(sock)
 
@@ -263,14 +264,14 @@ def test_so_is_one_that_went_before_anybody_could_look(make_pool, tmp_path, trig
     pool = make_pool(notes, trigger=trigger, workers=1 if when == "at once" else 3, listen=where, idle_timeout=None)
     client = socket.socket(family)
     client.connect(pool.addresses[0] if family == socket.AF_INET else f"{tmp_path}/socket")
-    client.send(b"q")
     if when == "at once":
-        blocked.wait(patient(10))
+        client.send(b"q")
+        assert blocked.wait(patient(10))
+    else:
+        client.send(b"q", socket.MSG_MORE)
     client.shutdown(socket.SHUT_WR)
-    if when == "in on_eof":
-        blocked.wait(patient(10))
-    if when == "while paused":
-        wait_until(lambda: pool.sockets() and pool.sockets()[0].thread_no >= 0)
+    if when != "at once":
+        assert (paused if when == "while paused" else blocked).wait(patient(10))
     reset(client)
     free.set()
     if when == "while paused":
@@ -345,9 +346,12 @@ def test_output_that_waits_when_both_have_finished_has_its_time(make_pool, make_
 def test_who_has_ended_its_output_is_not_kept_by_a_pause(make_pool, make_client):
     """If its peer has finished, too, there is nobody to be answered later. on_eof comes all the same."""
 
+    paused = threading.Event()
+
     def wait_for_the_answer(sock, data):
         sock.read(100)  # meets the end
         sock.pause()
+        paused.set()
 
     notes = Notes()
     notes.on_message = wait_for_the_answer
@@ -356,7 +360,7 @@ def test_who_has_ended_its_output_is_not_kept_by_a_pause(make_pool, make_client)
     sock = socket_of(pool, client)
     client.send(b"q", socket.MSG_MORE)
     client.shutdown(socket.SHUT_WR)
-    wait_until(lambda: sock.thread_no >= 0)
+    assert paused.wait(patient(10))
     sock.send(b"answer")
     sock.send_eof()
     assert recv_until_eof(client) == b"answer"

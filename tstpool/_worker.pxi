@@ -825,7 +825,7 @@ cdef class Worker:
         connection.hears_end |= HEARD_END
         store32(&connection.events, _EPOLLRDHUP, RELAXED)
         result = self.tell_eof(sock, binding, connection.compiled)
-        if binding is not self.binding and is_run(result):
+        if binding is not self.binding and binding.on_eof is not None and is_run(result):
             binding, result = self.binding, TST_RUN
             if is_for_any_connection(&self.pool.binding.compiled):
                 connection.told_pools = True
