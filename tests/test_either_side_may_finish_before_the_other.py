@@ -471,6 +471,26 @@ def test_close_after_send_eof_is_the_close(make_pool, make_client, how):
     assert close[how]() is True
     assert sock.closed and sock.send_eof() is False and sock.close() is False
     wait_until(nobody(pool))
+    assert sock.send_eof() is False  # another connection may have the descriptor by now
+
+
+def test_a_peer_that_has_gone_can_be_told_of_no_end(make_pool, make_client):
+    """The shutdown fails: it is as if a send had."""
+    told, gone = [], threading.Event()
+
+    def on_message(sock, data):
+        assert gone.wait(patient(10))
+        told.append(sock.send_eof())
+
+    hooks = {"on_message": on_message, "on_disconnect": lambda sock, reason: told.append(type(reason))}
+    pool = make_pool(handler(**hooks))
+    client = make_client(pool)
+    client.sendall(b"x")
+    wait_until(lambda: pool.stats().bytes_in)
+    reset(client)
+    gone.set()
+    wait_until(nobody(pool))
+    assert told in ([True, ConnectionResetError], [True, BrokenPipeError])
 
 
 def test_a_client_of_the_pool_asks_finishes_and_gets_the_answer(make_pool):
