@@ -816,6 +816,7 @@ cdef class Worker:
     cdef int eof(self, TstSocket sock) except -1:
         """on_eof. Where there is none it is as if nobody had wanted to hear of it."""
         cdef tst_connection *connection = sock.connection
+        cdef const tst_compiled *pools = &self.pool.binding.compiled
         cdef Binding binding
         cdef object result
         connection_drop_body(connection)       # nobody will get it; an assigned handler need not wait for its rest
@@ -826,12 +827,10 @@ cdef class Worker:
         store32(&connection.events, _EPOLLRDHUP, RELAXED)
         result = self.tell_eof(sock, binding, connection.compiled)
         if binding is not self.binding and binding.on_eof is not None and is_run(result):
-            binding, result = self.binding, TST_RUN
-            if is_for_any_connection(&self.pool.binding.compiled):
+            binding = self.binding
+            if is_for_any_connection(pools):
                 connection.told_pools = True
-                result = self.tell_eof(sock, binding, &self.pool.binding.compiled)
-            elif binding.on_eof is not None:
-                result = self.call(sock, binding, binding.on_eof, NOTHING)
+            result = self.tell_eof(sock, binding, pools if connection.told_pools else NULL)
         if is_run(result):
             connection.hears_end = 0
             result = None
